@@ -1,0 +1,310 @@
+"""Demonstrations and prompts: from files, folders or the hub to token ids.
+
+A row has a ``prompt`` (text, or a list of chat messages) and, if it is a demonstration, a ``completion``; or ``messages``,
+split at the last assistant turn; or ``input_ids``, a prompt that is tokenised already. Rows without a completion serve
+PPO only. ``answer`` is for ``srppo eval``'s exact match, and ``id`` is carried for the user. Prompt and completion are
+tokenised apart, because a rollout starts at that token boundary too; every demonstration ends in a stop token.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from srppo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS = ("prompt", "completion", "messages", "input_ids", "answer", "id")
+FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised row. ``completion_ids`` ends in a stop token, and is None where the row is a prompt only."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int] | None
+    answer: str | None
+    where: str
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_rows(source: str, split: str, *, missing_split_ok: bool = False) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of one split of ``source``, each with its place ("file.jsonl, line 3") for error messages.
+
+    A file is the ``train`` split. A folder holds ``<split>.jsonl`` (or .json, .parquet, .csv), or is what
+    ``datasets.save_to_disk`` wrote. Anything else is taken for a hub name. A missing split is an error that lists those
+    there are, or with ``missing_split_ok`` no rows.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return rows_from_folder(path, split, missing_split_ok)
+    if path.suffix in FILE_KINDS or path.exists():
+        if not path.is_file():
+            raise UserError(f"data file {source} not found: check dataset_name, relative paths start at {Path.cwd()}")
+        if split != "train":
+            if missing_split_ok:
+                return []
+            raise UserError(f"{source} is one file, so its only split is 'train', not {split!r}: put {split}.jsonl in a folder")
+        return read_file(path)
+    return rows_from_hub(source, split, missing_split_ok)
+
+
+def rows_from_folder(folder: Path, split: str, missing_split_ok: bool) -> list[tuple[str, dict[str, Any]]]:
+    if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
+        import datasets
+
+        loaded = datasets.load_from_disk(str(folder))
+        splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+        if split in splits:
+            return [(f"{folder}, {split} row {i}", dict(row)) for i, row in enumerate(splits[split])]
+        names = sorted(splits)
+    else:
+        files = sorted(f for f in folder.iterdir() if f.suffix in FILE_KINDS)
+        chosen = [f for f in files if f.stem == split]
+        if len(chosen) > 1:
+            raise UserError(f"{folder} has several files for split {split!r}: {', '.join(f.name for f in chosen)}; keep one")
+        if chosen:
+            return read_file(chosen[0])
+        names = [f.name for f in files]
+    if missing_split_ok:
+        return []
+    raise UserError(f"no split {split!r} in {folder}: it has {', '.join(names) or 'no data files'}; see dataset_train_split")
+
+
+def rows_from_hub(name: str, split: str, missing_split_ok: bool) -> list[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # the hub client has no common base class for its errors
+        raise UserError(f"{name!r} is no file or folder here, and loading it from the hub failed: {error}") from error
+    if split not in loaded:
+        if missing_split_ok:
+            return []
+        raise UserError(f"{name} has no split {split!r}: it has {', '.join(loaded)}; see dataset_train_split")
+    return [(f"{name}, {split} row {i}", dict(row)) for i, row in enumerate(loaded[split])]
+
+
+def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """All rows of one JSONL, Parquet or CSV file."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(path)
+            return [(f"{path}, row {i}", row) for i, row in enumerate(table.to_pylist())]
+        if path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8") as file:
+                return list(rows_from_csv(path, file))
+        with path.open(encoding="utf-8") as file:
+            return list(rows_from_jsonl(path, file))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    except (OSError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def rows_from_jsonl(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not valid JSON: {error.msg} at column {error.colno}; one object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where} holds a {type(row).__name__}: every line must be one object, such as {{\"prompt\": ...}}")
+        yield where, row
+
+
+def rows_from_csv(path: Path, file: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(file)
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        if None in row or None in row.values():
+            raise UserError(f"{where} has a different number of fields than the header")
+        yield where, {name: value or None if name == "completion" else value for name, value in row.items()}
+
+
+# -- tokenising -------------------------------------------------------------------------------------------------------
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int] | None) -> list[int]:
+    """The tokens that end a completion: those asked for, else the tokenizer's EOS."""
+    if stop_token_ids:
+        size = len(tokenizer)
+        for token in stop_token_ids:
+            if not 0 <= token < size:
+                raise UserError(f"stop_token_ids has {token}, but the tokenizer has {size} tokens")
+        return list(stop_token_ids)
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, so no completion could end: set stop_token_ids")
+    return [int(tokenizer.eos_token_id)]
+
+
+def prepare(
+    rows: Iterable[tuple[str, Mapping[str, Any]]] | Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_token_ids: Sequence[int],
+    max_prompt_length: int,
+    max_completion_length: int,
+) -> list[Example]:
+    """Tokenises rows; the first bad one is an error that names its place and what to do.
+
+    Args:
+        rows: what :func:`load_rows` gives, or plain mappings (a list of dicts, a ``datasets.Dataset``).
+        stop_token_ids: a completion that ends in none of them gets the first one appended.
+        max_prompt_length, max_completion_length: in tokens; a longer row is an error, never cut in silence.
+    """
+    examples = []
+    for number, item in enumerate(rows):
+        where, row = item if isinstance(item, tuple) else (f"row {number}", item)
+        prompt_ids, completion_ids = tokenize_row(where, row, tokenizer, stop_token_ids)
+        if not prompt_ids:
+            raise UserError(f"{where}: the prompt has no tokens; give it at least one character, or drop the row")
+        if len(prompt_ids) > max_prompt_length:
+            raise UserError(
+                f"{where}: the prompt has {len(prompt_ids)} tokens and max_prompt_length is {max_prompt_length}: "
+                "raise it, or drop the row"
+            )
+        if completion_ids is not None and len(completion_ids) > max_completion_length:
+            raise UserError(
+                f"{where}: the completion has {len(completion_ids)} tokens with its stop token and max_completion_length "
+                f"is {max_completion_length}: raise it, or drop the row (a cut demonstration would teach not to stop)"
+            )
+        answer = row.get("answer")
+        examples.append(Example(prompt_ids, completion_ids, None if answer is None else str(answer), where))
+    return examples
+
+
+def tokenize_row(
+    where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
+) -> tuple[list[int], list[int] | None]:
+    check_columns(where, row)
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if row.get("messages") is not None:
+        prompt, completion = split_messages(where, row["messages"])
+    if row.get("input_ids") is not None:
+        prompt_ids = [int(token) for token in row["input_ids"]]
+        bad = [token for token in prompt_ids if not 0 <= token < len(tokenizer)]
+        if bad:
+            raise UserError(f"{where}: input_ids has {bad[0]}, but the tokenizer has {len(tokenizer)} tokens")
+    elif isinstance(prompt, str):
+        prompt_ids = tokenizer(prompt, add_special_tokens=True)["input_ids"]
+        if prompt and prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
+            prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS; a completion must follow here
+    elif isinstance(prompt, list):
+        return tokenize_chat(where, prompt, completion, tokenizer, stop_token_ids)
+    else:
+        raise UserError(f"{where}: prompt must be text or a list of messages, got {type(prompt).__name__}")
+    if completion is None:
+        return prompt_ids, None
+    if not isinstance(completion, str):
+        raise UserError(f"{where}: completion must be text, got {type(completion).__name__}")
+    return prompt_ids, end_with_stop(tokenizer(completion, add_special_tokens=False)["input_ids"], stop_token_ids)
+
+
+def check_columns(where: str, row: Mapping[str, Any]) -> None:
+    if "text" in row:
+        raise UserError(
+            f"{where}: a 'text' column does not say where the prompt ends, and PPO samples from there on: "
+            "split it into 'prompt' and 'completion'"
+        )
+    unknown = [name for name in row if name not in COLUMNS]
+    if unknown:
+        raise UserError(f"{where}: unknown column {unknown[0]!r}; rename or drop it (known: {', '.join(COLUMNS)})")
+    starts = [name for name in ("prompt", "messages", "input_ids") if row.get(name) is not None]
+    if len(starts) != 1:
+        got = " and ".join(starts) if starts else "none"
+        raise UserError(f"{where}: a row needs exactly one of prompt, messages and input_ids, got {got}")
+
+
+def split_messages(where: str, messages: Any) -> tuple[list[Any], list[Any] | None]:
+    """Everything before the last assistant turn is the prompt; a conversation that ends in another role is a prompt."""
+    check_messages(where, messages)
+    if messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1:]
+    return messages, None
+
+
+def check_messages(where: str, messages: Any) -> None:
+    good = isinstance(messages, list) and messages and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
+    if not good:
+        raise UserError(f"{where}: messages must be a list of objects with 'role' and 'content'")
+
+
+def tokenize_chat(
+    where: str,
+    prompt: list[Any],
+    completion: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: Sequence[int],
+) -> tuple[list[int], list[int] | None]:
+    """Renders with the chat template; the completion is what the template adds to the rendered prompt, up to its stop."""
+    if not tokenizer.chat_template:
+        raise UserError(f"{where}: the tokenizer has no chat template, so messages cannot be rendered; give prompt as text")
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    for part in (prompt, completion):
+        if part is not None:
+            check_messages(where, part)
+    rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    prompt_ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    if completion is None:
+        return prompt_ids, None
+    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    if not whole.startswith(rendered):
+        raise UserError(
+            f"{where}: the chat template renders the prompt differently once the answer follows, so the two cannot be told "
+            "apart; give prompt and completion as text"
+        )
+    return prompt_ids, end_with_stop(tokenizer(whole[len(rendered) :], add_special_tokens=False)["input_ids"], stop_token_ids)
+
+
+def end_with_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in stop_token_ids:
+            return ids[: position + 1]
+    return [*ids, stop_token_ids[0]]
+
+
+# -- batching ---------------------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Endless batches of examples: every example once before any comes again, reshuffled each pass; resumable."""
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
+        self.examples, self.batch_size = examples, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.queue: list[int] = []
+
+    def next(self) -> list[Example]:
+        while len(self.queue) < self.batch_size:
+            self.queue += torch.randperm(len(self.examples), generator=self.generator).tolist()
+        batch, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
+        return [self.examples[index] for index in batch]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"queue": list(self.queue), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.queue = list(state["queue"])
+        self.generator.set_state(state["generator"])

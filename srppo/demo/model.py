@@ -1,0 +1,161 @@
+"""The demo's base model: a byte-level tokenizer, a tiny Llama, and its pretraining."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .progress import progress
+from .world import Example
+
+EOS_TOKEN, PAD_TOKEN = "<|end|>", "<|pad|>"
+MAX_POSITIONS = 128
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE without merges: one token a byte, so any text survives encoding and decoding.
+
+    EOS and pad are tokens of their own, distinct from each other; there is no BOS, and encoding adds nothing.
+    """
+    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
+        model_max_length=MAX_POSITIONS,
+        padding_side="left",
+        # Otherwise decoding would drop the space in " ,", and a decoded completion would not be what was sampled.
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Shape of the base model. The default has 0.4 M parameters."""
+
+    hidden_size: int = 96
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, size: ModelSize, *, seed: int) -> LlamaForCausalLM:
+    """A freshly initialised Llama with its own LM head (untied), in fp32."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden_size,
+        intermediate_size=size.hidden_size * 8 // 3 // 8 * 8,
+        num_hidden_layers=size.num_hidden_layers,
+        num_attention_heads=size.num_attention_heads,
+        num_key_value_heads=size.num_attention_heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Settings of the pretraining loop."""
+
+    steps: int = 1200
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+
+def pretrain(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Sequence[Example],
+    settings: Pretraining,
+    *,
+    seed: int,
+) -> list[float]:
+    """Train ``model`` in place on ``corpus`` and return the loss of each step, in nats per token.
+
+    The loss covers whole lines, prompts included, as pretraining on text does.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, settings))
+    lines = _encode(tokenizer, corpus)
+    batches = _batches(lines, settings.batch_size, tokenizer.pad_token_id, random.Random(f"{seed}:pretraining"))
+    losses: list[float] = []
+    model.train()
+    with progress("steps") as bar:
+        task = bar.add_task("pretraining", total=settings.steps, note="")
+        for _ in range(settings.steps):
+            inputs, labels = next(batches)
+            # Causal attention: padding on the right is never seen by a token that has a label, so no mask is needed.
+            logits = model(input_ids=inputs, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            bar.update(task, advance=1, note=f"loss {losses[-1]:.3f}")
+    model.eval()
+    return losses
+
+
+def _warmup_cosine(step: int, settings: Pretraining) -> float:
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, corpus: Sequence[Example]) -> list[list[int]]:
+    # Prompt and completion are encoded apart, as the later stages do. With one token a byte it makes no difference
+    # here; with merges it would, at the seam.
+    prompts: Any = tokenizer([example.prompt for example in corpus])["input_ids"]
+    completions: Any = tokenizer([example.completion or "" for example in corpus])["input_ids"]
+    return [p + c + [tokenizer.eos_token_id] for p, c in zip(prompts, completions, strict=True)]
+
+
+def _batches(
+    lines: list[list[int]], batch_size: int, pad_token_id: int, rng: random.Random
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless shuffled batches of ``(inputs, labels)``, padded on the right; labels are -100 on padding.
+
+    Lines are sorted by length within a few batches' worth of them, which halves the padding.
+    """
+    order = list(range(len(lines)))
+    group = 8 * batch_size
+    while True:
+        rng.shuffle(order)
+        batches = []
+        for start in range(0, len(order), group):
+            chunk = sorted(order[start : start + group], key=lambda i: len(lines[i]))
+            batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+        rng.shuffle(batches)
+        for batch in batches:
+            width = max(len(lines[i]) for i in batch)
+            inputs = torch.full((len(batch), width), pad_token_id)
+            labels = torch.full((len(batch), width), -100)
+            for row, i in enumerate(batch):
+                line = torch.tensor(lines[i])
+                inputs[row, : len(line)] = line
+                labels[row, : len(line)] = line
+            yield inputs, labels
