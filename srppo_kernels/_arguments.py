@@ -1,0 +1,64 @@
+"""Argument checks that the ops share: every error names the argument and says what to do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_backend", "check_choice", "check_mask", "check_same_shape", "compute_dtype"]
+
+
+def check_choice(op: str, name: str, value: str, known: Sequence[str]) -> None:
+    """Refuse an unknown mode and list the known ones."""
+    if value not in known:
+        listed = ", ".join(repr(choice) for choice in known)
+        raise ValueError(f"{op}: {name}={value!r} is unknown; choose one of {listed}")
+
+
+def check_backend(op: str, backend: str, known: Sequence[str]) -> None:
+    check_choice(op, "backend", backend, ("auto", *known))
+
+
+def check_mask(op: str, mask: Tensor) -> None:
+    """A mask is boolean: an integer or float one is usually an attention mask with another meaning, or a weight."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: mask must be a bool tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: mask has dtype {mask.dtype}; pass a bool tensor (mask.bool()), True on valid tokens")
+
+
+def check_same_shape(op: str, like_name: str, like: Tensor, **others: Tensor | None) -> None:
+    """Each tensor of `others` is floating point (masks aside), of `like`'s shape and on its device."""
+    if not like.is_floating_point():
+        raise TypeError(f"{op}: {like_name} has dtype {like.dtype}; pass a floating-point tensor")
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.shape != like.shape:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)} but {like_name} has {tuple(like.shape)}; "
+                f"give both one value a token"
+            )
+        if tensor.device != like.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} but {like_name} on {like.device}; move it with .to({like_name}.device)"
+            )
+        if name != "mask" and not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; pass a floating-point tensor")
+
+
+def check_rows(op: str, name: str, tensor: Tensor, rows: int, device: torch.device) -> None:
+    """A per-row argument has shape [B] and lies with the others."""
+    if tensor.shape != (rows,):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; pass one value a row, shape ({rows},)")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device} but the other inputs on {device}")
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where any input is float64, else float32: half precision is read, never computed in."""
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        return torch.float64
+    return torch.float32

@@ -1,0 +1,77 @@
+"""The native extension: whether it is there, why not, and which backend an op takes.
+
+`srppo_kernels._C` holds the C++ (and, where built, CUDA) kernels; importing it registers the raw kernels as
+`torch.ops.srppo_native.*`. It is built from csrc/ at installation and is optional: without it the ops run on their
+plain-torch references, and `why()` says what is missing.
+"""
+
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["available", "build_info", "resolve", "why"]
+
+_module: ModuleType | None = None
+_reason: str = ""
+
+try:
+    from srppo_kernels import _C as _loaded  # type: ignore[attr-defined]
+
+    _module = _loaded
+except ImportError as error:
+    if "_C" in str(error) and "cannot import name" in str(error):
+        _reason = "the extension was not built: no C++ compiler at installation, or an incomplete one (see its log)"
+    else:
+        _reason = f"the extension does not load: {error}"
+
+_warned: set[str] = set()
+
+
+def available() -> bool:
+    """Whether the native kernels are there."""
+    return _module is not None
+
+
+def why() -> str:
+    """One line: what is on, or why nothing is."""
+    if _module is None:
+        return _reason
+    info = build_info()
+    return f"C++ kernels on ({info.get('cpu_level', 'portable')}); CUDA kernels {'built' if info.get('cuda') else 'not built'}"
+
+
+def build_info() -> dict[str, Any]:
+    """Compiler, build options and CPU capabilities of the extension; empty without it."""
+    return dict(_module.build_info()) if _module is not None else {}
+
+
+def _warn_once(key: str, text: str) -> None:
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def resolve(op: str, backend: str, like: Tensor, dtype: torch.dtype) -> str:
+    """The backend that runs `op` for inputs like `like` in compute dtype `dtype`: "native" or "reference".
+
+    "auto" takes the native kernel where it can run, and says once if the extension is missing; an explicit "native"
+    that cannot run falls back to the reference with one warning that says why.
+    """
+    if backend == "reference":
+        return "reference"
+    if like.device.type != "cpu":
+        obstacle = f"it has no kernel for device {like.device.type!r}"
+    elif dtype != torch.float32:
+        obstacle = "it computes in float32 and the inputs are float64"
+    elif _module is None:
+        obstacle = _reason
+    else:
+        return "native"
+    if backend == "native":
+        _warn_once(f"{op}:{obstacle}", f"srppo: {op}(backend='native') runs on the reference instead: {obstacle}")
+    elif _module is None:
+        _warn_once("auto", f"srppo: running on plain torch instead of native kernels: {_reason}")
+    return "reference"

@@ -1,0 +1,199 @@
+"""`srppo::gae`: schema, fake, autograd and the choice of backend. `reference.py` has the maths."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from srppo_kernels._arguments import (
+    check_backend,
+    check_choice,
+    check_mask,
+    check_rows,
+    check_same_shape,
+    compute_dtype,
+)
+from srppo_kernels.gae import reference
+
+__all__ = ["gae"]
+
+MASK_MODES = ("carry", "zero")
+BACKENDS = ("native", "reference")
+
+
+def _as_rows(tensors: tuple[Tensor | None, ...], cu_seqlens: Tensor) -> tuple[list[Tensor | None], Tensor]:
+    """Packed tensors as padded ones, and the places that hold a token."""
+    inside = None
+    rows: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            rows.append(None)
+            continue
+        padded, inside = reference.pad_packed(tensor, cu_seqlens)
+        rows.append(padded)
+    assert inside is not None
+    return rows, inside
+
+
+@custom_op("srppo::gae", mutates_args=())
+def _gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    gamma_rows: Tensor | None,
+    lam_rows: Tensor | None,
+    bootstrap: Tensor | None,
+    mask_mode: str,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    g = gamma if gamma_rows is None else gamma_rows
+    la = lam if lam_rows is None else lam_rows
+    if cu_seqlens is None:
+        return reference.gae_reference(rewards, values, mask, g, la, bootstrap, mask_mode)
+    (padded_rewards, padded_values, padded_mask), inside = _as_rows((rewards, values, mask), cu_seqlens)
+    advantages, returns = reference.gae_reference(
+        padded_rewards, padded_values, padded_mask, g, la, bootstrap, mask_mode
+    )
+    return advantages[inside], returns[inside]
+
+
+@_gae.register_fake
+def _(rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, mask_mode, cu_seqlens, backend):  # type: ignore[no-untyped-def]
+    dtype = compute_dtype(rewards, values)
+    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
+
+
+@custom_op("srppo::gae_backward", mutates_args=())
+def _gae_backward(
+    grad_advantages: Tensor,
+    grad_returns: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    gamma_rows: Tensor | None,
+    lam_rows: Tensor | None,
+    mask_mode: str,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = gamma if gamma_rows is None else gamma_rows
+    la = lam if lam_rows is None else lam_rows
+    if cu_seqlens is None:
+        return reference.gae_backward_reference(grad_advantages, grad_returns, mask, g, la, mask_mode)
+    (padded_a, padded_r, padded_mask), inside = _as_rows((grad_advantages, grad_returns, mask), cu_seqlens)
+    dr, dv, db = reference.gae_backward_reference(padded_a, padded_r, padded_mask, g, la, mask_mode)
+    return dr[inside], dv[inside], db
+
+
+@_gae_backward.register_fake
+def _(grad_advantages, grad_returns, mask, gamma, lam, gamma_rows, lam_rows, mask_mode, cu_seqlens, backend):  # type: ignore[no-untyped-def]
+    rows = grad_advantages.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (
+        torch.empty_like(grad_advantages, memory_format=torch.contiguous_format),
+        torch.empty_like(grad_advantages, memory_format=torch.contiguous_format),
+        grad_advantages.new_empty(rows),
+    )
+
+
+def _gae_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, mask_mode, cu_seqlens, backend = inputs
+    ctx.save_for_backward(mask, gamma_rows, lam_rows, cu_seqlens)
+    ctx.options = (gamma, lam, mask_mode, backend)
+    ctx.dtypes = (rewards.dtype, values.dtype, None if bootstrap is None else bootstrap.dtype)
+
+
+def _gae_autograd(ctx: Any, grad_advantages: Tensor, grad_returns: Tensor) -> tuple[Any, ...]:
+    mask, gamma_rows, lam_rows, cu_seqlens = ctx.saved_tensors
+    gamma, lam, mask_mode, backend = ctx.options
+    d_rewards, d_values, d_bootstrap = torch.ops.srppo.gae_backward(
+        grad_advantages, grad_returns, mask, gamma, lam, gamma_rows, lam_rows, mask_mode, cu_seqlens, backend
+    )
+    rewards_dtype, values_dtype, bootstrap_dtype = ctx.dtypes
+    bootstrap_grad = None if bootstrap_dtype is None else d_bootstrap.to(bootstrap_dtype)
+    none = (None,) * 3
+    return (d_rewards.to(rewards_dtype), d_values.to(values_dtype), None, None, None, None, None, bootstrap_grad, *none)
+
+
+_gae.register_autograd(_gae_autograd, setup_context=_gae_setup)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    bootstrap: Tensor | None = None,
+    mask_mode: str = "carry",
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation: `A_t = r_t + gamma V_{t+1} - V_t + gamma lambda A_{t+1}`, returns `A + V`.
+
+    Args:
+        rewards, values: `[B, T]`, or packed `[total]` with `cu_seqlens`. Any float dtype; computed in float32
+            (float64 stays float64). `values[t]` is the critic's value of the state in which token t is chosen.
+        mask: bool, same shape, True on valid tokens; may have gaps. Whatever masked places hold, NaN included, is not read.
+        gamma, lam: discount and GAE's lambda: a float, or a tensor `[B]` with one value a row (not differentiated).
+        bootstrap: `[B]`, the value after each row's last valid token (for truncated rows); None means 0.
+        mask_mode: `"carry"` skips masked tokens (verl, AReaL), `"zero"` treats gaps as steps of value and reward 0 (TRL);
+            `reference.py` writes both down.
+        cu_seqlens: `[B + 1]` int32 or int64, starts of the packed sequences: `0 = cu[0] <= ... <= cu[B] = total`.
+        backend: `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `(advantages, returns)`, the inputs' shape, both 0 on masked tokens. Gradients reach rewards, values, bootstrap.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or modes that do not fit, by the argument's name.
+
+    Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 to 16.
+    """
+    check_backend("gae", backend, BACKENDS)
+    check_choice("gae", "mask_mode", mask_mode, MASK_MODES)
+    check_mask("gae", mask)
+    check_same_shape("gae", "rewards", rewards, values=values, mask=mask)
+    if cu_seqlens is None:
+        if rewards.dim() != 2:
+            raise ValueError(
+                f"gae: rewards has shape {tuple(rewards.shape)}; pass [B, T], or packed [total] with cu_seqlens"
+            )
+        rows = rewards.shape[0]
+    else:
+        if rewards.dim() != 1:
+            raise ValueError(f"gae: rewards has shape {tuple(rewards.shape)}; with cu_seqlens pass packed [total]")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"gae: cu_seqlens has shape {tuple(cu_seqlens.shape)}, dtype {cu_seqlens.dtype}; "
+                f"pass int32 or int64 starts of shape [B + 1]"
+            )
+        if cu_seqlens.device != rewards.device:
+            raise ValueError(f"gae: cu_seqlens is on {cu_seqlens.device} but rewards on {rewards.device}")
+        rows = cu_seqlens.shape[0] - 1
+    if bootstrap is not None:
+        check_rows("gae", "bootstrap", bootstrap, rows, rewards.device)
+    gamma_rows = lam_rows = None
+    if isinstance(gamma, Tensor):
+        check_rows("gae", "gamma", gamma, rows, rewards.device)
+        gamma, gamma_rows = 0.0, gamma.detach()
+    if isinstance(lam, Tensor):
+        check_rows("gae", "lam", lam, rows, rewards.device)
+        lam, lam_rows = 0.0, lam.detach()
+    return torch.ops.srppo.gae(
+        rewards,
+        values,
+        mask,
+        float(gamma),
+        float(lam),
+        gamma_rows,
+        lam_rows,
+        bootstrap,
+        mask_mode,
+        cu_seqlens,
+        backend,
+    )

@@ -1,0 +1,118 @@
+"""`srppo::whiten_moments` and `srppo::whiten_apply`: two ops, so that a process group can merge moments in between."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.library import custom_op
+
+from srppo_kernels._arguments import check_backend, check_mask, check_same_shape, compute_dtype
+from srppo_kernels.gae import reference
+
+__all__ = ["whiten"]
+
+BACKENDS = ("native", "reference")
+
+
+@custom_op("srppo::whiten_moments", mutates_args=())
+def _whiten_moments(x: Tensor, mask: Tensor, backend: str) -> Tensor:
+    return reference.whiten_moments(x, mask)
+
+
+@_whiten_moments.register_fake
+def _(x, mask, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty((3,), dtype=torch.float64)
+
+
+def _moments_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mask, _ = inputs
+    ctx.save_for_backward(x, mask, output)
+
+
+def _moments_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    # d mean / dx = 1/n and d sum (x - mean)^2 / dx = 2 (x - mean): the mean's own move cancels.
+    x, mask, moments = ctx.saved_tensors
+    count, mean, _ = moments.unbind()
+    dx = grad[1] / count.clamp(min=1) + grad[2] * 2 * (x.double() - mean)
+    return torch.where(mask, dx, 0).to(x.dtype), None, None
+
+
+_whiten_moments.register_autograd(_moments_autograd, setup_context=_moments_setup)
+
+
+@custom_op("srppo::whiten_apply", mutates_args=())
+def _whiten_apply(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, backend: str) -> Tensor:
+    return reference.whiten_apply(x, mask, moments, shift_mean)
+
+
+@_whiten_apply.register_fake
+def _(x, mask, moments, shift_mean, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=compute_dtype(x))
+
+
+def _apply_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mask, moments, shift_mean, _ = inputs
+    ctx.save_for_backward(x, mask, moments)
+    ctx.shift_mean = shift_mean
+
+
+def _apply_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, mask, moments = ctx.saved_tensors
+    count, mean, squares = moments.unbind()
+    freedom = (count - 1).clamp(min=1)
+    scale = (squares / freedom + reference.WHITEN_EPS).rsqrt()
+    grad = torch.where(mask, grad.double(), 0)
+    centred = torch.where(mask, x.double() - mean, 0)
+    total = grad.sum()
+    d_mean = (0 if ctx.shift_mean else total) - total * scale
+    d_squares = (grad * centred).sum() * (-0.5) * scale**3 / freedom
+    d_moments = torch.stack((torch.zeros_like(d_squares), d_mean, d_squares))
+    return (grad * scale).to(x.dtype), None, d_moments, None, None
+
+
+_whiten_apply.register_autograd(_apply_autograd, setup_context=_apply_setup)
+
+
+def _merge_over_group(moments: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Chan's merge of every rank's (count, mean, squares), in rank order: all ranks get the same bits."""
+    gathered = [torch.empty_like(moments) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, moments.contiguous(), group=group)
+    counts, means, squares = torch.stack(gathered).unbind(1)
+    count = counts.sum()
+    mean = (counts * means).sum() / count.clamp(min=1)
+    return torch.stack((count, mean, (squares + counts * (means - mean) ** 2).sum()))
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool = True,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Scale valid tokens to mean 0 and (unbiased) variance 1: `(x - mean) / sqrt(var + 1e-8)`; masked places become 0.
+
+    Args:
+        x: any shape and float dtype; computed from float64 moments, returned in float32 (float64 stays float64).
+        mask: bool, same shape, True on valid tokens. What masked places hold, NaN included, is not read.
+        shift_mean: False adds the mean back, which only rescales around it (used for rewards).
+        group: a process group over whose ranks mean and variance are taken; None means this process alone.
+            Collective: all ranks call it. It has no gradient: detach x first.
+        backend: `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `x.shape`. With a single valid token it is 0 (variance counts as 0), without any there is nothing to scale.
+
+    Source: `masked_whiten` as in TRL and verl, from moments that are merged exactly over the group.
+    """
+    check_backend("whiten", backend, BACKENDS)
+    check_mask("whiten", mask)
+    check_same_shape("whiten", "x", x, mask=mask)
+    moments = torch.ops.srppo.whiten_moments(x, mask, backend)
+    if group is not None:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("whiten: x requires grad but whitening over a process group has none; pass x.detach()")
+        moments = _merge_over_group(moments, group)
+    return torch.ops.srppo.whiten_apply(x, mask, moments, shift_mean, backend)

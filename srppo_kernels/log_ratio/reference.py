@@ -1,0 +1,81 @@
+"""The self-reward of Self-Rewarding PPO in plain torch: the maths, and the tests' oracle.
+
+Coherent reward (arXiv 2510.21090): `r(x, y) = log pi_sft(y|x) - log pi_base(y|x) = sum_t (log pi_sft - log pi_base)(y_t)`.
+With `u_t` the per-token difference on valid tokens and n their number in the row, in this order:
+
+    placement "eos":    s = sum_t u_t;  s /= n | running_std;  s *= scale;  s = clip(s, -c, c);  s -= penalty if truncated;
+                        reward s at the row's last valid token, 0 elsewhere
+    placement "token":  every u_t likewise through divisor, scale and clip; the penalty at the row's last valid token
+    then on every valid token   reward_t -= kl_coef kl_t
+
+With `d_t = log pi - log pi_ref` of the policy that sampled: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (Schulman,
+"Approximating KL divergence"); in k3's exponential `-d` is clamped to [-20, 20], with derivative 0 outside.
+
+Dividing by n under "token" keeps the row's sum what "eos" gives. A row without valid tokens gets no reward and no penalty:
+it has no token to carry one. Equal sft and base log-probs give exactly 0.
+"""
+
+import torch
+from torch import Tensor
+
+from srppo_kernels._arguments import compute_dtype
+
+__all__ = ["KL_BOUND", "KL_ESTIMATORS", "NORMALIZATIONS", "PLACEMENTS", "log_ratio_reward_reference"]
+
+PLACEMENTS = ("eos", "token")
+NORMALIZATIONS = ("none", "length", "running")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_BOUND = 20.0
+
+
+def last_valid(mask: Tensor) -> Tensor:
+    """`[B, T]` bool: True on each row's last valid token only."""
+    after = mask.flip(-1).cumsum(-1).flip(-1)  # valid tokens from here on
+    return mask & (after == 1)
+
+
+def kl_per_token(d: Tensor, estimator: str) -> Tensor:
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return 0.5 * d * d
+    return torch.expm1((-d).clamp(-KL_BOUND, KL_BOUND)) + d
+
+
+def log_ratio_reward_reference(
+    logprobs_sft: Tensor,
+    logprobs_base: Tensor,
+    mask: Tensor,
+    placement: str = "eos",
+    normalize: str = "none",
+    running_std: float | Tensor | None = None,
+    scale: float = 1.0,
+    clip: float | None = None,
+    truncated: Tensor | None = None,
+    missing_eos_penalty: float | None = None,
+    logprobs_policy: Tensor | None = None,
+    logprobs_ref: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k1",
+) -> Tensor:
+    """-> `[B, T]` per-token reward, 0 on masked tokens; differentiable by autograd."""
+    dtype = compute_dtype(logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref)
+    ratio = torch.where(mask, logprobs_sft.to(dtype), 0) - torch.where(mask, logprobs_base.to(dtype), 0)
+    score = ratio if placement == "token" else ratio.sum(-1, keepdim=True, dtype=torch.float64).to(dtype)
+    if normalize == "length":
+        score = score / mask.sum(-1, keepdim=True).clamp(min=1).to(dtype)
+    elif normalize == "running":
+        assert running_std is not None
+        score = score / running_std
+    score = score * scale
+    if clip is not None:
+        score = score.clamp(-clip, clip)
+
+    last = last_valid(mask)
+    reward = torch.where(mask if placement == "token" else last, score, 0)
+    if truncated is not None and missing_eos_penalty is not None:
+        reward = reward - torch.where(last & truncated[:, None], missing_eos_penalty, 0.0).to(dtype)
+    if logprobs_policy is not None and logprobs_ref is not None and kl_coef != 0:
+        d = torch.where(mask, logprobs_policy.to(dtype), 0) - torch.where(mask, logprobs_ref.to(dtype), 0)
+        reward = reward - kl_coef * torch.where(mask, kl_per_token(d, kl_estimator), 0)
+    return reward.to(dtype)

@@ -1,0 +1,341 @@
+"""`srppo::ppo_loss` and `srppo::value_loss`: schema, fake, autograd and the choice of backend.
+
+Each forward returns the loss, its gradient and all statistics from one pass; backward only scales the saved gradient.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from srppo_kernels._arguments import check_backend, check_choice, check_mask, check_same_shape, compute_dtype
+from srppo_kernels.ppo_loss import reference
+from srppo_kernels.ppo_loss.stats import PPOStats, ValueStats
+
+__all__ = ["PPOTerms", "ppo_loss", "ppo_terms", "value_loss"]
+
+BACKENDS = ("native", "reference")
+
+
+@custom_op("srppo::ppo_loss", mutates_args=())
+def _ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    entropy: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    reduction: str,
+    divisor: float | None,
+    divisor_tensor: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (logprobs, old_logprobs, advantages, entropy)
+    weights = reference.weights_for(inputs, mask, reduction, divisor, divisor_tensor)
+    return reference.ppo_loss_reference(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        entropy,
+        clip_low,
+        clip_high,
+        dual_clip,
+        entropy_coef,
+        weights,
+    )
+
+
+@_ppo_loss.register_fake
+def _(logprobs, old_logprobs, advantages, mask, entropy, *options):  # type: ignore[no-untyped-def]
+    dtype = compute_dtype(logprobs, old_logprobs, advantages, entropy)
+    return (
+        logprobs.new_empty((), dtype=dtype),
+        logprobs.new_empty(logprobs.shape, dtype=dtype),
+        logprobs.new_empty(logprobs.shape, dtype=dtype),
+        logprobs.new_empty((len(reference.POLICY_SUMS),), dtype=torch.float32),
+    )
+
+
+def _ppo_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, d_logprobs, d_entropy, _ = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_logprobs, d_entropy)
+    ctx.dtypes = (inputs[0].dtype, None if inputs[4] is None else inputs[4].dtype)
+
+
+def _ppo_autograd(ctx: Any, grad: Tensor | None, *grad_of_gradients: Tensor | None) -> tuple[Any, ...]:
+    if any(g is not None for g in grad_of_gradients):
+        raise RuntimeError("srppo::ppo_loss is differentiable once: its gradient has no gradient")
+    if grad is None:
+        return (None,) * 13
+    d_logprobs, d_entropy = ctx.saved_tensors
+    logprobs_dtype, entropy_dtype = ctx.dtypes
+    entropy_grad = None if entropy_dtype is None else (grad * d_entropy).to(entropy_dtype)
+    return ((grad * d_logprobs).to(logprobs_dtype), None, None, None, entropy_grad, *(None,) * 8)
+
+
+_ppo_loss.register_autograd(_ppo_autograd, setup_context=_ppo_setup)
+
+
+@custom_op("srppo::value_loss", mutates_args=())
+def _value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None,
+    divisor: float | None,
+    divisor_tensor: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = reference.weights_for((values, old_values, returns), mask, "token_mean", divisor, divisor_tensor)
+    return reference.value_loss_reference(values, old_values, returns, mask, clip, weights)
+
+
+@_value_loss.register_fake
+def _(values, old_values, returns, mask, clip, divisor, divisor_tensor, backend):  # type: ignore[no-untyped-def]
+    dtype = compute_dtype(values, old_values, returns)
+    return (
+        values.new_empty((), dtype=dtype),
+        values.new_empty(values.shape, dtype=dtype),
+        values.new_empty((len(reference.VALUE_SUMS),), dtype=torch.float32),
+    )
+
+
+def _value_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+
+
+def _value_autograd(ctx: Any, grad: Tensor | None, *grad_of_gradients: Tensor | None) -> tuple[Any, ...]:
+    if any(g is not None for g in grad_of_gradients):
+        raise RuntimeError("srppo::value_loss is differentiable once: its gradient has no gradient")
+    if grad is None:
+        return (None,) * 8
+    (d_values,) = ctx.saved_tensors
+    return ((grad * d_values).to(ctx.dtype), *(None,) * 7)
+
+
+_value_loss.register_autograd(_value_autograd, setup_context=_value_setup)
+
+
+def _split_normalizer(op: str, normalizer: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"{op}: normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
+        return None, normalizer.detach().reshape(())
+    if normalizer is None:
+        return None, None
+    if not normalizer > 0:
+        raise ValueError(f"{op}: normalizer={normalizer} must be positive; it is what the sum is divided by")
+    return float(normalizer), None
+
+
+def _check_policy(
+    op: str,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    entropy: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    backend: str,
+) -> None:
+    check_backend(op, backend, BACKENDS)
+    check_mask(op, mask)
+    check_same_shape(
+        op, "logprobs", logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask, entropy=entropy
+    )
+    if logprobs.dim() == 0:
+        raise ValueError(f"{op}: logprobs is 0-d; pass [B, T] or [N]")
+    if not 0 <= clip_low <= 1:
+        raise ValueError(f"{op}: clip_low={clip_low} must lie in [0, 1]: ratios are kept above 1 - clip_low")
+    if not clip_high >= 0:
+        raise ValueError(f"{op}: clip_high={clip_high} must not be negative: ratios are kept below 1 + clip_high")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"{op}: dual_clip={dual_clip} must be above 1, or None to switch it off")
+    if entropy is None and entropy_coef != 0:
+        raise ValueError(f"{op}: entropy_coef={entropy_coef} needs entropy; pass the per-token entropy")
+
+
+class PPOTerms(NamedTuple):
+    """What a fused caller needs of some tokens: the *sum* of their losses, its gradients and its statistics."""
+
+    loss: Tensor  # 0-d, sum over valid tokens, no divisor
+    d_logprobs: Tensor  # dloss/dlogprob, the input's shape, 0 where masked or clipped
+    d_entropy: Tensor  # dloss/dentropy, likewise
+    stats: PPOStats  # join those of several calls with PPOStats.merge
+
+
+def ppo_terms(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    backend: str = "auto",
+) -> PPOTerms:
+    """`ppo_loss` with reduction "sum", its per-token gradient handed out instead of kept for autograd.
+
+    For losses that are computed chunk by chunk (`linear_ppo_loss`). Arguments and errors as in `ppo_loss`; nothing of
+    what it returns carries an autograd graph.
+    """
+    _check_policy(
+        "ppo_terms",
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        entropy,
+        clip_low,
+        clip_high,
+        dual_clip,
+        entropy_coef,
+        backend,
+    )
+    with torch.no_grad():
+        loss, d_logprobs, d_entropy, vector = torch.ops.srppo.ppo_loss(
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            entropy,
+            clip_low,
+            clip_high,
+            dual_clip,
+            entropy_coef,
+            "sum",
+            None,
+            None,
+            backend,
+        )
+    return PPOTerms(loss, d_logprobs, d_entropy, PPOStats.from_vector(vector, entropy is not None))
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, PPOStats]:
+    """The clipped policy loss, `max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) - entropy_coef H`, and its statistics.
+
+    Args:
+        logprobs: `[B, T]` (the last dimension is time; `[N]` is one sequence) of the policy being trained.
+        old_logprobs, advantages: same shape, constants: they get no gradient.
+        mask: bool, same shape, True on valid tokens. What masked places hold, NaN included, is not read.
+        entropy: same shape, per-token entropy in nats; gets gradient `-entropy_coef`.
+        clip_low, clip_high: the ratio is kept in `[1 - clip_low, 1 + clip_high]`.
+        dual_clip: bound above 1 on the ratio of tokens with negative advantage, or None.
+        entropy_coef: weight of the entropy bonus.
+        reduction: `"token_mean"`, `"sequence_mean"`, `"sum"` or `"constant_length"` (divides by B T).
+        normalizer: replaces the reduction's divisor: a number or a 0-d tensor, taken by the caller over the global batch.
+        backend: `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `(loss, PPOStats)`; the loss is a float32 0-d tensor (float64 for float64 inputs), differentiable once. Log-ratios
+        are clamped to [-20, 20], with gradient 0 outside.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, modes or coefficients that do not fit, by the argument's name.
+
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; see `reference.py`.
+    """
+    _check_policy(
+        "ppo_loss",
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        entropy,
+        clip_low,
+        clip_high,
+        dual_clip,
+        entropy_coef,
+        backend,
+    )
+    check_choice("ppo_loss", "reduction", reduction, reference.REDUCTIONS)
+    if reduction == "sequence_mean" and logprobs.dim() < 2:
+        raise ValueError("ppo_loss: reduction='sequence_mean' needs [B, T]; a packed [N] has no rows")
+    divisor, divisor_tensor = _split_normalizer("ppo_loss", normalizer)
+    loss, _, _, vector = torch.ops.srppo.ppo_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        entropy,
+        clip_low,
+        clip_high,
+        dual_clip,
+        entropy_coef,
+        reduction,
+        divisor,
+        divisor_tensor,
+        backend,
+    )
+    return loss, PPOStats.from_vector(vector, entropy is not None)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None = 0.2,
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, ValueStats]:
+    """The clipped critic loss `0.5 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)`, mean over valid tokens.
+
+    Args:
+        values: `[B, T]` or `[N]`, of the critic being trained.
+        old_values, returns: same shape, constants: they get no gradient.
+        mask: bool, same shape, True on valid tokens. What masked places hold, NaN included, is not read.
+        clip: half-width of the range around `old_values`; None switches clipping off.
+        normalizer: replaces the number of valid tokens as divisor, as in `ppo_loss`.
+        backend: `"auto"`, `"native"` or `"reference"`.
+
+    Returns:
+        `(loss, ValueStats)`; the loss is a float32 0-d tensor (float64 for float64 inputs), differentiable once.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or coefficients that do not fit, by the argument's name.
+
+    Source: the value clipping of PPO's reference implementation, with TRL's factor 0.5; see `reference.py`.
+    """
+    check_backend("value_loss", backend, BACKENDS)
+    check_mask("value_loss", mask)
+    check_same_shape("value_loss", "values", values, old_values=old_values, returns=returns, mask=mask)
+    if values.dim() == 0:
+        raise ValueError("value_loss: values is 0-d; pass [B, T] or [N]")
+    if clip is not None and not clip >= 0:
+        raise ValueError(f"value_loss: clip={clip} must not be negative; pass None to switch clipping off")
+    divisor, divisor_tensor = _split_normalizer("value_loss", normalizer)
+    loss, _, vector = torch.ops.srppo.value_loss(
+        values, old_values, returns, mask, clip, divisor, divisor_tensor, backend
+    )
+    return loss, ValueStats.from_vector(vector)
