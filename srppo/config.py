@@ -42,15 +42,22 @@ class SRPPOConfig:
         "auto", "dtype of the frozen weights; auto: bfloat16 for LoRA on a GPU, float32 otherwise"
     )
     attn_implementation: str | None = option(None, "attention of transformers: eager, sdpa, flash_attention_2")
-    use_peft: bool = option(False, "LoRA: base, SFT, policy and value share one frozen base; otherwise full fine-tuning")
+    use_peft: bool = option(
+        False, "LoRA: base, SFT, policy and value share one frozen base; otherwise full fine-tuning"
+    )
     lora_r: int = option(16, "rank of new adapters", minimum=1)
     lora_alpha: float = option(32, "scale of new adapters: alpha / r", minimum=0)
-    lora_dropout: float = option(0.0, "dropout on adapters during SFT; PPO always runs without dropout", minimum=0, maximum=1)
-    lora_target_modules: list[str] | None = option(None, "modules that get adapters; absent: every linear layer but the head")
+    lora_dropout: float = option(
+        0.0, "dropout on adapters during SFT; PPO always runs without dropout", minimum=0, maximum=1
+    )
+    lora_target_modules: list[str] | None = option(
+        None, "modules that get adapters; absent: every linear layer but the head"
+    )
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
     # Data
     dataset_name: str | None = option(
-        None, "demonstrations and prompts: a JSONL, Parquet or CSV file, a folder with train.* and test.*, or a hub name"
+        None,
+        "demonstrations and prompts: a JSONL, Parquet or CSV file, a folder with train.* and test.*, or a hub name",
     )
     prompt_dataset_name: str | None = option(None, "further prompts for PPO, with no completions; same kinds of source")
     dataset_train_split: str = option("train", "split to train on")
@@ -58,9 +65,15 @@ class SRPPOConfig:
     max_prompt_length: int = option(512, "longest prompt, in tokens; a longer one is an error", minimum=1)
     max_completion_length: int = option(128, "longest completion, in tokens; rollouts are cut there", minimum=1)
     # Rollout
-    temperature: float = option(1.0, "sampling temperature of rollouts, and of the policy whose ratio PPO clips", minimum=1e-3)
-    top_p: float = option(1.0, "nucleus of rollouts; below 1 the sampler is not the policy, and PPO's ratio is biased",
-                          minimum=1e-3, maximum=1)
+    temperature: float = option(
+        1.0, "sampling temperature of rollouts, and of the policy whose ratio PPO clips", minimum=1e-3
+    )
+    top_p: float = option(
+        1.0,
+        "nucleus of rollouts; below 1 the sampler is not the policy, and PPO's ratio is biased",
+        minimum=1e-3,
+        maximum=1,
+    )
     stop_token_ids: list[int] | None = option(None, "tokens that end a completion; absent: the tokenizer's EOS")
     missing_eos_penalty: float | None = option(None, "subtracted, in nats, from the score of a completion that was cut")
     # PPO
@@ -68,25 +81,38 @@ class SRPPOConfig:
     num_mini_batches: int = option(1, "optimizer steps in one pass", minimum=1)
     cliprange: float = option(0.2, "the ratio is clipped to [1 - cliprange, 1 + cliprange]", minimum=0)
     cliprange_value: float | None = option(
-        None, "clip of the value's change, in nats; absent: off, as returns here are sums of log-ratios, not of unit scale"
+        None,
+        "clip of the value's change, in nats; absent: off, as returns here are sums of log-ratios, not of unit scale",
     )
     gamma: float = option(1.0, "discount", minimum=0, maximum=1)
     lam: float = option(0.95, "lambda of generalized advantage estimation", minimum=0, maximum=1)
     whiten_advantages: bool = option(True, "advantages to zero mean and unit variance over the whole batch")
-    target_kl: float | None = option(None, "ends the epochs of an iteration once the mean k3 estimate of KL(old || new) passes it")
+    target_kl: float | None = option(
+        None, "ends the epochs of an iteration once the mean k3 estimate of KL(old || new) passes it"
+    )
     entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0)
     # Reward
-    reward_placement: Literal["eos", "token"] = option("eos", "the sum at the last token, or each token's own log-ratio")
+    reward_placement: Literal["eos", "token"] = option(
+        "eos", "the sum at the last token, or each token's own log-ratio"
+    )
     reward_normalization: Literal["none", "length", "running"] = option(
         "none", "score as is, divided by its length, or by the running standard deviation of scores"
     )
     reward_scale: float = option(1.0, "factor on the score, after normalisation")
-    reward_clip: float | None = option(None, "score clipped to [-c, c]; a summed log-ratio often passes the usual 10", minimum=0)
+    reward_clip: float | None = option(
+        None, "score clipped to [-c, c]; a summed log-ratio often passes the usual 10", minimum=0
+    )
     whiten_rewards: bool = option(False, "per-token rewards to unit variance over the batch, mean kept")
-    kl_coef: float = option(1.0, "beta: weight of the KL penalty; see kl_reference, and the README on how to choose", minimum=0)
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "per-token KL estimate in the reward; only k1 is unbiased in gradient")
+    kl_coef: float = option(
+        1.0, "beta: weight of the KL penalty; see kl_reference, and the README on how to choose", minimum=0
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = option(
+        "k1", "per-token KL estimate in the reward; only k1 is unbiased in gradient"
+    )
     kl_reference: Literal["sft", "base"] = option("sft", "the model that the KL penalty pulls towards")
-    score_temperature: float = option(1.0, "temperature at which SFT and base are compared for the reward", minimum=1e-3)
+    score_temperature: float = option(
+        1.0, "temperature at which SFT and base are compared for the reward", minimum=1e-3
+    )
     # Value
     value_model: Literal["auto", "adapter", "separate"] = option(
         "auto", "critic's trunk: an adapter on the shared base, or a copy of the SFT model; auto: adapter with LoRA"
@@ -112,6 +138,9 @@ class SRPPOConfig:
     eval_steps: int = option(0, "evaluate every so many iterations; 0: only at the end", minimum=0)
     save_steps: int = option(0, "checkpoint every so many iterations; 0: only the final model", minimum=0)
     save_total_limit: int | None = option(None, "checkpoints kept; absent: all", minimum=1)
+    resume_from_checkpoint: str | None = option(
+        None, "a checkpoint-N folder of a run in output_dir, to go on from there"
+    )
     report_to: list[str] = option(("tensorboard",), "where metrics go besides metrics.jsonl: tensorboard, none")
     log_completions: int = option(10, "print and save sample completions every so many iterations; 0: never", minimum=0)
 
@@ -128,7 +157,9 @@ class SRPPOConfig:
         if unknown:
             raise UserError(f"report_to knows tensorboard and none, got {sorted(unknown)}")
         if self.reward_normalization == "running" and self.reward_placement == "token":
-            raise UserError("reward_normalization=running is for reward_placement=eos: it tracks the scores of sequences")
+            raise UserError(
+                "reward_normalization=running is for reward_placement=eos: it tracks the scores of sequences"
+            )
 
     @property
     def mini_batch_size(self) -> int:

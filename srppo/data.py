@@ -55,7 +55,9 @@ def load_rows(source: str, split: str, *, missing_split_ok: bool = False) -> lis
         if split != "train":
             if missing_split_ok:
                 return []
-            raise UserError(f"{source} is one file, so its only split is 'train', not {split!r}: put {split}.jsonl in a folder")
+            raise UserError(
+                f"{source} is one file, so its only split is 'train', not {split!r}: put {split}.jsonl in a folder"
+            )
         return read_file(path)
     return rows_from_hub(source, split, missing_split_ok)
 
@@ -73,13 +75,17 @@ def rows_from_folder(folder: Path, split: str, missing_split_ok: bool) -> list[t
         files = sorted(f for f in folder.iterdir() if f.suffix in FILE_KINDS)
         chosen = [f for f in files if f.stem == split]
         if len(chosen) > 1:
-            raise UserError(f"{folder} has several files for split {split!r}: {', '.join(f.name for f in chosen)}; keep one")
+            raise UserError(
+                f"{folder} has several files for split {split!r}: {', '.join(f.name for f in chosen)}; keep one"
+            )
         if chosen:
             return read_file(chosen[0])
         names = [f.name for f in files]
     if missing_split_ok:
         return []
-    raise UserError(f"no split {split!r} in {folder}: it has {', '.join(names) or 'no data files'}; see dataset_train_split")
+    raise UserError(
+        f"no split {split!r} in {folder}: it has {', '.join(names) or 'no data files'}; see dataset_train_split"
+    )
 
 
 def rows_from_hub(name: str, split: str, missing_split_ok: bool) -> list[tuple[str, dict[str, Any]]]:
@@ -127,9 +133,13 @@ def rows_from_jsonl(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dic
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not valid JSON: {error.msg} at column {error.colno}; one object a line") from None
+            raise UserError(
+                f"{where} is not valid JSON: {error.msg} at column {error.colno}; one object a line"
+            ) from None
         if not isinstance(row, dict):
-            raise UserError(f"{where} holds a {type(row).__name__}: every line must be one object, such as {{\"prompt\": ...}}")
+            raise UserError(
+                f'{where} holds a {type(row).__name__}: every line must be one object, such as {{"prompt": ...}}'
+            )
         yield where, row
 
 
@@ -245,7 +255,11 @@ def split_messages(where: str, messages: Any) -> tuple[list[Any], list[Any] | No
 
 
 def check_messages(where: str, messages: Any) -> None:
-    good = isinstance(messages, list) and messages and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
+    good = (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
+    )
     if not good:
         raise UserError(f"{where}: messages must be a list of objects with 'role' and 'content'")
 
@@ -259,7 +273,9 @@ def tokenize_chat(
 ) -> tuple[list[int], list[int] | None]:
     """Renders with the chat template; the completion is what the template adds to the rendered prompt, up to its stop."""
     if not tokenizer.chat_template:
-        raise UserError(f"{where}: the tokenizer has no chat template, so messages cannot be rendered; give prompt as text")
+        raise UserError(
+            f"{where}: the tokenizer has no chat template, so messages cannot be rendered; give prompt as text"
+        )
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     for part in (prompt, completion):
@@ -275,7 +291,9 @@ def tokenize_chat(
             f"{where}: the chat template renders the prompt differently once the answer follows, so the two cannot be told "
             "apart; give prompt and completion as text"
         )
-    return prompt_ids, end_with_stop(tokenizer(whole[len(rendered) :], add_special_tokens=False)["input_ids"], stop_token_ids)
+    return prompt_ids, end_with_stop(
+        tokenizer(whole[len(rendered) :], add_special_tokens=False)["input_ids"], stop_token_ids
+    )
 
 
 def end_with_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:

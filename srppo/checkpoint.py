@@ -1,0 +1,163 @@
+"""Writing to disk so that nothing is ever half there, and reading it back.
+
+A folder is written under a temporary name beside its place, synced, and renamed; a file likewise. Models are stored as
+transformers and peft store them, in safetensors; optimizer state is read with ``weights_only=True``, so that nothing
+that is loaded can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from srppo.errors import UserError
+from srppo.models import Role, is_peft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STATE_FILE = "training_state.pt"
+
+
+def sync(path: Path) -> None:
+    """Asks the disk to hold a file or a folder's entries before we go on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A folder beside what will be written; gone at the end, whatever happened."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``target`` all at once if the block ends well."""
+    with temporary_folder(target.parent) as folder:
+        yield folder
+        for path in folder.rglob("*"):
+            sync(path)
+        os.chmod(folder, 0o755)
+        os.replace(folder, target)
+        sync(target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file all at once."""
+    with temporary_folder(path.parent) as folder:
+        new = folder / path.name
+        new.write_text(text, encoding="utf-8")
+        sync(new)
+        os.replace(new, path)
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Moves a model's files into ``target``, configuration last: what is not complete does not load."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda p: p.name in ("config.json", "adapter_config.json")):
+        sync(path)
+        os.replace(path, target / path.name)
+    sync(target)
+
+
+def require_new_folder(path: Path, option: str = "output_dir") -> None:
+    """Stops before anything is computed if a run would write over another."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{option} {path} is a file: choose a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(
+            f"{option} {path} exists and is not empty: choose a new folder, or move the old run away (nothing was touched)"
+        )
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Stops before training if the result would not fit on the disk."""
+    place = next(p for p in (path, *path.resolve().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"output_dir {path}: the run writes about {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free: make room, "
+            "or choose another output_dir"
+        )
+
+
+def save_model(role: Role, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a role as ``PeftModel`` or ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it."""
+    if is_peft(role.model):
+        assert role.adapter is not None, "a role with its adapter off has nothing to save"
+        with temporary_folder(folder.parent) as scratch:
+            role.model.save_pretrained(  # type: ignore[operator]
+                str(scratch), selected_adapters=[role.adapter], save_embedding_layers=False
+            )
+            inner = scratch / role.adapter if (scratch / role.adapter).is_dir() else scratch
+            for path in inner.iterdir():
+                if path.name != "README.md":  # peft's empty model card; ours says what was trained
+                    os.replace(path, folder / path.name)
+    else:
+        role.causal_lm.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def model_bytes(role: Role) -> int:
+    """About what :func:`save_model` writes, in bytes."""
+    parameters = [p for _, p in role.parameters()] if is_peft(role.model) else list(role.model.parameters())
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path, policy: Role, tokenizer: PreTrainedTokenizerBase, tensors: Mapping[str, Any], state: Mapping[str, Any]
+) -> None:
+    """``checkpoint-N``: the policy as a model of its own, and everything that resuming needs."""
+    with atomic_folder(folder) as writing:
+        save_model(policy, tokenizer, writing)
+        torch.save(dict(tensors), writing / STATE_FILE)
+        (writing / "trainer_state.json").write_text(to_json(state), encoding="utf-8")
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and state of a checkpoint; a damaged one is named, with those beside it."""
+    try:
+        tensors = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except Exception as error:  # torch.load raises whatever its readers raise
+        others = ", ".join(path.name for path in checkpoints(folder.parent) if path != folder)
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(f"checkpoint {folder} cannot be read ({reason}); others: {others or 'none'}") from None
+    return tensors, state
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def keep_newest(output_dir: Path, limit: int | None) -> None:
+    """Removes the oldest checkpoints beyond ``limit``."""
+    if limit is not None:
+        for path in checkpoints(output_dir)[:-limit]:
+            shutil.rmtree(path)

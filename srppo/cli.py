@@ -1,0 +1,149 @@
+"""The command line: ``srppo train | sft | score | eval | demo | env``.
+
+Flags are the fields of :class:`srppo.config.SRPPOConfig`; ``--config FILE`` reads them from YAML first, and flags win. A
+mistake of the user's ends in one message that says what to do and exit code 2; Ctrl-C in 130; a full disk in 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from srppo.config import SRPPOConfig, fields_and_types, read_yaml
+from srppo.errors import UserError
+
+MODEL = ("base_model_name_or_path", "sft_model_name_or_path", "dtype", "attn_implementation", "trust_remote_code")
+LORA = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+DATA = ("dataset_name", "dataset_train_split", "dataset_test_split", "max_prompt_length", "max_completion_length",
+        "stop_token_ids")  # fmt: skip
+OPTIMISATION = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "adam_betas",
+                "lr_scheduler_type", "warmup_ratio", "gradient_checkpointing", "seed")  # fmt: skip
+COMMANDS = {
+    "train": ("SFT where no SFT model is given, then self-rewarding PPO", None),
+    "sft": ("fine-tune the base model on demonstrations",
+            (*MODEL, *LORA, *DATA, *OPTIMISATION, "sft_learning_rate", "sft_num_train_epochs", "output_dir", "report_to")),
+    "score": ("the self-reward of given completions, per token and per sequence, as JSON lines",
+              (*MODEL, *DATA, "score_temperature", "per_device_train_batch_size")),
+    "eval": ("sample from a model and measure reward, KL, length, and likelihood of held-out demonstrations",
+             (*MODEL, *DATA, "temperature", "top_p", "score_temperature", "per_device_train_batch_size", "seed")),
+    "demo": ("the whole method on a small generated world, in a few minutes", ()),
+    "env": ("versions, and which backends are on or off and why", ()),
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are :class:`UserError`, and that takes no abbreviated flags."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; '{self.prog} --help' lists the options")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="srppo", description="Self-Rewarding PPO: alignment from demonstrations alone.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+    for name, (doc, fields) in COMMANDS.items():
+        command = commands.add_parser(name, help=doc, description=doc[0].upper() + doc[1:] + ".", allow_abbrev=False)
+        if fields != ():
+            command.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win")
+            add_config_flags(command, fields)
+        if name in ("score", "eval"):
+            command.add_argument("--output_file", metavar="FILE", help="write here instead of to standard output")
+        if name == "eval":
+            command.add_argument(
+                "--model_name_or_path", metavar="MODEL", help="the model to judge; absent: the SFT model"
+            )
+            command.add_argument("--extrapolate", type=float, metavar="BETA",
+                                 help="sample from (1 + 1/BETA) log pi - 1/BETA log pi_base, which needs no training")  # fmt: skip
+        if name == "demo":
+            command.add_argument(
+                "--output_dir", default="srppo-demo", help="new or empty folder (default: %(default)s)"
+            )
+            command.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
+            command.add_argument(
+                "--quick", action="store_true", help="seconds instead of minutes: shows that it runs, not that it works"
+            )
+    return parser
+
+
+def add_config_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None) -> None:
+    for field, hint in fields_and_types():
+        if names is not None and field.name not in names:
+            continue
+        kind = (
+            next((part for part in get_args(hint) if part is not type(None)), hint)
+            if type(None) in get_args(hint)
+            else hint
+        )
+        if kind is bool:
+            extra: dict[str, Any] = {"nargs": "?", "const": True, "metavar": "true|false"}
+        elif get_origin(kind) is list:
+            extra = {"nargs": "+"}
+        else:
+            extra = {"metavar": "|".join(get_args(kind)) or kind.__name__.upper()}
+        default = "" if field.default is None else f" (default: {field.default})"
+        text = (field.metadata["help"] + default).replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **extra)
+
+
+def config_from(options: argparse.Namespace) -> SRPPOConfig:
+    names = {field.name for field in dataclasses.fields(SRPPOConfig)}
+    flags = {name: value for name, value in vars(options).items() if name in names}
+    flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in flags.items()}
+    settings = read_yaml(options.config) if options.config else {}
+    return SRPPOConfig.from_dict({**settings, **flags}, source=options.config or "the flags")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    try:
+        options = build_parser().parse_args(arguments)
+        from srppo import commands
+
+        run = getattr(commands, options.command)
+        if options.command in ("demo", "env"):
+            run(options)
+        else:
+            run(config_from(options), options)
+        return 0
+    except UserError as error:
+        return complain(str(error), 2)
+    except KeyboardInterrupt:
+        return complain("interrupted; what was complete stays, nothing is half-written", 130)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if error.errno == errno.ENOSPC:
+            return complain("the disk is full: make room or choose another output folder; nothing is half-written", 1)
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return complain(f"no permission to write {error.filename}: choose another output folder", 1)
+        raise
+
+
+def complain(text: str, code: int) -> int:
+    print(f"srppo: {text}", file=sys.stderr)
+    return code
+
+
+def write_lines(rows: Sequence[Any], path: str | None) -> None:
+    """JSON lines to a file, all at once, or to standard output."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path is None:
+        sys.stdout.write(text)
+    else:
+        from srppo.checkpoint import write_text
+
+        write_text(Path(path), text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

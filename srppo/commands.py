@@ -1,0 +1,207 @@
+"""What each command of the command line does, as functions of a configuration."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from srppo.checkpoint import require_new_folder
+from srppo.config import SRPPOConfig
+from srppo.console import Console
+from srppo.data import Example, load_rows, prepare, stop_tokens
+from srppo.errors import UserError
+from srppo.models import frozen_roles, load_tokenizer, policy_to_judge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def require(args: SRPPOConfig, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is needed: {SRPPOConfig.__dataclass_fields__[name].metadata['help']}")
+
+
+def examples(
+    args: SRPPOConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, *, missing_split_ok: bool = False
+) -> list[Example]:
+    return prepare(
+        load_rows(source, split, missing_split_ok=missing_split_ok),
+        tokenizer,
+        stop_token_ids=stop_tokens(tokenizer, args.stop_token_ids),
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+    )
+
+
+def load_data(
+    args: SRPPOConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> tuple[list[Example], list[Example]]:
+    """Training and evaluation rows; what is missing is said in one line."""
+    assert args.dataset_name is not None
+    train = examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
+    if args.prompt_dataset_name is not None:
+        train += examples(args, tokenizer, args.prompt_dataset_name, args.dataset_train_split)
+    if not train:
+        raise UserError(f"{args.dataset_name} has no rows: there is nothing to train on")
+    held_out = examples(args, tokenizer, args.dataset_name, args.dataset_test_split, missing_split_ok=True)
+    if not held_out:
+        console.note(f"{args.dataset_name} has no split {args.dataset_test_split!r}: training goes without evaluation")
+    return train, held_out
+
+
+def tokenizer_of(args: SRPPOConfig) -> PreTrainedTokenizerBase:
+    sft, base = args.sft_model_name_or_path, args.base_model_name_or_path
+    path = sft if sft and (Path(sft) / "tokenizer_config.json").is_file() else base or sft
+    assert path is not None
+    return load_tokenizer(path, trust_remote_code=args.trust_remote_code)
+
+
+def sft(args: SRPPOConfig, options: argparse.Namespace) -> None:
+    from srppo.sft import run_sft
+
+    console = Console()
+    require(args, "base_model_name_or_path", "dataset_name")
+    require_new_folder(Path(args.output_dir))
+    tokenizer = tokenizer_of(args)
+    train, held_out = load_data(args, tokenizer, console)
+    run_sft(
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        output_dir=args.output_dir,
+        tokenizer=tokenizer,
+        console=console,
+    )
+
+
+def train(args: SRPPOConfig, options: argparse.Namespace) -> None:
+    from srppo.sft import run_sft
+    from srppo.trainer import SRPPOTrainer
+
+    console = Console()
+    require(args, "base_model_name_or_path", "dataset_name")
+    if args.resume_from_checkpoint is None:
+        require_new_folder(Path(args.output_dir))
+    tokenizer = tokenizer_of(args)
+    train_examples, held_out = load_data(args, tokenizer, console)
+    model = args.sft_model_name_or_path
+    if model is None:
+        model = str(Path(args.output_dir) / "sft")
+        if args.resume_from_checkpoint is None:
+            run_sft(args, train_dataset=train_examples, eval_dataset=held_out, output_dir=model,
+                    tokenizer=tokenizer, console=console)  # fmt: skip
+    assert args.base_model_name_or_path is not None
+    trainer = SRPPOTrainer(
+        model, args.base_model_name_or_path, args, train_examples, held_out, processing_class=tokenizer, console=console
+    )
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        from srppo.checkpoint import checkpoints
+
+        saved = checkpoints(trainer.output_dir)
+        resume = (
+            f"resume with --resume_from_checkpoint {saved[-1]}" if saved else "no checkpoint was due yet (save_steps)"
+        )
+        console.note(
+            f"stopped after iteration {trainer.step}: metrics up to there are in {trainer.output_dir}; {resume}"
+        )
+        raise
+
+
+def score(args: SRPPOConfig, options: argparse.Namespace) -> None:
+    """JSON lines with the log-ratio of each given completion."""
+    from srppo.cli import write_lines
+    from srppo.ppo import logprobs
+    from srppo.rollout import collate_demonstrations
+
+    console = Console()
+    require(args, "base_model_name_or_path", "sft_model_name_or_path", "dataset_name")
+    assert args.base_model_name_or_path and args.sft_model_name_or_path and args.dataset_name
+    tokenizer = tokenizer_of(args)
+    stops = stop_tokens(tokenizer, args.stop_token_ids)
+    rows = examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
+    missing = next((row for row in rows if row.completion_ids is None), None)
+    if missing is not None:
+        raise UserError(f"{missing.where}: there is no completion to score")
+    base, sft_model = frozen_roles(args, args.base_model_name_or_path, args.sft_model_name_or_path)
+    results: list[dict[str, Any]] = []
+    with console.progress("scoring", len(rows)) as progress:
+        for start in range(0, len(rows), args.per_device_train_batch_size):
+            part = rows[start : start + args.per_device_train_batch_size]
+            rollout = collate_demonstrations(
+                part, pad_token_id=tokenizer.pad_token_id or 0, stop_token_ids=stops, device=base.device
+            )
+            pair = [logprobs(role, rollout, temperature=args.score_temperature)[0].cpu() for role in (sft_model, base)]
+            for row, example in enumerate(part):
+                assert example.completion_ids is not None
+                results.append(scored(example, tokenizer, *(p[row, : len(example.completion_ids)] for p in pair)))
+            progress.advance(int(rollout.completion_mask.sum()), steps=len(part))
+    write_lines(results, options.output_file)
+    mean = sum(r["score"] for r in results) / max(len(results), 1)
+    console.note(f"{len(results)} completions, mean score {mean:.4f} nats")
+
+
+def scored(
+    example: Example, tokenizer: PreTrainedTokenizerBase, logp_sft: torch.Tensor, logp_base: torch.Tensor
+) -> dict[str, Any]:
+    ids = example.completion_ids
+    assert ids is not None
+    rewards = logp_sft - logp_base
+    return {
+        "prompt": tokenizer.decode(example.prompt_ids),
+        "completion": tokenizer.decode(ids),
+        "score": rewards.sum().item(),
+        "score_per_token": rewards.mean().item(),
+        "logp_sft": logp_sft.sum().item(),
+        "logp_base": logp_base.sum().item(),
+        "tokens": [tokenizer.decode([token]) for token in ids],
+        "token_ids": ids,
+        "rewards": rewards.tolist(),
+        "logps_sft": logp_sft.tolist(),
+        "logps_base": logp_base.tolist(),
+    }
+
+
+def eval(args: SRPPOConfig, options: argparse.Namespace) -> None:
+    """Metrics of a model on the test split (the train split of a single file), and its completions as JSON lines."""
+    from srppo.cli import write_lines
+    from srppo.evaluation import evaluate_policy
+
+    console = Console()
+    require(args, "base_model_name_or_path", "sft_model_name_or_path", "dataset_name")
+    assert args.base_model_name_or_path and args.sft_model_name_or_path and args.dataset_name
+    tokenizer = tokenizer_of(args)
+    rows = examples(args, tokenizer, args.dataset_name, args.dataset_test_split, missing_split_ok=True)
+    rows = rows or examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
+    if not rows:
+        raise UserError(f"{args.dataset_name} has no rows: there is nothing to evaluate on")
+    base, sft_model = frozen_roles(args, args.base_model_name_or_path, args.sft_model_name_or_path)
+    policy = sft_model
+    if options.model_name_or_path is not None:
+        base, sft_model, policy = policy_to_judge(args, base, sft_model, options.model_name_or_path)
+    with console.progress("sampling", len(rows)) as progress:
+        metrics, completions = evaluate_policy(
+            policy, sft_model, base, rows, args, tokenizer,
+            stop_token_ids=stop_tokens(tokenizer, args.stop_token_ids), extrapolate=options.extrapolate,
+            on_batch=lambda done: progress.advance(0, steps=done),
+        )  # fmt: skip
+    console.table("evaluation", [{"metric": name, "value": value} for name, value in metrics.items()])
+    write_lines([{"metrics": metrics}, *completions], options.output_file)
+
+
+def demo(options: argparse.Namespace) -> None:
+    from srppo.demo.run import run_demo
+
+    run_demo(Path(options.output_dir), seed=options.seed, quick=options.quick)
+
+
+def env(options: argparse.Namespace) -> None:
+    from srppo.environment import describe
+
+    for line in describe():
+        print(line)

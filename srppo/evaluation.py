@@ -1,0 +1,137 @@
+"""What a tuned model is judged by: its own samples under the self-reward, and what the reward cannot see.
+
+The reward rises in collapsed runs too, so every evaluation also gives the likelihood of held-out demonstrations, KL to
+the reference and length; and exact match where the data has an ``answer``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from srppo.config import SRPPOConfig
+from srppo.data import Example
+from srppo.models import Role
+from srppo.ppo import logprobs
+from srppo.rollout import Rollout, collate_demonstrations, generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EVAL_METRICS = {
+    "eval/objective/scores": "self-reward of sampled completions, summed over tokens, mean over sequences",
+    "eval/objective/scores_per_token": "the same, summed over all tokens and divided by their number",
+    "eval/objective/kl": "log pi - log pi_sft of sampled completions, summed over tokens, mean over sequences",
+    "eval/completions/mean_length": "tokens, mean over sampled completions",
+    "eval/completions/clipped_ratio": "part of the sampled completions that were cut at max_completion_length",
+    "eval/demonstrations/logp": "log pi of held-out demonstrations, mean over their tokens",
+    "eval/demonstrations/logp_sft": "log pi_sft of the same",
+    "eval/exact_match": "part of the sampled completions whose answer is the row's answer",
+}
+
+
+@contextlib.contextmanager
+def fixed_seed(seed: int) -> Iterator[None]:
+    """Sampling under its own seed, which leaves the generators outside as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def evaluate_policy(
+    policy: Role,
+    sft: Role,
+    base: Role,
+    examples: Sequence[Example],
+    args: SRPPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_token_ids: Sequence[int],
+    extrapolate: float | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Samples a completion per prompt and measures it; see :data:`EVAL_METRICS`.
+
+    Args:
+        extrapolate: a beta; the samples then come from ``(1 + 1/beta) log pi_policy - 1/beta log pi_base``.
+
+    Returns:
+        The metrics, and a row per prompt with its completion and what it scored.
+    """
+    pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0])
+    size = args.per_device_train_batch_size
+    with fixed_seed(args.seed):
+        rollout = generate(
+            policy,
+            [example.prompt_ids for example in examples],
+            max_completion_length=args.max_completion_length,
+            pad_token_id=pad,
+            stop_token_ids=stop_token_ids,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            batch_size=max(size, 32),
+            extrapolate=None if extrapolate is None else (base, extrapolate),
+            on_batch=on_batch,
+        )
+    sft_logp = sequence_logprobs(sft, rollout, args.score_temperature, size)
+    base_logp = sequence_logprobs(base, rollout, args.score_temperature, size)
+    scores = sft_logp - base_logp
+    kl = sequence_logprobs(policy, rollout, args.temperature, size) - sequence_logprobs(
+        sft, rollout, args.temperature, size
+    )
+    lengths = rollout.lengths.cpu()
+    metrics = {
+        "eval/objective/scores": scores.mean().item(),
+        "eval/objective/scores_per_token": (scores.sum() / lengths.sum().clamp(min=1)).item(),
+        "eval/objective/kl": kl.mean().item(),
+        "eval/completions/mean_length": lengths.float().mean().item(),
+        "eval/completions/clipped_ratio": rollout.truncated.float().mean().item(),
+    }
+    rows = []
+    for row, example in enumerate(examples):
+        completion = rollout.completions[row][rollout.completion_mask[row]].tolist()
+        rows.append({
+            "prompt": tokenizer.decode(example.prompt_ids),
+            "completion": tokenizer.decode(completion, skip_special_tokens=True),
+            "score": scores[row].item(),
+            "score_per_token": scores[row].item() / max(len(completion), 1),
+            "kl": kl[row].item(),
+            "length": len(completion),
+            "truncated": bool(rollout.truncated[row]),
+        })  # fmt: skip
+    with_answer = [
+        (row, example.answer) for row, example in zip(rows, examples, strict=True) if example.answer is not None
+    ]
+    if with_answer:
+        for row, answer in with_answer:
+            row["exact_match"] = answers_match(row["completion"], answer)
+        metrics["eval/exact_match"] = sum(row["exact_match"] for row, _ in with_answer) / len(with_answer)
+    demonstrations = [example for example in examples if example.completion_ids is not None]
+    if demonstrations:
+        demos = collate_demonstrations(
+            demonstrations, pad_token_id=pad, stop_token_ids=stop_token_ids, device=policy.device
+        )
+        tokens = demos.completion_mask.sum().item()
+        metrics["eval/demonstrations/logp"] = sequence_logprobs(policy, demos, 1.0, size).sum().item() / tokens
+        metrics["eval/demonstrations/logp_sft"] = sequence_logprobs(sft, demos, 1.0, size).sum().item() / tokens
+    return metrics, rows
+
+
+def sequence_logprobs(role: Role, rollout: Rollout, temperature: float, batch_size: int) -> torch.Tensor:
+    """Log-prob of each completion, summed over its tokens, ``[B]`` on the CPU."""
+    parts = torch.arange(len(rollout)).split(batch_size)
+    return torch.cat([logprobs(role, rollout.select(rows), temperature=temperature)[0].sum(-1).cpu() for rows in parts])
+
+
+def answers_match(completion: str, answer: str) -> bool:
+    """Whether a completion gives the answer: numbers are compared with the completion's last number, text as a whole."""
+    number = r"-?\d+(?:\.\d+)?"
+    wanted = re.fullmatch(number, answer.strip().replace(",", ""))
+    if wanted:
+        found = re.findall(number, completion.replace(",", ""))
+        return bool(found) and float(found[-1]) == float(wanted.group())
+    return completion.strip().casefold() == answer.strip().casefold()

@@ -1,0 +1,143 @@
+"""The metrics of a run: what each means, how it is computed, and where it goes.
+
+Every metric has its denominator in :data:`METRICS`. "Tokens" are completion tokens up to and including the stop token;
+padding is in none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from srppo.ppo import Advantages, Scores, UpdateResult
+from srppo.rollout import Rollout
+
+METRICS = {
+    "objective/kl": "sum over tokens of log pi - log pi_ref, mean over sequences (the k1 estimate of KL, in nats)",
+    "objective/entropy": "sum over tokens of -log pi of the token taken, mean over sequences",
+    "objective/scores": "self-reward, sum over tokens of log pi_sft - log pi_base, mean over sequences",
+    "objective/scores_per_token": "self-reward summed over all tokens of the batch, divided by their number",
+    "objective/non_score_reward": "KL penalty summed over tokens, mean over sequences",
+    "objective/rlhf_reward": "shaped score plus KL penalty, mean over sequences: what PPO maximises",
+    "objective/logp_sft": "log pi_sft of the tokens taken, mean over tokens",
+    "objective/logp_base": "log pi_base of the tokens taken, mean over tokens",
+    "policy/approxkl_avg": "k3 estimate of KL(old || new), mean over tokens and updates",
+    "policy/clipfrac_avg": "part of the tokens whose clipped term was the smaller one, over all updates",
+    "policy/entropy_avg": "entropy of the policy's distribution, mean over tokens and updates",
+    "loss/policy_avg": "clipped loss per token, mean over optimizer steps",
+    "loss/value_avg": "value loss per token, mean over optimizer steps",
+    "val/clipfrac_avg": "part of the tokens whose value was clipped, over all updates",
+    "val/ratio": "pi / pi_old, mean over tokens and updates",
+    "val/ratio_var": "variance of pi / pi_old over tokens and updates",
+    "val/explained_variance": "1 - var(return - value) / var(return) over the tokens of the batch, values before the update",
+    "val/num_eos_tokens": "completions that ended in a stop token, count",
+    "completions/mean_length": "tokens, mean over sequences",
+    "completions/min_length": "tokens, smallest",
+    "completions/max_length": "tokens, largest",
+    "completions/clipped_ratio": "part of the sequences that were cut at max_completion_length",
+    "grad_norm": "norm of the policy's gradient before clipping, mean over optimizer steps",
+    "value_grad_norm": "norm of the critic's gradient before clipping, mean over optimizer steps",
+    "skipped_steps": "optimizer steps dropped because a gradient was not finite, count",
+    "ppo_epochs": "epochs done before target_kl ended them, count",
+    "lr": "learning rate of the policy in this iteration",
+    "episode": "completions sampled so far",
+    "num_tokens": "completion tokens sampled so far",
+    "step_time": "seconds for the iteration",
+    "time/rollout": "seconds for sampling",
+    "time/score": "seconds for the frozen passes and advantages",
+    "time/update": "seconds for the updates",
+    "perf/tokens_per_second": "completion tokens of the iteration divided by its seconds",
+    "perf/peak_memory_gib": "largest memory so far: of the GPU, or on a CPU of the process",
+}
+
+
+def iteration_metrics(rollout: Rollout, scores: Scores, targets: Advantages, result: UpdateResult) -> dict[str, float]:
+    """The metrics of one iteration that come from its tensors."""
+    lengths, tokens = rollout.lengths.float(), rollout.completion_mask.sum().clamp(min=1)
+    policy, value = result.policy, result.value
+    residual = (targets.returns - scores.values)[rollout.completion_mask]
+    returns = targets.returns[rollout.completion_mask]
+    variance = returns.var(correction=0)
+    penalties = targets.penalties.sum(-1)
+    metrics = {
+        "objective/kl": (scores.policy - scores.reference).sum(-1).mean(),
+        "objective/entropy": -scores.policy.sum(-1).mean(),
+        "objective/scores": targets.scores.mean(),
+        "objective/scores_per_token": targets.scores.sum() / tokens,
+        "objective/non_score_reward": penalties.mean(),
+        "objective/rlhf_reward": (targets.shaped_scores + penalties).mean(),
+        "objective/logp_sft": scores.sft.sum() / tokens,
+        "objective/logp_base": scores.base.sum() / tokens,
+        "policy/approxkl_avg": policy.approx_kl,
+        "policy/clipfrac_avg": policy.clipfrac_low + policy.clipfrac_high,
+        "policy/entropy_avg": policy.entropy,
+        "loss/policy_avg": result.policy_loss,
+        "loss/value_avg": result.value_loss,
+        "val/clipfrac_avg": value.clipfrac,
+        "val/ratio": policy.ratio_mean,
+        "val/ratio_var": policy.ratio_var,
+        "val/explained_variance": 1 - residual.var(correction=0) / variance if variance > 0 else math.nan,
+        "val/num_eos_tokens": (~rollout.truncated).sum(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": rollout.truncated.float().mean(),
+        "grad_norm": result.grad_norm,
+        "value_grad_norm": result.value_grad_norm,
+        "skipped_steps": result.skipped_steps,
+        "ppo_epochs": result.epochs,
+    }
+    return {name: float(number) for name, number in metrics.items()}
+
+
+def peak_memory_gib() -> float:
+    """Largest memory so far: allocated on the GPU if there is one, else resident in the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there and in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsWriter:
+    """Writes metrics to ``metrics.jsonl`` and, if asked for, TensorBoard; keeps the history for the plots."""
+
+    def __init__(self, folder: Path, report_to: Sequence[str], history: Sequence[Mapping[str, Any]] = ()) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.history: list[dict[str, Any]] = [dict(entry) for entry in history]
+        self.file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        for entry in self.history:
+            self.file.write(json.dumps(entry) + "\n")
+        self.board = None
+        if "tensorboard" in report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(self.history) or None)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One entry; metrics that are not a number here (no variance yet, say) are left out."""
+        entry = {"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}}
+        self.history.append(entry)
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in entry.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, step)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()

@@ -1,0 +1,60 @@
+"""The README that goes with a tuned model: what it was made from, how, and what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from srppo.config import SRPPOConfig
+from srppo.models import Roles, is_peft
+
+SHOWN = ("objective/scores", "objective/scores_per_token", "objective/kl", "completions/mean_length")
+
+
+def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown with the front matter that model hubs read."""
+    base = getattr(roles.base.causal_lm.config, "_name_or_path", "") or "a model in memory"
+    kind = f"a LoRA adapter of rank {args.lora_r}" if is_peft(roles.policy.model) else "a fully fine-tuned model"
+    front = [
+        "---",
+        "library_name: " + ("peft" if is_peft(roles.policy.model) else "transformers"),
+        f"base_model: {base}",
+    ]
+    front += ["tags: [srppo, ppo, self-reward]", "---", ""]
+    steps = [entry for entry in history if "objective/scores" in entry]
+    lines = [
+        "# Tuned with Self-Rewarding PPO",
+        "",
+        f"This is {kind}, tuned from an SFT model with PPO. The reward of a completion is its log-probability under the SFT "
+        "model minus that under the pretrained base, so no preference data and no reward model were used "
+        "(arXiv 2510.21090).",
+        "",
+        f"- base model: `{base}`",
+        f"- SFT model: `{args.sft_model_name_or_path or 'made by the first stage of the same run'}`",
+        f"- data: `{args.dataset_name}`"
+        + (f", prompts: `{args.prompt_dataset_name}`" if args.prompt_dataset_name else ""),
+        f"- KL penalty: beta {args.kl_coef} towards {args.kl_reference}",
+        f"- {len(steps)} iterations of {args.batch_size} prompts",
+        "",
+    ]
+    if steps:
+        lines += ["| metric | first iteration | last iteration |", "|---|---|---|"]
+        lines += [f"| `{name}` | {steps[0][name]:.3f} | {steps[-1][name]:.3f} |" for name in SHOWN]
+        lines.append("")
+        lines.append(
+            "The reward rises in collapsed runs too: judge the model by its samples and by held-out demonstrations."
+        )
+        lines.append("")
+    evaluations = [entry for entry in history if any(name.startswith("eval/") for name in entry)]
+    if evaluations:
+        lines += ["| evaluation | value |", "|---|---|"]
+        lines += [f"| `{name}` | {value:.4f} |" for name, value in evaluations[-1].items() if name.startswith("eval/")]
+        lines.append("")
+    defaults = SRPPOConfig()
+    changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+    changed = {name: value for name, value in changed.items() if value != getattr(defaults, name)}
+    lines += ["Settings that differ from the defaults:", "", "```yaml"]
+    lines += [f"{name}: {value}" for name, value in changed.items()]
+    lines += ["```", ""]
+    return "\n".join(front + lines)

@@ -1,0 +1,372 @@
+"""One PPO iteration as four functions for people with a loop of their own: score, advantages, update, and their metrics.
+
+In the notation of the paper, for a completion y of prompt x sampled from the policy pi::
+
+    score(x, y)  = sum_t [log pi_sft(y_t | x, y_<t) - log pi_base(y_t | x, y_<t)]       the self-reward
+    reward_t     = score at the last token  -  beta * KL estimate at t towards pi_sft (or pi_base)
+    A_t, R_t     = GAE(reward, V)
+    loss         = -mean_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t),   r_t = pi(y_t) / pi_old(y_t)
+
+Sums run over completion tokens up to and including the stop token. The losses of a mini-batch are divided by its token
+count, whatever its split into micro-batches. Old log-probs come from the same forward, on the same micro-batches, as the
+first epoch's, so that the first ratio is exactly 1. Policy and critic are stepped apart, one backward per role.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srppo.config import SRPPOConfig
+from srppo.errors import UserError
+from srppo.models import Role, Roles
+from srppo.rollout import Rollout
+from srppo_kernels import (
+    PPOStats,
+    ValueStats,
+    gae,
+    linear_logprob,
+    linear_ppo_loss,
+    log_ratio_reward,
+    value_loss,
+    whiten,
+)
+
+RewardFn = Callable[[list[list[int]], list[list[int]]], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Per-token results of the frozen passes over a rollout, all ``[B, T]`` fp32 and 0 where masked."""
+
+    policy: Tensor  # log pi_old of the tokens taken, at the sampling temperature
+    reference: Tensor  # log-probs of the KL reference, at the same temperature
+    sft: Tensor  # log pi_sft at the score temperature
+    base: Tensor  # log pi_base at the score temperature
+    entropy: Tensor  # of the policy, in nats
+    values: Tensor  # the critic's values before the update
+
+
+@dataclass(frozen=True, slots=True)
+class Advantages:
+    """What the update learns from, ``[B, T]`` fp32 and 0 where masked; ``scores`` is ``[B]``."""
+
+    scores: Tensor  # self-reward per sequence, before normalisation, scale, clip and penalty
+    shaped_scores: Tensor  # the same as it enters the reward, with penalty and reward_fn
+    penalties: Tensor  # -beta * KL estimate per token
+    advantages: Tensor
+    returns: Tensor
+
+
+class RunningMoments:
+    """Mean and variance of all scores so far (Chan's update), for ``reward_normalization=running``."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+
+    def update(self, values: Tensor) -> None:
+        batch = values.double()
+        count, mean = batch.numel(), batch.mean().item()
+        delta, total = mean - self.mean, self.count + count
+        self.m2 += (batch - mean).square().sum().item() + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        return max(math.sqrt(self.m2 / max(self.count - 1, 1)), 1e-6)
+
+
+def logprobs(
+    role: Role, rollout: Rollout, *, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs (and entropies) of a rollout's completion tokens under a role, ``[B, T]``, with no gradient."""
+    with torch.no_grad(), role.active():
+        return head_logprobs(role, role.hidden(rollout), rollout, temperature, entropy)
+
+
+def head_logprobs(
+    role: Role, hidden: Tensor, rollout: Rollout, temperature: float, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    head = role.head
+    out = linear_logprob(
+        hidden, head.weight, rollout.completions, mask=rollout.completion_mask, temperature=temperature, entropy=entropy,
+        **head.options,
+    )  # fmt: skip
+    return out.logprob, out.entropy
+
+
+@torch.no_grad()
+def score(
+    roles: Roles,
+    rollout: Rollout,
+    args: SRPPOConfig,
+    micro_batches: Sequence[Tensor] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Scores:
+    """Log-probs of a rollout under policy, SFT and base, and the critic's values, a micro-batch at a time.
+
+    Args:
+        micro_batches: row indices of each micro-batch; :func:`update` must get the same for a first ratio of exactly 1.
+    """
+    if micro_batches is None:
+        micro_batches = torch.arange(len(rollout)).split(args.per_device_train_batch_size)
+    names = Scores.__dataclass_fields__
+    results = {name: torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for name in names}
+    for rows in micro_batches:
+        part = rollout.select(rows)
+        for name, value in score_part(roles, part, args).items():
+            results[name][rows, : value.shape[1]] = value
+        if on_batch is not None:
+            on_batch(len(part))
+    return Scores(**results)
+
+
+def score_part(roles: Roles, part: Rollout, args: SRPPOConfig) -> dict[str, Tensor]:
+    same_temperature = args.score_temperature == args.temperature
+    frozen = {}
+    with roles.policy.active():
+        policy, entropy = head_logprobs(roles.policy, roles.policy.hidden(part), part, args.temperature, entropy=True)
+    for role in (roles.sft, roles.base):
+        with role.active():
+            hidden = role.hidden(part)
+            frozen[role.name] = head_logprobs(role, hidden, part, args.score_temperature)[0]
+            if role.name == args.kl_reference:
+                frozen["reference"] = (
+                    frozen[role.name] if same_temperature else head_logprobs(role, hidden, part, args.temperature)[0]
+                )
+    with roles.critic.active():
+        values = roles.critic.values(part).masked_fill(~part.completion_mask, 0.0)
+    assert entropy is not None
+    return {"policy": policy, "entropy": entropy, "values": values, **frozen}
+
+
+@torch.no_grad()
+def advantages(
+    rollout: Rollout,
+    scores: Scores,
+    args: SRPPOConfig,
+    *,
+    moments: RunningMoments | None = None,
+    reward_fn: RewardFn | None = None,
+) -> Advantages:
+    """Rewards, advantages and returns of a scored rollout.
+
+    Args:
+        moments: running moments of the scores, updated here; needed for ``reward_normalization=running``.
+        reward_fn: ``(prompts, completions) -> a number per sequence`` on token ids, added at the last token.
+    """
+    mask = rollout.completion_mask
+    sequence_scores = (scores.sft - scores.base).sum(-1)
+    if moments is not None:
+        moments.update(sequence_scores)
+    options = {
+        "placement": args.reward_placement,
+        "normalize": args.reward_normalization,
+        "running_std": moments.std if args.reward_normalization == "running" and moments is not None else None,
+        "scale": args.reward_scale,
+        "clip": args.reward_clip,
+        "truncated": rollout.truncated,
+        "missing_eos_penalty": args.missing_eos_penalty,
+    }
+    kl = {
+        "logprobs_policy": scores.policy,
+        "logprobs_ref": scores.reference,
+        "kl_coef": args.kl_coef,
+        "kl_estimator": args.kl_estimator,
+    }
+    shaped = log_ratio_reward(scores.sft, scores.base, mask, **options)
+    rewards = log_ratio_reward(scores.sft, scores.base, mask, **options, **kl)
+    penalties = rewards - shaped
+    if reward_fn is not None:
+        extra = at_last_token(call_reward_fn(reward_fn, rollout), mask)
+        shaped, rewards = shaped + extra, rewards + extra
+    if args.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantage, returns = gae(rewards, scores.values, mask, gamma=args.gamma, lam=args.lam)
+    if args.whiten_advantages:
+        advantage = whiten(advantage, mask)
+    return Advantages(sequence_scores, shaped.sum(-1), penalties, advantage, returns)
+
+
+def call_reward_fn(reward_fn: RewardFn, rollout: Rollout) -> Tensor:
+    prompts = [
+        ids[keep.bool()].tolist()
+        for ids, keep in zip(
+            rollout.input_ids[:, : rollout.prompt_length],
+            rollout.attention_mask[:, : rollout.prompt_length],
+            strict=True,
+        )
+    ]
+    completions = [ids[keep].tolist() for ids, keep in zip(rollout.completions, rollout.completion_mask, strict=True)]
+    values = torch.as_tensor(
+        list(reward_fn(prompts, completions)), dtype=torch.float32, device=rollout.input_ids.device
+    )
+    if values.shape != (len(rollout),) or not values.isfinite().all():
+        raise UserError(
+            f"reward_fn must give a finite number per sequence ({len(rollout)} here), got shape {tuple(values.shape)}"
+        )
+    return values
+
+
+def at_last_token(values: Tensor, mask: Tensor) -> Tensor:
+    """``[B]`` values placed at the last valid token of each row of ``mask``; rows without one stay 0."""
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    last = (mask * positions).argmax(-1, keepdim=True)
+    return torch.zeros(mask.shape, device=mask.device).scatter_(1, last, values[:, None]) * mask
+
+
+# -- the update -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """A role that learns, with its optimizer, schedule and parameters."""
+
+    role: Role
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    parameters: tuple[torch.nn.Parameter, ...]
+
+    @classmethod
+    def create(cls, role: Role, args: SRPPOConfig, learning_rate: float, total_steps: int) -> Learner:
+        from transformers import get_scheduler
+
+        named = role.parameters()
+        for _, parameter in named:
+            parameter.requires_grad_(True)
+        parameters = tuple(parameter for _, parameter in named)
+        betas = (args.adam_betas[0], args.adam_betas[1])
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
+        warmup = math.ceil(args.warmup_ratio * total_steps)
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max(total_steps, 1))
+        return cls(role, optimizer, scheduler, parameters)
+
+    def step(self, max_grad_norm: float | None) -> float:
+        """Clips and steps; a gradient that is not finite is dropped. Returns the norm before clipping."""
+        limit = math.inf if max_grad_norm is None else max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    policy_loss: float
+    value_loss: float
+    first: PPOStats  # of the first mini-batch, before any step: its ratios are exactly 1
+    policy: PPOStats  # over all mini-batches
+    value: ValueStats
+    grad_norm: float
+    value_grad_norm: float
+    skipped_steps: int  # optimizer steps dropped because a gradient was not finite
+    epochs: int
+
+
+def split_rows(total: int, args: SRPPOConfig, generator: torch.Generator | None = None) -> list[list[Tensor]]:
+    """A random partition of rows into mini-batches of micro-batches."""
+    rows = torch.randperm(total, generator=generator)
+    return [list(mini.split(args.per_device_train_batch_size)) for mini in rows.split(args.mini_batch_size)]
+
+
+def update(
+    policy: Learner,
+    critic: Learner,
+    rollout: Rollout,
+    scores: Scores,
+    targets: Advantages,
+    args: SRPPOConfig,
+    mini_batches: list[list[Tensor]],
+    *,
+    generator: torch.Generator | None = None,
+    train_policy: bool = True,
+    on_batch: Callable[[int], None] | None = None,
+) -> UpdateResult:
+    """The epochs of clipped updates on one rollout.
+
+    Args:
+        mini_batches: the first epoch's partition (see :func:`split_rows`), the one that :func:`score` ran on; later
+            epochs draw their own from ``generator``.
+        train_policy: false while the critic warms up.
+    """
+    policy_stats, value_stats, losses, norms = [], [], [], []
+    first, epoch = None, 0
+    for epoch in range(1, args.num_ppo_epochs + 1):
+        epoch_stats = []
+        for mini_batch in mini_batches if epoch == 1 else split_rows(len(rollout), args, generator):
+            count = rollout.completion_mask[torch.cat(mini_batch)].sum()
+            mini_stats, loss = [], [0.0, 0.0]
+            for rows in mini_batch:
+                part = rollout.select(rows)
+                columns = part.completion_mask.shape[1]
+                cut = lambda x, rows=rows, columns=columns: x[rows, :columns]  # noqa: E731
+                policy_part, stats = policy_backward(
+                    policy.role, part, cut(scores.policy), cut(targets.advantages), count, args
+                )
+                mini_stats.append(stats)
+                value_part, stats = value_backward(
+                    critic.role, part, cut(scores.values), cut(targets.returns), count, args
+                )
+                value_stats.append(stats)
+                loss = [loss[0] + policy_part, loss[1] + value_part]
+                if on_batch is not None:
+                    on_batch(len(part))
+            if not train_policy:
+                policy.optimizer.zero_grad(set_to_none=True)
+            losses.append(loss)
+            norms.append((policy.step(args.max_grad_norm), critic.step(args.max_grad_norm)))
+            first = first or PPOStats.merge(mini_stats)
+            epoch_stats += mini_stats
+        policy_stats += epoch_stats
+        if args.target_kl is not None and PPOStats.merge(epoch_stats).approx_kl.item() > args.target_kl:
+            break
+    assert first is not None
+    finite = [[n for n in column if math.isfinite(n)] for column in zip(*norms, strict=True)]
+    return UpdateResult(
+        policy_loss=mean([loss[0] for loss in losses]),
+        value_loss=mean([loss[1] for loss in losses]),
+        first=first,
+        policy=PPOStats.merge(policy_stats),
+        value=ValueStats.merge(value_stats),
+        grad_norm=mean(finite[0]),
+        value_grad_norm=mean(finite[1]),
+        skipped_steps=2 * len(norms) - sum(map(len, finite)),
+        epochs=epoch,
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def policy_backward(
+    role: Role, part: Rollout, old: Tensor, advantage: Tensor, count: Tensor, args: SRPPOConfig
+) -> tuple[float, PPOStats]:
+    """Adds one micro-batch's share of the clipped loss to the policy's gradient."""
+    with role.active():
+        head = role.head
+        loss, stats = linear_ppo_loss(
+            role.hidden(part), head.weight, part.completions, old, advantage, part.completion_mask,
+            clip_low=args.cliprange, clip_high=args.cliprange, entropy_coef=args.entropy_coef,
+            normalizer=count, temperature=args.temperature, **head.options,
+        )  # fmt: skip
+        loss.backward()
+    return loss.item(), stats
+
+
+def value_backward(
+    role: Role, part: Rollout, old: Tensor, returns: Tensor, count: Tensor, args: SRPPOConfig
+) -> tuple[float, ValueStats]:
+    """Adds one micro-batch's share of the value loss to the critic's gradient."""
+    with role.active():
+        loss, stats = value_loss(
+            role.values(part), old, returns, part.completion_mask, clip=args.cliprange_value, normalizer=count
+        )
+        loss.backward()
+    return loss.item(), stats

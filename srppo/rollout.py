@@ -1,0 +1,215 @@
+"""Rollouts: completions sampled from a model, with their masks carried along.
+
+Layout: prompts are padded on the left to ``P`` tokens, completions on the right to ``T``. Which tokens count is decided
+once, at the first stop token, and carried as a mask; nothing is ever derived from a pad token, so ``pad == eos`` is fine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from srppo.errors import UserError
+from srppo.models import Role
+
+if TYPE_CHECKING:
+    from srppo.data import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Prompts with completions. ``B`` sequences, ``P`` prompt and ``T`` completion positions."""
+
+    input_ids: Tensor  # [B, P + T] int64
+    attention_mask: Tensor  # [B, P + T] int64, 1 on prompt and completion, 0 on padding
+    completion_mask: Tensor  # [B, T] bool, true up to and including the stop token
+    truncated: Tensor  # [B] bool, true where no stop token came
+    prompt_length: int  # P
+
+    @property
+    def completions(self) -> Tensor:
+        """Completion tokens, ``[B, T]``; what the mask leaves out is filler."""
+        return self.input_ids[:, self.prompt_length :]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Positions that start at 0 on the first token that is no padding, ``[B, P + T]``."""
+        return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Completion tokens of each sequence, ``[B]``."""
+        return self.completion_mask.sum(-1)
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def select(self, rows: Tensor | Sequence[int]) -> Rollout:
+        """Some sequences, without the columns that are padding in all of them: results do not depend on padding."""
+        rows = torch.as_tensor(rows, device=self.input_ids.device)
+        mask = self.attention_mask[rows]
+        used = mask.any(0).nonzero().flatten()
+        first = min(int(used[0]), self.prompt_length - 1) if len(used) else 0
+        last = max(int(used[-1]) + 1, self.prompt_length + 1) if len(used) else mask.shape[1]
+        return Rollout(
+            self.input_ids[rows, first:last],
+            mask[:, first:last],
+            self.completion_mask[rows, : last - self.prompt_length],
+            self.truncated[rows],
+            self.prompt_length - first,
+        )
+
+    def to(self, device: torch.device) -> Rollout:
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def collate(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    stop_token_ids: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Rollout:
+    """Given completions as a rollout: pads, and marks as truncated those that do not end in a stop token."""
+    if len(prompts) != len(completions):
+        raise UserError(f"there are {len(prompts)} prompts and {len(completions)} completions: each prompt needs one")
+    prompt_length = max(map(len, prompts), default=1)
+    completion_length = max([1, *map(len, completions)])
+    shape = (len(prompts), prompt_length + completion_length)
+    ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        start, end = prompt_length - len(prompt), prompt_length + len(completion)
+        ids[row, start:end] = torch.tensor([*prompt, *completion])
+        mask[row, start:end] = 1
+    truncated = torch.tensor([not c or c[-1] not in stop_token_ids for c in completions], dtype=torch.bool)
+    return Rollout(ids, mask, mask[:, prompt_length:].bool(), truncated, prompt_length).to(torch.device(device))
+
+
+def collate_demonstrations(examples: Sequence[Example], **options: Any) -> Rollout:
+    """Demonstrations as a rollout; see :func:`collate`."""
+    completions = [example.completion_ids for example in examples]
+    assert all(c is not None for c in completions), "prompts without a completion are no demonstrations"
+    return collate([e.prompt_ids for e in examples], [c for c in completions if c is not None], **options)
+
+
+@torch.no_grad()
+def generate(
+    role: Role,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_completion_length: int,
+    pad_token_id: int,
+    stop_token_ids: Sequence[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int | None = None,
+    extrapolate: tuple[Role, float] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Samples one completion per prompt with transformers' ``generate``.
+
+    Sampling is from ``softmax(logits / temperature)`` and nothing else: what a checkpoint's generation_config would add
+    (top-k, repetition penalty, ...) is left out, because PPO's ratio would then be about another policy. torch's global
+    generator decides the samples.
+
+    Args:
+        role: the model that writes; for ``extrapolate`` the SFT model.
+        prompts: token ids.
+        temperature: 0 takes the most likely token.
+        batch_size: prompts at a time; all at once if absent.
+        extrapolate: ``(base, beta)`` samples from ``(1 + 1/beta) log pi_role - 1/beta log pi_base`` instead.
+        on_batch: called with the number of sequences done, for progress bars.
+
+    Returns:
+        The completions, in the order of the prompts; a sequence is truncated where no stop token came in time.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    config = GenerationConfig(
+        max_new_tokens=max_completion_length,
+        pad_token_id=pad_token_id,
+        eos_token_id=list(stop_token_ids),
+        use_cache=True,
+        **sampling,
+    )
+    width = max(map(len, prompts))
+    completions: list[list[int]] = []
+    stops = torch.tensor(list(stop_token_ids))
+    with role.active() as model:
+        own_config, training = model.generation_config, model.training
+        model.generation_config = GenerationConfig()  # what is unset above must not come from the checkpoint
+        model.eval()
+        try:
+            for start in range(0, len(prompts), batch_size or len(prompts)):
+                chunk = prompts[start : start + (batch_size or len(prompts))]
+                ids = torch.full((len(chunk), width), pad_token_id)
+                mask = torch.zeros_like(ids)
+                for row, prompt in enumerate(chunk):
+                    ids[row, width - len(prompt) :] = torch.tensor(prompt)
+                    mask[row, width - len(prompt) :] = 1
+                processors = LogitsProcessorList()
+                if extrapolate is not None:
+                    processors.append(ExtrapolatedLogits(*extrapolate, mask.to(role.device)))
+                output = model.generate(
+                    input_ids=ids.to(role.device),
+                    attention_mask=mask.to(role.device),
+                    generation_config=config,
+                    logits_processor=processors,
+                )
+                completions += [until_stop(row, stops) for row in output[:, width:].cpu()]
+                if on_batch is not None:
+                    on_batch(len(chunk))
+        finally:
+            model.generation_config = own_config
+            model.train(training)
+    return collate(prompts, completions, pad_token_id=pad_token_id, stop_token_ids=stop_token_ids, device=role.device)
+
+
+def until_stop(tokens: Tensor, stops: Tensor) -> list[int]:
+    """The tokens up to and including the first stop token; what follows is the filler of a batch."""
+    found = torch.isin(tokens, stops).nonzero()
+    return tokens[: int(found[0]) + 1].tolist() if len(found) else tokens.tolist()
+
+
+class ExtrapolatedLogits:
+    """A logits processor that adds ``1/beta (log pi_sft - log pi_base)`` to the SFT model's log-probs.
+
+    This is the policy that PPO with a KL penalty of weight beta towards SFT would reach if each token could be chosen
+    on its own: a baseline that needs no training. The base model runs beside the SFT model with a cache of its own.
+    """
+
+    def __init__(self, base: Role, beta: float, prompt_mask: Tensor) -> None:
+        if not beta > 0:
+            raise UserError(f"extrapolation needs beta above 0, got {beta}")
+        self.base, self.beta, self.mask, self.cache = base, beta, prompt_mask, None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        new = input_ids if self.cache is None else input_ids[:, -1:]
+        grown = input_ids.shape[1] - self.mask.shape[1]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), grown)], dim=1)
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        with self.base.active() as model:
+            output = model(
+                input_ids=new,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.cache = output.past_key_values
+        sft, base = scores.float().log_softmax(-1), output.logits[:, -1].float().log_softmax(-1)
+        return sft + (sft - base) / self.beta

@@ -1,0 +1,167 @@
+"""The first stage: fine-tuning the base model on the demonstrations, with the fused cross-entropy.
+
+The loss is the mean of ``-log pi(y_t)`` over the completion tokens of a mini-batch, stop token included; prompts carry no
+loss. The result is an adapter folder with LoRA, a full model otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from srppo.checkpoint import atomic_folder, save_model, write_text
+from srppo.config import SRPPOConfig
+from srppo.console import Console
+from srppo.data import Example, stop_tokens
+from srppo.errors import UserError
+from srppo.metrics import MetricsWriter
+from srppo.models import Role, check_head, load_model, load_tokenizer, lora_config
+from srppo.plots import plot_history
+from srppo.rollout import Rollout, collate_demonstrations
+from srppo_kernels import linear_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def token_nll(logprob: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of negative log-probs; masked rows are 0 already."""
+    return -logprob.sum(), {}
+
+
+def demonstration_loss(role: Role, rollout: Rollout, normalizer: int) -> Tensor:
+    """Cross-entropy of a batch of demonstrations, summed over tokens and divided by ``normalizer``."""
+    head = role.head
+    loss, _ = linear_loss(
+        role.hidden(rollout), head.weight, rollout.completions, token_nll, mask=rollout.completion_mask, **head.options
+    )
+    return loss / normalizer
+
+
+def run_sft(
+    args: SRPPOConfig,
+    *,
+    train_dataset: Sequence[Example],
+    eval_dataset: Sequence[Example] = (),
+    output_dir: str | Path,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Fine-tunes on the rows that have a completion and writes the SFT model to ``output_dir``.
+
+    Args:
+        args: reads the base model, LoRA, optimisation and ``sft_*`` settings.
+        train_dataset, eval_dataset: what :func:`srppo.data.prepare` gives; rows without a completion are ignored.
+        output_dir: becomes the model folder, all at once, when training has ended.
+        model, tokenizer: already loaded ones, else those of ``args.base_model_name_or_path``. ``model`` is trained in
+            place.
+
+    Raises:
+        UserError: there is no demonstration, or the model cannot be loaded.
+    """
+    console = console or Console()
+    target = Path(output_dir)
+    train = [example for example in train_dataset if example.completion_ids is not None]
+    held_out = [example for example in eval_dataset if example.completion_ids is not None]
+    if not train:
+        raise UserError("SFT needs demonstrations, and no row has a completion: add a 'completion' column, or messages that "
+                        "end in an assistant turn, or give sft_model_name_or_path")  # fmt: skip
+    if model is None or tokenizer is None:
+        if args.base_model_name_or_path is None:
+            raise UserError("SFT needs a model to start from: set base_model_name_or_path")
+        tokenizer = tokenizer or load_tokenizer(args.base_model_name_or_path, trust_remote_code=args.trust_remote_code)
+        model = model or load_model(args.base_model_name_or_path, args)
+    torch.manual_seed(args.seed)
+    role = sft_role(args, model)
+    parameters = [parameter for _, parameter in role.parameters()]
+    stops = stop_tokens(tokenizer, args.stop_token_ids)
+    pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0])
+
+    def as_rollout(examples: Sequence[Example]) -> Rollout:
+        return collate_demonstrations(examples, pad_token_id=pad, stop_token_ids=stops, device=role.device)
+
+    total = args.sft_num_train_epochs * math.ceil(len(train) / args.mini_batch_size)
+    optimizer = torch.optim.AdamW(parameters, lr=args.sft_learning_rate, betas=tuple(args.adam_betas), weight_decay=0.0)
+    from transformers import get_scheduler
+
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, math.ceil(args.warmup_ratio * total), total)
+    console.note(
+        f"SFT: {len(train)} demonstrations, {args.sft_num_train_epochs} epochs, {total} steps of {args.mini_batch_size}, "
+        f"{sum(p.numel() for p in parameters):,} trainable parameters"
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    with atomic_folder(target) as folder:
+        with MetricsWriter(folder, args.report_to) as writer, console.progress("SFT", total) as progress:
+            for epoch in range(args.sft_num_train_epochs):
+                order = torch.randperm(len(train), generator=generator)
+                for rows in order.split(args.mini_batch_size):
+                    rollout = as_rollout([train[row] for row in rows.tolist()])
+                    tokens = int(rollout.completion_mask.sum())
+                    loss = sft_step(role, rollout, tokens, args)
+                    norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+                    if not math.isfinite(norm):
+                        raise UserError("the SFT gradient is not finite: lower sft_learning_rate, or use dtype=float32")
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    metrics = {"sft/loss": loss, "grad_norm": norm, "lr": scheduler.get_last_lr()[0]}
+                    scheduler.step()
+                    if held_out and len(writer.history) + 1 == (epoch + 1) * (total // args.sft_num_train_epochs):
+                        batches = torch.arange(len(held_out)).split(args.per_device_train_batch_size)
+                        metrics["eval/loss"] = held_out_loss(
+                            role, [as_rollout([held_out[row] for row in part.tolist()]) for part in batches]
+                        )
+                    writer.write(len(writer.history) + 1, metrics)
+                    progress.advance(tokens, f"loss {loss:.3f}")
+            history = writer.history
+        save_model(role, tokenizer, folder)
+        write_text(folder / "srppo_config.yaml", args.to_yaml())
+        plot_history(history, folder / "plots", {"sft_loss": ["sft/loss", "eval/loss"]})
+    console.note(f"SFT model written to {target}")
+    return target
+
+
+def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
+    """The base model made trainable: whole, or with a new adapter."""
+    role = Role("sft", model, trainable=True)
+    check_head(role)
+    if args.use_peft:
+        from peft import get_peft_model
+
+        role = Role(
+            "sft", get_peft_model(model, lora_config(args, model), adapter_name="default"), "default", trainable=True
+        )
+        if not role.parameters():
+            raise UserError(f"no module matches lora_target_modules {args.lora_target_modules}")
+    for _, parameter in role.parameters():
+        parameter.requires_grad_(True)
+    if args.gradient_checkpointing:
+        role.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    role.model.train()
+    return role
+
+
+def sft_step(role: Role, rollout: Rollout, tokens: int, args: SRPPOConfig) -> float:
+    """Accumulates the gradient of a mini-batch, a micro-batch at a time; returns its loss per token."""
+    total = 0.0
+    with role.active():
+        for rows in torch.arange(len(rollout)).split(args.per_device_train_batch_size):
+            loss = demonstration_loss(role, rollout.select(rows), tokens)
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def held_out_loss(role: Role, batches: Sequence[Rollout]) -> float:
+    """Cross-entropy per token of demonstrations that were not trained on."""
+    role.model.eval()
+    with role.active():
+        total = sum(demonstration_loss(role, batch, 1).item() for batch in batches)
+    role.model.train()
+    return total / sum(int(batch.completion_mask.sum()) for batch in batches)

@@ -1,0 +1,382 @@
+"""The SRPPO trainer: a loop over rollouts that reads in the order it runs.
+
+roles = base, SFT, policy, critic          build_roles
+for each iteration:
+    sample completions from the policy     rollout.generate
+    score them under all four roles        ppo.score
+    rewards, advantages, returns           ppo.advantages
+    clipped updates of policy and critic   ppo.update
+    metrics, evaluation, checkpoint
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from srppo import checkpoint, ppo
+from srppo.config import SRPPOConfig
+from srppo.console import Bar, Console
+from srppo.data import Example, Sampler, prepare, stop_tokens
+from srppo.errors import UserError
+from srppo.evaluation import evaluate_policy
+from srppo.metrics import MetricsWriter, iteration_metrics, peak_memory_gib
+from srppo.model_card import model_card
+from srppo.models import Roles, build_roles, load_tokenizer
+from srppo.plots import plot_history
+from srppo.rollout import Rollout, generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Callback = Callable[["SRPPOTrainer", int, dict[str, float]], None]
+Dataset = Sequence[Example] | Iterable[Mapping[str, Any]]
+
+
+class SRPPOTrainer:
+    """Tunes an SFT model with PPO on the reward ``log pi_sft - log pi_base``.
+
+    Args:
+        model: the SFT model: an adapter folder, a model folder or hub name, or a loaded model.
+        base_model: the pretrained base: a folder or hub name, or a loaded model. Loaded models are frozen in place.
+        args: every setting; see :class:`srppo.config.SRPPOConfig`.
+        train_dataset: prompts, as rows with the columns of :mod:`srppo.data` or as what :func:`srppo.data.prepare` gives.
+            Completions in it are not used here.
+        eval_dataset: the same, for evaluation; rows with a completion also give the likelihood of held-out demonstrations.
+        processing_class: the tokenizer; if absent, that of ``model``, else of ``base_model``.
+        peft_config: a ``LoraConfig`` for the policy in place of the ``lora_*`` settings, for a full SFT model.
+        callbacks: called after each iteration as ``callback(trainer, step, metrics)``; may raise ``StopIteration`` to end.
+        reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.
+
+    Raises:
+        UserError: something in the configuration, data or models must change; raised before training where possible.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        base_model: str | PreTrainedModel,
+        args: SRPPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset = (),
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: Sequence[Callback] = (),
+        reward_fn: ppo.RewardFn | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.args, self.callbacks, self.reward_fn = args, callbacks, reward_fn
+        self.console = console or Console()
+        self.output_dir = Path(args.output_dir)
+        self.tokenizer = processing_class or tokenizer_for(model, base_model, args)
+        self.stop_token_ids = stop_tokens(self.tokenizer, args.stop_token_ids)
+        self.train_dataset = self.examples(train_dataset)
+        self.eval_dataset = self.examples(eval_dataset)
+        if not self.train_dataset:
+            raise UserError("there are no prompts to sample from: the training data is empty")
+        torch.manual_seed(args.seed)
+        self.roles: Roles = build_roles(args, base_model, model, peft_config)
+        self.policy = ppo.Learner.create(self.roles.policy, args, args.learning_rate, args.max_steps)
+        value_rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
+        self.critic = ppo.Learner.create(self.roles.critic, args, value_rate, args.max_steps)
+        self.sampler = Sampler(self.train_dataset, args.batch_size, args.seed)
+        self.moments = ppo.RunningMoments()
+        self.generator = torch.Generator().manual_seed(args.seed + 1)  # of the mini-batch partitions
+        self.step = self.episodes = self.tokens = 0
+        self.history: list[dict[str, Any]] = []
+
+    def examples(self, dataset: Dataset) -> list[Example]:
+        rows = list(dataset)
+        if all(isinstance(row, Example) for row in rows):
+            return rows  # type: ignore[return-value]
+        return prepare(
+            rows,  # type: ignore[arg-type]
+            self.tokenizer,
+            stop_token_ids=self.stop_token_ids,
+            max_prompt_length=self.args.max_prompt_length,
+            max_completion_length=self.args.max_completion_length,
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Runs all iterations and writes the result to ``args.output_dir``; returns the last metrics."""
+        args = self.args
+        if args.resume_from_checkpoint:
+            self.load_checkpoint(Path(args.resume_from_checkpoint))
+        else:
+            self.require_fresh_output()
+        checkpoint.require_space(self.output_dir, 2 * checkpoint.model_bytes(self.roles.policy) + 2**20)
+        self.announce()
+        checkpoint.write_text(self.output_dir / "srppo_config.yaml", args.to_yaml())
+        with (
+            MetricsWriter(self.output_dir, args.report_to, self.history) as writer,
+            self.console.progress("SRPPO", args.max_steps) as progress,
+        ):
+            progress.advance(0, steps=self.step)
+            self.history = writer.history
+            while self.step < args.max_steps:
+                metrics = self.iterate(progress)
+                if self.eval_dataset and args.eval_steps and self.step % args.eval_steps == 0:
+                    progress.status("evaluating")
+                    metrics.update(self.evaluate())
+                writer.write(self.step, metrics)
+                if args.save_steps and self.step % args.save_steps == 0:
+                    self.save_checkpoint()
+                try:
+                    for callback in self.callbacks:
+                        callback(self, self.step, metrics)
+                except StopIteration:
+                    self.console.note(f"a callback ended the run after iteration {self.step}")
+                    break
+            if self.eval_dataset and "eval/objective/kl" not in (writer.history or [{}])[-1]:
+                metrics = self.evaluate()
+                writer.write(self.step, metrics)
+        self.save_model()
+        self.console.table("last evaluation", [{n: v for n, v in self.history[-1].items() if n.startswith("eval/")}])
+        return self.history[-1] if self.history else {}
+
+    def iterate(self, progress: Bar) -> dict[str, float]:
+        """One PPO iteration."""
+        args, start = self.args, time.perf_counter()
+        progress.status("sampling")
+        batch = self.sampler.next()
+        rollout = self.rollout(batch)
+        sampled = time.perf_counter()
+
+        progress.status("scoring")
+        mini_batches = ppo.split_rows(len(rollout), args, self.generator)
+        micro_batches = [rows for mini_batch in mini_batches for rows in mini_batch]
+        scores = ppo.score(self.roles, rollout, args, micro_batches)
+        if self.step == 0:
+            self.check_start(rollout, scores)
+        targets = ppo.advantages(rollout, scores, args, moments=self.moments, reward_fn=self.reward_fn)
+        scored = time.perf_counter()
+
+        progress.status("updating")
+        lr = self.policy.scheduler.get_last_lr()[0]
+        result = ppo.update(
+            self.policy, self.critic, rollout, scores, targets, args, mini_batches,
+            generator=self.generator, train_policy=self.step >= args.value_warmup_steps,
+        )  # fmt: skip
+        if self.step == 0:
+            self.check_first_ratio(result)
+        self.policy.scheduler.step()
+        self.critic.scheduler.step()
+        updated = time.perf_counter()
+
+        self.step += 1
+        self.episodes += len(rollout)
+        tokens = int(rollout.completion_mask.sum())
+        self.tokens += tokens
+        metrics = iteration_metrics(rollout, scores, targets, result)
+        metrics |= {
+            "lr": lr,
+            "episode": self.episodes,
+            "num_tokens": self.tokens,
+            "step_time": updated - start,
+            "time/rollout": sampled - start,
+            "time/score": scored - sampled,
+            "time/update": updated - scored,
+            "perf/tokens_per_second": tokens / (updated - start),
+            "perf/peak_memory_gib": peak_memory_gib(),
+        }
+        if result.skipped_steps:
+            self.console.warn(
+                f"iteration {self.step}: {result.skipped_steps} optimizer steps skipped, gradient not finite"
+            )
+        if args.log_completions and (self.step == 1 or self.step % args.log_completions == 0):
+            self.log_completions(batch, rollout, scores, targets)
+        progress.advance(tokens, f"reward {metrics['objective/scores']:.2f} kl {metrics['objective/kl']:.2f} "
+                                 f"length {metrics['completions/mean_length']:.0f}")  # fmt: skip
+        return metrics
+
+    def rollout(self, batch: Sequence[Example]) -> Rollout:
+        """A completion from the policy for each prompt."""
+        pad = self.tokenizer.pad_token_id
+        return generate(
+            self.roles.policy,
+            [example.prompt_ids for example in batch],
+            max_completion_length=self.args.max_completion_length,
+            pad_token_id=int(pad if pad is not None else self.stop_token_ids[0]),
+            stop_token_ids=self.stop_token_ids,
+            temperature=self.args.temperature,
+            top_p=self.args.top_p,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the policy on the evaluation data, ``eval/*``."""
+        if not self.eval_dataset:
+            raise UserError("there is no evaluation data: give eval_dataset, or a dataset with a test split")
+        metrics, _ = evaluate_policy(
+            self.roles.policy, self.roles.sft, self.roles.base, self.eval_dataset, self.args, self.tokenizer,
+            stop_token_ids=self.stop_token_ids,
+        )  # fmt: skip
+        return metrics
+
+    # -- start-up -----------------------------------------------------------------------------------------------------
+
+    def require_fresh_output(self) -> None:
+        """The output folder may hold what this run's own SFT stage wrote, and nothing else."""
+        entries = {path.name for path in self.output_dir.iterdir()} if self.output_dir.is_dir() else set()
+        if entries - {"sft"}:
+            checkpoint.require_new_folder(self.output_dir)
+
+    def announce(self) -> None:
+        """The first lines of a run: what plays which role, the arithmetic, and the choices that decide the outcome."""
+        args, note = self.args, self.console.note
+        for line in self.roles.describe():
+            note(f"  {line}")
+        note(
+            f"  batch: {args.batch_size} prompts = {args.per_device_train_batch_size} a micro-batch x "
+            f"{args.gradient_accumulation_steps} accumulation x {args.num_mini_batches} mini-batches; "
+            f"{args.num_ppo_epochs * args.num_mini_batches} optimizer steps an iteration, {args.max_steps} iterations, "
+            f"{len(self.train_dataset)} prompts in all"
+        )
+        note(f"  KL penalty: beta {args.kl_coef} towards {args.kl_reference}, estimator {args.kl_estimator}")
+        clip = "off" if args.cliprange_value is None else f"{args.cliprange_value} nats"
+        note(f"  old log-probs: from the training forward, before the update; value clip: {clip}")
+        penalty = args.missing_eos_penalty
+        note(
+            f"  a completion cut at {args.max_completion_length} tokens keeps its score"
+            + (f" minus {penalty} nats" if penalty else "; missing_eos_penalty is off")
+        )
+
+    def check_start(self, rollout: Rollout, scores: ppo.Scores) -> None:
+        """Stops unless the policy is SFT exactly, and SFT is not base."""
+        same = scores if self.args.temperature == self.args.score_temperature else None
+        sft = (
+            same.sft
+            if same is not None
+            else ppo.logprobs(self.roles.sft, rollout, temperature=self.args.temperature)[0]
+        )
+        gap = (scores.policy - sft).abs().max().item()
+        tolerance = 0.0 if same is not None else 1e-4  # scored in other micro-batches, so equal up to rounding
+        if not gap <= tolerance:
+            raise UserError(
+                f"the policy does not start as the SFT model: log-probs of the first rollout differ by up to {gap:.3g} nats. "
+                "Is something random in the forward (dropout), or were the weights changed after loading?"
+            )
+        if not (scores.sft - scores.base).abs().max() > 0:
+            raise UserError(
+                "SFT and base model give the same log-probs on every token: the reward is 0 everywhere; check the two paths"
+            )
+        self.console.note(f"  start: KL(policy || SFT) = {gap:g} on {int(rollout.completion_mask.sum())} tokens")
+
+    def check_first_ratio(self, result: ppo.UpdateResult) -> None:
+        spread = max(abs(result.first.ratio_max.item() - 1), abs(result.first.ratio_mean.item() - 1))
+        self.console.note(
+            f"  start: PPO ratio on the first mini-batch {'exactly 1' if spread == 0 else f'1 +- {spread:.2g}'}"
+        )
+        if spread > 1e-3:
+            raise UserError(
+                f"the PPO ratio on the first mini-batch is off 1 by {spread:.3g}: scoring and training forward differ"
+            )
+
+    # -- output -------------------------------------------------------------------------------------------------------
+
+    def log_completions(
+        self, batch: Sequence[Example], rollout: Rollout, scores: ppo.Scores, targets: ppo.Advantages
+    ) -> None:
+        """A few samples on the console, all of them in ``completions/completions_<step>.parquet``."""
+        import pyarrow
+        import pyarrow.parquet
+
+        kl = (scores.policy - scores.reference).sum(-1)
+        rows = []
+        for row, example in enumerate(batch):
+            ids = rollout.completions[row][rollout.completion_mask[row]].tolist()
+            rows.append({
+                "step": self.step,
+                "prompt": self.tokenizer.decode(example.prompt_ids),
+                "completion": self.tokenizer.decode(ids),
+                "score": targets.scores[row].item(),
+                "score_per_token": targets.scores[row].item() / len(ids),
+                "kl": kl[row].item(),
+                "length": len(ids),
+                "truncated": bool(rollout.truncated[row]),
+            })  # fmt: skip
+        folder = self.output_dir / "completions"
+        with checkpoint.temporary_folder(folder) as writing:
+            path = writing / f"completions_{self.step:05d}.parquet"
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            path.replace(folder / path.name)
+        self.console.table(
+            f"iteration {self.step}", [{k: v for k, v in row.items() if k != "step"} for row in rows], limit=4
+        )
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Writes the policy, tokenizer, configuration, state, plots and model card; returns the folder."""
+        target = Path(output_dir or self.output_dir)
+        with checkpoint.temporary_folder(target) as folder:
+            checkpoint.save_model(self.roles.policy, self.tokenizer, folder)
+            checkpoint.write_text(folder / "trainer_state.json", checkpoint.to_json(self.state()))
+            checkpoint.write_text(folder / "README.md", model_card(self.args, self.roles, self.history))
+            checkpoint.publish(folder, target)
+        plots = plot_history(self.history, target / "plots")
+        self.console.note(f"model written to {target}" + (f", plots to {target / 'plots'}" if plots else ""))
+        return target
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "episode": self.episodes, "num_tokens": self.tokens, "log_history": self.history}
+
+    def save_checkpoint(self) -> None:
+        """``checkpoint-<step>`` in the output folder, and the oldest removed beyond ``save_total_limit``."""
+        tensors = {
+            "policy": {name: p.detach() for name, p in self.roles.policy.parameters()},
+            "critic": {name: p.detach() for name, p in self.roles.critic.parameters()},
+            "optimizers": [learner.optimizer.state_dict() for learner in (self.policy, self.critic)],
+            "schedulers": [learner.scheduler.state_dict() for learner in (self.policy, self.critic)],
+            "sampler": self.sampler.state_dict(),
+            "moments": vars(self.moments),
+            "generator": self.generator.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        folder = self.output_dir / f"checkpoint-{self.step}"
+        checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state())
+        checkpoint.keep_newest(self.output_dir, self.args.save_total_limit)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Goes on where a checkpoint was written."""
+        tensors, state = checkpoint.load_checkpoint(folder)
+        for role in (self.roles.policy, self.roles.critic):
+            own = dict(role.parameters())
+            if own.keys() != tensors[role.name].keys():
+                raise UserError(f"checkpoint {folder} is of another model: its {role.name} has other parameters")
+            with torch.no_grad():
+                for name, parameter in own.items():
+                    parameter.copy_(tensors[role.name][name])
+        for learner, optimizer, scheduler in zip(
+            (self.policy, self.critic), tensors["optimizers"], tensors["schedulers"], strict=True
+        ):
+            learner.optimizer.load_state_dict(optimizer)
+            learner.scheduler.load_state_dict(scheduler)
+        self.sampler.load_state_dict(tensors["sampler"])
+        vars(self.moments).update(tensors["moments"])
+        self.generator.set_state(tensors["generator"])
+        torch.set_rng_state(tensors["rng"])
+        if torch.cuda.is_available() and tensors["cuda_rng"]:
+            torch.cuda.set_rng_state_all(tensors["cuda_rng"])
+        self.step, self.episodes, self.tokens = state["step"], state["episode"], state["num_tokens"]
+        self.history = state["log_history"]
+        self.console.note(f"resumed from {folder} after iteration {self.step}")
+
+
+def tokenizer_for(
+    model: str | PreTrainedModel, base_model: str | PreTrainedModel, args: SRPPOConfig
+) -> PreTrainedTokenizerBase:
+    """The SFT model's tokenizer where its folder has one, else the base model's."""
+    paths = [path for path in (model, base_model) if isinstance(path, str)]
+    if not paths:
+        raise UserError("give processing_class: the tokenizer cannot be found from models in memory")
+    with_tokenizer = [path for path in paths if (Path(path) / "tokenizer_config.json").is_file()]
+    return load_tokenizer((with_tokenizer or paths[-1:])[0], trust_remote_code=args.trust_remote_code)
+
+
+def config_with(args: SRPPOConfig, **changes: Any) -> SRPPOConfig:
+    """A copy of ``args`` with some settings changed."""
+    return dataclasses.replace(args, **changes)
