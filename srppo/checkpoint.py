@@ -87,7 +87,8 @@ def require_new_folder(path: Path, option: str = "output_dir") -> None:
         raise UserError(f"{option} {path} is a file: choose a folder")
     if path.is_dir() and any(path.iterdir()):
         raise UserError(
-            f"{option} {path} exists and is not empty: choose a new folder, or move the old run away (nothing was touched)"
+            f"{option} {path} exists and is not empty: choose a new folder, or move the old run away (nothing was "
+            f"touched)"
         )
 
 
@@ -97,7 +98,8 @@ def require_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"output_dir {path}: the run writes about {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free: make room, "
+            f"output_dir {path}: the run writes about {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free: "
+            f"make room, "
             "or choose another output_dir"
         )
 

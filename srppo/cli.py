@@ -1,7 +1,7 @@
 """The command line: ``srppo train | sft | score | eval | demo | env``.
 
-Flags are the fields of :class:`srppo.config.SRPPOConfig`; ``--config FILE`` reads them from YAML first, and flags win. A
-mistake of the user's ends in one message that says what to do and exit code 2; Ctrl-C in 130; a full disk in 1.
+Flags are the fields of :class:`srppo.config.SRPPOConfig`; ``--config FILE`` reads them from YAML first, and flags win.
+A mistake of the user's ends in one message that says what to do and exit code 2; Ctrl-C in 130; a full disk in 1.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ DATA = ("dataset_name", "dataset_train_split", "dataset_test_split", "max_prompt
         "stop_token_ids")  # fmt: skip
 OPTIMISATION = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "adam_betas",
                 "lr_scheduler_type", "warmup_ratio", "gradient_checkpointing", "seed")  # fmt: skip
+SFT = ("sft_learning_rate", "sft_num_train_epochs", "output_dir", "report_to")
 COMMANDS = {
     "train": ("SFT where no SFT model is given, then self-rewarding PPO", None),
     "sft": ("fine-tune the base model on demonstrations",
-            (*MODEL, *LORA, *DATA, *OPTIMISATION, "sft_learning_rate", "sft_num_train_epochs", "output_dir", "report_to")),
+            (*MODEL, *LORA, *DATA, *OPTIMISATION, *SFT)),
     "score": ("the self-reward of given completions, per token and per sequence, as JSON lines",
               (*MODEL, *DATA, "score_temperature", "per_device_train_batch_size")),
     "eval": ("sample from a model and measure reward, KL, length, and likelihood of held-out demonstrations",
@@ -61,8 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--model_name_or_path", metavar="MODEL", help="the model to judge; absent: the SFT model"
             )
-            command.add_argument("--extrapolate", type=float, metavar="BETA",
-                                 help="sample from (1 + 1/BETA) log pi - 1/BETA log pi_base, which needs no training")  # fmt: skip
+            command.add_argument(
+                "--extrapolate",
+                type=float,
+                metavar="BETA",
+                help="sample from (1 + 1/BETA) log pi - 1/BETA log pi_base, which needs no training",
+            )
         if name == "demo":
             command.add_argument(
                 "--output_dir", default="srppo-demo", help="new or empty folder (default: %(default)s)"
@@ -112,7 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in ("demo", "env"):
             run(options)
         else:
-            run(config_from(options), options)
+            args = config_from(options)
+            commands.quiet_libraries()
+            run(args, options)
         return 0
     except UserError as error:
         return complain(str(error), 2)

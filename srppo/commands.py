@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def quiet_libraries() -> None:
+    """Other libraries' progress bars and deprecation notes are for their developers, not for a run's log."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
+
+
 def require(args: SRPPOConfig, *names: str) -> None:
     for name in names:
         if getattr(args, name) is None:

@@ -218,7 +218,8 @@ def fields_and_types() -> list[tuple[dataclasses.Field, Any]]:
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the field's type, or an error that names the field. YAML reads 3e-6 as text, so text may be a number."""
+    """``value`` as the field's type, or an error that names the field. YAML reads 3e-6 as text, so text may be a
+    number."""
     if isinstance(hint, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None

@@ -1,9 +1,10 @@
 """Demonstrations and prompts: from files, folders or the hub to token ids.
 
-A row has a ``prompt`` (text, or a list of chat messages) and, if it is a demonstration, a ``completion``; or ``messages``,
-split at the last assistant turn; or ``input_ids``, a prompt that is tokenised already. Rows without a completion serve
-PPO only. ``answer`` is for ``srppo eval``'s exact match, and ``id`` is carried for the user. Prompt and completion are
-tokenised apart, because a rollout starts at that token boundary too; every demonstration ends in a stop token.
+A row has a ``prompt`` (text, or a list of chat messages) and, if it is a demonstration, a ``completion``; or
+``messages``, split at the last assistant turn; or ``input_ids``, a prompt that is tokenised already. Rows without a
+completion serve PPO only. ``answer`` is for ``srppo eval``'s exact match, and ``id`` is carried for the user. Prompt
+and completion are tokenised apart, because a rollout starts at that token boundary too; every demonstration ends in a
+stop token.
 """
 
 from __future__ import annotations
@@ -196,7 +197,8 @@ def prepare(
             )
         if completion_ids is not None and len(completion_ids) > max_completion_length:
             raise UserError(
-                f"{where}: the completion has {len(completion_ids)} tokens with its stop token and max_completion_length "
+                f"{where}: the completion has {len(completion_ids)} tokens with its stop token and "
+                f"max_completion_length "
                 f"is {max_completion_length}: raise it, or drop the row (a cut demonstration would teach not to stop)"
             )
         answer = row.get("answer")
@@ -271,7 +273,8 @@ def tokenize_chat(
     tokenizer: PreTrainedTokenizerBase,
     stop_token_ids: Sequence[int],
 ) -> tuple[list[int], list[int] | None]:
-    """Renders with the chat template; the completion is what the template adds to the rendered prompt, up to its stop."""
+    """Renders with the chat template; the completion is what the template adds to the rendered prompt, up to its
+    stop."""
     if not tokenizer.chat_template:
         raise UserError(
             f"{where}: the tokenizer has no chat template, so messages cannot be rendered; give prompt as text"
@@ -288,7 +291,8 @@ def tokenize_chat(
     whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
     if not whole.startswith(rendered):
         raise UserError(
-            f"{where}: the chat template renders the prompt differently once the answer follows, so the two cannot be told "
+            f"{where}: the chat template renders the prompt differently once the answer follows, so the two cannot be "
+            f"told "
             "apart; give prompt and completion as text"
         )
     return prompt_ids, end_with_stop(

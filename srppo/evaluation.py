@@ -107,9 +107,9 @@ def evaluate_policy(
         (row, example.answer) for row, example in zip(rows, examples, strict=True) if example.answer is not None
     ]
     if with_answer:
-        for row, answer in with_answer:
-            row["exact_match"] = answers_match(row["completion"], answer)
-        metrics["eval/exact_match"] = sum(row["exact_match"] for row, _ in with_answer) / len(with_answer)
+        for judged, answer in with_answer:
+            judged["exact_match"] = answers_match(judged["completion"], answer)
+        metrics["eval/exact_match"] = sum(judged["exact_match"] for judged, _ in with_answer) / len(with_answer)
     demonstrations = [example for example in examples if example.completion_ids is not None]
     if demonstrations:
         demos = collate_demonstrations(
@@ -128,7 +128,8 @@ def sequence_logprobs(role: Role, rollout: Rollout, temperature: float, batch_si
 
 
 def answers_match(completion: str, answer: str) -> bool:
-    """Whether a completion gives the answer: numbers are compared with the completion's last number, text as a whole."""
+    """Whether a completion gives the answer: numbers are compared with the completion's last number, text as a
+    whole."""
     number = r"-?\d+(?:\.\d+)?"
     wanted = re.fullmatch(number, answer.strip().replace(",", ""))
     if wanted:

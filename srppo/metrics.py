@@ -37,7 +37,8 @@ METRICS = {
     "val/clipfrac_avg": "part of the tokens whose value was clipped, over all updates",
     "val/ratio": "pi / pi_old, mean over tokens and updates",
     "val/ratio_var": "variance of pi / pi_old over tokens and updates",
-    "val/explained_variance": "1 - var(return - value) / var(return) over the tokens of the batch, values before the update",
+    "val/explained_variance": "1 - var(return - value) / var(return) over the tokens of the batch, values before the "
+    "update",
     "val/num_eos_tokens": "completions that ended in a stop token, count",
     "completions/mean_length": "tokens, mean over sequences",
     "completions/min_length": "tokens, smallest",
@@ -78,7 +79,7 @@ def iteration_metrics(rollout: Rollout, scores: Scores, targets: Advantages, res
         "objective/logp_base": scores.base.sum() / tokens,
         "policy/approxkl_avg": policy.approx_kl,
         "policy/clipfrac_avg": policy.clipfrac_low + policy.clipfrac_high,
-        "policy/entropy_avg": policy.entropy,
+        "policy/entropy_avg": math.nan if policy.entropy is None else policy.entropy,
         "loss/policy_avg": result.policy_loss,
         "loss/value_avg": result.value_loss,
         "val/clipfrac_avg": value.clipfrac,

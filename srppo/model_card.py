@@ -26,7 +26,8 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
     lines = [
         "# Tuned with Self-Rewarding PPO",
         "",
-        f"This is {kind}, tuned from an SFT model with PPO. The reward of a completion is its log-probability under the SFT "
+        f"This is {kind}, tuned from an SFT model with PPO. The reward of a completion is its log-probability under "
+        f"the SFT "
         "model minus that under the pretrained base, so no preference data and no reward model were used "
         "(arXiv 2510.21090).",
         "",

@@ -61,7 +61,8 @@ class Role:
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model inside, with the adapter layers in place."""
-        return self.model.get_base_model() if is_peft(self.model) else self.model  # type: ignore[operator, return-value]
+        model = self.model.get_base_model() if is_peft(self.model) else self.model  # type: ignore[operator]
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +90,8 @@ class Role:
             self.model.set_adapter(before, inference_mode=True)  # type: ignore[operator]
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """This role's own parameters, by name: its adapter's, or all of a model that it has to itself, and its value head."""
+        """This role's own parameters, by name: its adapter's, or all of a model that it has to itself, and its value
+        head."""
         named = list(self.model.named_parameters())
         if is_peft(self.model):
             named = [(name, p) for name, p in named if self.adapter is not None and f".{self.adapter}." in name]
@@ -177,7 +179,8 @@ def check_head(role: Role) -> None:
     tolerance = 1e-3 if role.head.weight.dtype == torch.float32 else 0.25  # theirs come from logits rounded to 16 bits
     if not worst <= tolerance:
         raise UserError(
-            f"{type(model).__name__} computes its logits in a way that the fused head does not reproduce (log-probs differ by "
+            f"{type(model).__name__} computes its logits in a way that the fused head does not reproduce (log-probs "
+            f"differ by "
             f"{worst:.3g}): this architecture is not supported yet"
         )
 
@@ -201,7 +204,8 @@ def choose_dtype(args: SRPPOConfig, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder. Padding needs a pad token only as filler: masks are carried, never derived from it."""
+    """The tokenizer in a model folder. Padding needs a pad token only as filler: masks are carried, never derived from
+    it."""
     from transformers import AutoTokenizer
 
     try:
@@ -277,7 +281,8 @@ def check_same_vocabulary(
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (base, sft)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"base and SFT model have different vocabularies ({sizes[0]} and {sizes[1]} tokens): the reward compares them token by token"
+            f"base and SFT model have different vocabularies ({sizes[0]} and {sizes[1]} tokens): the reward compares "
+            f"them token by token"
         )
     folders = [Path(p) for p in (base_path, sft_path) if p is not None]
     if len(folders) == 2 and all((f / "tokenizer_config.json").is_file() for f in folders):
@@ -286,7 +291,8 @@ def check_same_vocabulary(
             differing = sorted(set(vocabularies[0].items()) ^ set(vocabularies[1].items()), key=lambda item: item[1])
             token, index = differing[0]
             raise UserError(
-                f"the tokenizers of base and SFT model differ, first at token {index} ({token!r}): the reward compares the two "
+                f"the tokenizers of base and SFT model differ, first at token {index} ({token!r}): the reward "
+                f"compares the two "
                 "models token by token, so they must share one vocabulary"
             )
 
@@ -416,7 +422,8 @@ def new_value_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def settle(args: SRPPOConfig, roles: Roles) -> None:
-    """The last checks and modes of what learns: the head as the fused ops take it, no dropout, checkpointing if asked."""
+    """The last checks and modes of what learns: the head as the fused ops take it, no dropout, checkpointing if
+    asked."""
     check_head(roles.policy)
     for role in (roles.policy, roles.critic):
         disable_dropout(role.model)

@@ -14,8 +14,15 @@ RUN_PLOTS = {
     "demonstrations": ["eval/demonstrations/logp", "eval/demonstrations/logp_sft"],
     "losses": ["loss/policy_avg", "loss/value_avg"],
 }
-UNITS = {"kl": "nats per sequence", "reward": "nats per sequence", "reward_per_token": "nats per token", "length": "tokens",
-         "demonstrations": "nats per token", "losses": "loss per token", "sft_loss": "nats per token"}  # fmt: skip
+UNITS = {
+    "reward": "nats per sequence",
+    "reward_per_token": "nats per token",
+    "kl": "nats per sequence",
+    "length": "tokens",
+    "demonstrations": "nats per token",
+    "losses": "loss per token",
+    "sft_loss": "nats per token",
+}
 
 
 def plot_history(

@@ -1,4 +1,5 @@
-"""One PPO iteration as four functions for people with a loop of their own: score, advantages, update, and their metrics.
+"""One PPO iteration as four functions for people with a loop of their own: score, advantages, update, and their
+metrics.
 
 In the notation of the paper, for a completion y of prompt x sampled from the policy pi::
 
@@ -8,8 +9,8 @@ In the notation of the paper, for a completion y of prompt x sampled from the po
     loss         = -mean_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t),   r_t = pi(y_t) / pi_old(y_t)
 
 Sums run over completion tokens up to and including the stop token. The losses of a mini-batch are divided by its token
-count, whatever its split into micro-batches. Old log-probs come from the same forward, on the same micro-batches, as the
-first epoch's, so that the first ratio is exactly 1. Policy and critic are stepped apart, one backward per role.
+count, whatever its split into micro-batches. Old log-probs come from the same forward, on the same micro-batches, as
+the first epoch's, so that the first ratio is exactly 1. Policy and critic are stepped apart, one backward per role.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +96,8 @@ def head_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     head = role.head
     out = linear_logprob(
-        hidden, head.weight, rollout.completions, mask=rollout.completion_mask, temperature=temperature, entropy=entropy,
+        hidden, head.weight, rollout.completions, mask=rollout.completion_mask, temperature=temperature,
+        entropy=entropy,
         **head.options,
     )  # fmt: skip
     return out.logprob, out.entropy
@@ -164,7 +167,7 @@ def advantages(
     sequence_scores = (scores.sft - scores.base).sum(-1)
     if moments is not None:
         moments.update(sequence_scores)
-    options = {
+    options: dict[str, Any] = {
         "placement": args.reward_placement,
         "normalize": args.reward_normalization,
         "running_std": moments.std if args.reward_normalization == "running" and moments is not None else None,
@@ -173,7 +176,7 @@ def advantages(
         "truncated": rollout.truncated,
         "missing_eos_penalty": args.missing_eos_penalty,
     }
-    kl = {
+    kl: dict[str, Any] = {
         "logprobs_policy": scores.policy,
         "logprobs_ref": scores.reference,
         "kl_coef": args.kl_coef,
@@ -295,7 +298,9 @@ def update(
             epochs draw their own from ``generator``.
         train_policy: false while the critic warms up.
     """
-    policy_stats, value_stats, losses, norms = [], [], [], []
+    policy_stats: list[PPOStats] = []
+    value_stats: list[ValueStats] = []
+    losses, norms = [], []
     first, epoch = None, 0
     for epoch in range(1, args.num_ppo_epochs + 1):
         epoch_stats = []
@@ -310,10 +315,10 @@ def update(
                     policy.role, part, cut(scores.policy), cut(targets.advantages), count, args
                 )
                 mini_stats.append(stats)
-                value_part, stats = value_backward(
+                value_part, critic_stats = value_backward(
                     critic.role, part, cut(scores.values), cut(targets.returns), count, args
                 )
-                value_stats.append(stats)
+                value_stats.append(critic_stats)
                 loss = [loss[0] + policy_part, loss[1] + value_part]
                 if on_batch is not None:
                     on_batch(len(part))

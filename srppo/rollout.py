@@ -1,12 +1,14 @@
 """Rollouts: completions sampled from a model, with their masks carried along.
 
 Layout: prompts are padded on the left to ``P`` tokens, completions on the right to ``T``. Which tokens count is decided
-once, at the first stop token, and carried as a mask; nothing is ever derived from a pad token, so ``pad == eos`` is fine.
+once, at the first stop token, and carried as a mask; nothing is ever derived from a pad token, so ``pad == eos`` is
+fine.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ from srppo.errors import UserError
 from srppo.models import Role
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from srppo.data import Example
 
 
@@ -184,6 +188,12 @@ def until_stop(tokens: Tensor, stops: Tensor) -> list[int]:
     return tokens[: int(found[0]) + 1].tolist() if len(found) else tokens.tolist()
 
 
+def cache_name(model: PreTrainedModel) -> str:
+    """What a model's forward calls its key-value cache: ``past_key_values`` in older transformers, ``cache`` since."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 class ExtrapolatedLogits:
     """A logits processor that adds ``1/beta (log pi_sft - log pi_base)`` to the SFT model's log-probs.
 
@@ -206,10 +216,10 @@ class ExtrapolatedLogits:
                 input_ids=new,
                 attention_mask=self.mask,
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{cache_name(model): self.cache},
             )
-        self.cache = output.past_key_values
+        self.cache = output[cache_name(model)]
         sft, base = scores.float().log_softmax(-1), output.logits[:, -1].float().log_softmax(-1)
         return sft + (sft - base) / self.beta

@@ -1,7 +1,7 @@
 """The first stage: fine-tuning the base model on the demonstrations, with the fused cross-entropy.
 
-The loss is the mean of ``-log pi(y_t)`` over the completion tokens of a mini-batch, stop token included; prompts carry no
-loss. The result is an adapter folder with LoRA, a full model otherwise.
+The loss is the mean of ``-log pi(y_t)`` over the completion tokens of a mini-batch, stop token included; prompts carry
+no loss. The result is an adapter folder with LoRA, a full model otherwise.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ def run_sft(
     train = [example for example in train_dataset if example.completion_ids is not None]
     held_out = [example for example in eval_dataset if example.completion_ids is not None]
     if not train:
-        raise UserError("SFT needs demonstrations, and no row has a completion: add a 'completion' column, or messages that "
-                        "end in an assistant turn, or give sft_model_name_or_path")  # fmt: skip
+        raise UserError(
+            "SFT needs demonstrations, and no row has a completion: add a 'completion' column, or messages that end in "
+            "an assistant turn, or give sft_model_name_or_path"
+        )
     if model is None or tokenizer is None:
         if args.base_model_name_or_path is None:
             raise UserError("SFT needs a model to start from: set base_model_name_or_path")
@@ -87,12 +89,15 @@ def run_sft(
         return collate_demonstrations(examples, pad_token_id=pad, stop_token_ids=stops, device=role.device)
 
     total = args.sft_num_train_epochs * math.ceil(len(train) / args.mini_batch_size)
-    optimizer = torch.optim.AdamW(parameters, lr=args.sft_learning_rate, betas=tuple(args.adam_betas), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.sft_learning_rate, betas=(args.adam_betas[0], args.adam_betas[1]), weight_decay=0.0
+    )
     from transformers import get_scheduler
 
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, math.ceil(args.warmup_ratio * total), total)
     console.note(
-        f"SFT: {len(train)} demonstrations, {args.sft_num_train_epochs} epochs, {total} steps of {args.mini_batch_size}, "
+        f"SFT: {len(train)} demonstrations, {args.sft_num_train_epochs} epochs, {total} steps of "
+        f"{args.mini_batch_size}, "
         f"{sum(p.numel() for p in parameters):,} trainable parameters"
     )
     generator = torch.Generator().manual_seed(args.seed)

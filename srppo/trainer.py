@@ -11,7 +11,6 @@ for each iteration:
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,13 +44,14 @@ class SRPPOTrainer:
         model: the SFT model: an adapter folder, a model folder or hub name, or a loaded model.
         base_model: the pretrained base: a folder or hub name, or a loaded model. Loaded models are frozen in place.
         args: every setting; see :class:`srppo.config.SRPPOConfig`.
-        train_dataset: prompts, as rows with the columns of :mod:`srppo.data` or as what :func:`srppo.data.prepare` gives.
+        train_dataset: prompts, as rows with the columns of :mod:`srppo.data` or as what :func:`srppo.data.prepare`
+        gives.
             Completions in it are not used here.
-        eval_dataset: the same, for evaluation; rows with a completion also give the likelihood of held-out demonstrations.
-        processing_class: the tokenizer; if absent, that of ``model``, else of ``base_model``.
+        eval_dataset: the same, for evaluation; rows with a completion also give the likelihood of held-out
+        demonstrations. processing_class: the tokenizer; if absent, that of ``model``, else of ``base_model``.
         peft_config: a ``LoraConfig`` for the policy in place of the ``lora_*`` settings, for a full SFT model.
-        callbacks: called after each iteration as ``callback(trainer, step, metrics)``; may raise ``StopIteration`` to end.
-        reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.
+        callbacks: called after each iteration as ``callback(trainer, step, metrics)``; may raise ``StopIteration`` to
+        end. reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.
 
     Raises:
         UserError: something in the configuration, data or models must change; raised before training where possible.
@@ -136,7 +136,8 @@ class SRPPOTrainer:
                 metrics = self.evaluate()
                 writer.write(self.step, metrics)
         self.save_model()
-        self.console.table("last evaluation", [{n: v for n, v in self.history[-1].items() if n.startswith("eval/")}])
+        last = self.history[-1] if self.history else {}
+        self.console.table("evaluation", [{"metric": n, "value": v} for n, v in last.items() if n.startswith("eval/")])
         return self.history[-1] if self.history else {}
 
     def iterate(self, progress: Bar) -> dict[str, float]:
@@ -157,7 +158,7 @@ class SRPPOTrainer:
         scored = time.perf_counter()
 
         progress.status("updating")
-        lr = self.policy.scheduler.get_last_lr()[0]
+        lr = float(self.policy.scheduler.get_last_lr()[0])
         result = ppo.update(
             self.policy, self.critic, rollout, scores, targets, args, mini_batches,
             generator=self.generator, train_policy=self.step >= args.value_warmup_steps,
@@ -257,12 +258,14 @@ class SRPPOTrainer:
         tolerance = 0.0 if same is not None else 1e-4  # scored in other micro-batches, so equal up to rounding
         if not gap <= tolerance:
             raise UserError(
-                f"the policy does not start as the SFT model: log-probs of the first rollout differ by up to {gap:.3g} nats. "
+                f"the policy does not start as the SFT model: log-probs of the first rollout differ by up to "
+                f"{gap:.3g} nats. "
                 "Is something random in the forward (dropout), or were the weights changed after loading?"
             )
         if not (scores.sft - scores.base).abs().max() > 0:
             raise UserError(
-                "SFT and base model give the same log-probs on every token: the reward is 0 everywhere; check the two paths"
+                "SFT and base model give the same log-probs on every token: the reward is 0 everywhere; check the two "
+                "paths"
             )
         self.console.note(f"  start: KL(policy || SFT) = {gap:g} on {int(rollout.completion_mask.sum())} tokens")
 
@@ -375,8 +378,3 @@ def tokenizer_for(
         raise UserError("give processing_class: the tokenizer cannot be found from models in memory")
     with_tokenizer = [path for path in paths if (Path(path) / "tokenizer_config.json").is_file()]
     return load_tokenizer((with_tokenizer or paths[-1:])[0], trust_remote_code=args.trust_remote_code)
-
-
-def config_with(args: SRPPOConfig, **changes: Any) -> SRPPOConfig:
-    """A copy of ``args`` with some settings changed."""
-    return dataclasses.replace(args, **changes)
