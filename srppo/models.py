@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,9 @@ class Role:
         head."""
         named = list(self.model.named_parameters())
         if is_peft(self.model):
-            named = [(name, p) for name, p in named if self.adapter is not None and f".{self.adapter}." in name]
+            # ".value." alone would also find attention layers that call their projection "value"
+            own = re.compile(rf"\.(lora_\w+|modules_to_save)\.{self.adapter}(\.|$)")
+            named = [(name, p) for name, p in named if own.search(name)]
         elif self.value_head is not None:  # a critic never uses the head of its language model
             backbone = {id(p) for p in self.causal_lm.base_model.parameters()}
             named = [(name, p) for name, p in named if id(p) in backbone]
