@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srppo.errors import UserError
-from srppo.models import Role, is_peft
+from srppo.models import is_peft
+from srppo.roles import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,8 @@ from srppo.config import SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, load_rows, prepare, stop_tokens
 from srppo.errors import UserError
-from srppo.models import frozen_roles, load_tokenizer, policy_to_judge
+from srppo.models import load_tokenizer
+from srppo.roles import frozen_roles, policy_to_judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,8 +15,8 @@ import torch
 
 from srppo.config import SRPPOConfig
 from srppo.data import Example
-from srppo.models import Role
 from srppo.ppo import logprobs
+from srppo.roles import Role
 from srppo.rollout import Rollout, collate_demonstrations, generate
 
 if TYPE_CHECKING:

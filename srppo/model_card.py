@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from srppo.config import SRPPOConfig
-from srppo.models import Roles, is_peft
+from srppo.models import is_peft
+from srppo.roles import Roles
 
 SHOWN = ("objective/scores", "objective/scores_per_token", "objective/kl", "completions/mean_length")
 

@@ -1,21 +1,7 @@
-"""Loading models, and the four roles they play: base, SFT, policy and critic.
-
-A role is a model and the adapter that must be active in it. With LoRA on an SFT adapter all four share one frozen base,
-so the memory is that of one model; with full fine-tuning each is a model of its own. The rest of the trainer sees roles
-only, and asks two things of them: the hidden states under a completion, and the head that turns them into logits.
-
-Facts about peft that this file guards against: activating an adapter sets ``requires_grad`` on it and clears it on the
-others, so the trainable parameters are a list made once and a backward is done before the next adapter is activated;
-LoRA on the head would be invisible to the fused ops, which read the head's weight, so it is refused.
-"""
+"""Loading models and tokenizers, and reading a model's head as the fused ops take it."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from srppo.errors import UserError
-from srppo_kernels import linear_logprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from srppo.config import SRPPOConfig
-    from srppo.rollout import Rollout
-
-Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,97 +29,6 @@ class Head:
     @property
     def options(self) -> dict[str, Any]:
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """A model with the adapter that is active when it plays this role; ``adapter=None`` means with adapters off."""
-
-    name: str
-    model: nn.Module  # a transformers causal LM, or a peft model around one
-    adapter: str | None = None
-    trainable: bool = False
-    value_head: nn.Linear | None = None  # of the critic: [D] -> 1, fp32
-
-    @property
-    def causal_lm(self) -> PreTrainedModel:
-        """The transformers model inside, with the adapter layers in place."""
-        model = self.model.get_base_model() if is_peft(self.model) else self.model  # type: ignore[operator]
-        return model
-
-    @property
-    def device(self) -> torch.device:
-        return self.causal_lm.device
-
-    @property
-    def head(self) -> Head:
-        return head_of(self.causal_lm)
-
-    @contextmanager
-    def active(self) -> Iterator[PreTrainedModel]:
-        """The transformers model with this role's adapter on; the one that was on before comes back at the end."""
-        if not is_peft(self.model):
-            yield self.causal_lm
-            return
-        before = self.model.active_adapter
-        try:
-            if self.adapter is None:
-                with self.model.disable_adapter():  # type: ignore[operator]
-                    yield self.causal_lm
-            else:
-                self.model.set_adapter(self.adapter, inference_mode=not self.trainable)  # type: ignore[operator]
-                yield self.causal_lm
-        finally:
-            self.model.set_adapter(before, inference_mode=True)  # type: ignore[operator]
-
-    def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """This role's own parameters, by name: its adapter's, or all of a model that it has to itself, and its value
-        head."""
-        named = list(self.model.named_parameters())
-        if is_peft(self.model):
-            # ".value." alone would also find attention layers that call their projection "value"
-            own = re.compile(rf"\.(lora_\w+|modules_to_save)\.{self.adapter}(\.|$)")
-            named = [(name, p) for name, p in named if own.search(name)]
-        elif self.value_head is not None:  # a critic never uses the head of its language model
-            backbone = {id(p) for p in self.causal_lm.base_model.parameters()}
-            named = [(name, p) for name, p in named if id(p) in backbone]
-        if self.value_head is not None:
-            named += [(f"value_head.{name}", p) for name, p in self.value_head.named_parameters()]
-        return named
-
-    def hidden(self, rollout: Rollout) -> Tensor:
-        """Hidden states that predict the completion's tokens, ``[B, T, D]``. Call it inside :meth:`active`."""
-        output = self.causal_lm.base_model(
-            input_ids=rollout.input_ids,
-            attention_mask=rollout.attention_mask,
-            position_ids=rollout.position_ids,
-            use_cache=False,
-        )
-        return output.last_hidden_state[:, rollout.prompt_length - 1 : -1]
-
-    def values(self, rollout: Rollout) -> Tensor:
-        """The critic's value of every state in which a completion token was taken, ``[B, T]`` fp32."""
-        assert self.value_head is not None, f"{self.name} has no value head"
-        return self.value_head(self.hidden(rollout).float()).squeeze(-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Roles:
-    base: Role
-    sft: Role
-    policy: Role
-    critic: Role
-
-    def describe(self) -> list[str]:
-        """A line per role: which weights it uses and how many of them learn."""
-        lines = []
-        for role in (self.base, self.sft, self.policy, self.critic):
-            source = getattr(role.causal_lm.config, "_name_or_path", "") or "a model in memory"
-            if is_peft(role.model):
-                source += ", adapters off" if role.adapter is None else f", adapter {role.adapter!r}"
-            learns = f"{sum(p.numel() for _, p in role.parameters()):,} trainable" if role.trainable else "frozen"
-            lines.append(f"{role.name}: {source} ({learns})")
-        return lines
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -167,25 +58,6 @@ def head_of(model: PreTrainedModel) -> Head:
     scale = float(getattr(model.config, "logit_scale", None) or 1.0)
     scale /= float(getattr(model.config, "logits_scaling", None) or 1.0)
     return Head(linear.weight, linear.bias, scale, getattr(model.config, "final_logit_softcapping", None))
-
-
-@torch.no_grad()
-def check_head(role: Role) -> None:
-    """Stops if hidden states and head do not give the model's own log-probs, as in an architecture unknown to us."""
-    with role.active() as model:
-        ids = torch.arange(8, device=role.device).remainder(model.config.get_text_config().vocab_size)[None]
-        logits = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        ours = linear_logprob(hidden, role.head.weight, ids, **role.head.options).logprob
-    theirs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-    worst = (ours - theirs).abs().max().item()
-    tolerance = 1e-3 if role.head.weight.dtype == torch.float32 else 0.25  # theirs come from logits rounded to 16 bits
-    if not worst <= tolerance:
-        raise UserError(
-            f"{type(model).__name__} computes its logits in a way that the fused head does not reproduce (log-probs "
-            f"differ by "
-            f"{worst:.3g}): this architecture is not supported yet"
-        )
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -313,125 +185,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "dropout", "activation_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def frozen_roles(
-    args: SRPPOConfig, base: str | PreTrainedModel, sft: str | PreTrainedModel, *, share: bool = True
-) -> tuple[Role, Role]:
-    """Base and SFT: over one model where SFT is an adapter folder and ``share``, else a model each."""
-    base_path = base if isinstance(base, str) else None
-    sft_path = sft if isinstance(sft, str) else None
-    base_model = load_model(base, args) if isinstance(base, str) else base
-    freeze(base_model)
-    if sft_path is not None and share and is_adapter_folder(sft_path):
-        from peft import PeftModel
-
-        check_same_vocabulary(base_model, base_model, base_path, sft_path)
-        shared = PeftModel.from_pretrained(base_model, sft_path, adapter_name="sft").eval()
-        roles = Role("base", shared), Role("sft", shared, "sft")
-    else:
-        sft_model = load_model(sft, args) if isinstance(sft, str) else sft
-        freeze(sft_model)
-        check_same_vocabulary(base_model, sft_model, base_path, sft_path)
-        roles = Role("base", base_model), Role("sft", sft_model)
-    for role in roles:
-        disable_dropout(role.model)
-        check_head(role)
-    return roles
-
-
-def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tuple[Role, Role, Role]:
-    """Base, SFT and a model to evaluate; an adapter is loaded onto the base that is there."""
-    if not is_adapter_folder(path):
-        model = load_model(path, args)
-        check_same_vocabulary(base.causal_lm, model, args.base_model_name_or_path, path)
-        policy = Role("policy", model)
-    elif is_peft(base.model):
-        base.model.load_adapter(path, adapter_name="policy")  # type: ignore[operator]
-        policy = Role("policy", base.model, "policy")
-    else:
-        from peft import PeftModel
-
-        shared = PeftModel.from_pretrained(base.causal_lm, path, adapter_name="policy").eval()
-        base, policy = Role("base", shared), Role("policy", shared, "policy")
-    disable_dropout(policy.model)
-    check_head(policy)
-    return base, sft, policy
-
-
-def build_roles(
-    args: SRPPOConfig, base: str | PreTrainedModel, sft: str | PreTrainedModel, peft_config: Any = None
-) -> Roles:
-    """Loads what is given as a path and assigns the roles; the policy and the critic start as copies of SFT.
-
-    ==================  ============================================  ==================================
-    SFT model is        with ``use_peft``                             without
-    ==================  ============================================  ==================================
-    an adapter folder   one base; adapters sft, policy, value         merged; policy and critic copied
-    a full model        base; SFT with adapters policy, value on it   policy and critic copied
-    ==================  ============================================  ==================================
-    """
-    value_model = {"auto": "adapter" if args.use_peft else "separate"}.get(args.value_model, args.value_model)
-    if value_model == "adapter" and not args.use_peft:
-        raise UserError("value_model=adapter needs use_peft=true; with full fine-tuning the critic is separate")
-    base_role, sft_role = frozen_roles(args, base, sft, share=args.use_peft)
-    if not args.use_peft:
-        policy = Role("policy", trainable_copy(sft_role.causal_lm), trainable=True)
-        trunk = Role("critic", trainable_copy(sft_role.causal_lm), trainable=True)
-    else:
-        names = ["policy", "value"] if value_model == "adapter" else ["policy"]
-        if value_model == "separate":
-            if not isinstance(sft, str):
-                raise UserError(
-                    "value_model=separate with use_peft needs the SFT model as a path, to load it once more"
-                )
-            trunk = Role("critic", trainable_copy(load_model(sft, args)), trainable=True)
-        if sft_role.adapter is not None:
-            shared = sft_role.model
-            for name in names:
-                shared.load_adapter(str(sft), adapter_name=name)  # type: ignore[operator]
-        else:
-            from peft import get_peft_model
-
-            config = peft_config or lora_config(
-                args, sft_role.causal_lm
-            )  # B starts at 0: the policy starts as exactly SFT
-            shared = get_peft_model(sft_role.causal_lm, config, adapter_name="policy")
-            for name in names[1:]:
-                shared.add_adapter(name, config)
-            sft_role = Role("sft", shared)
-        policy = Role("policy", shared, "policy", trainable=True)
-        if value_model == "adapter":
-            trunk = Role("critic", shared, "value", trainable=True)
-    critic = dataclasses.replace(trunk, value_head=new_value_head(policy.causal_lm))
-    roles = Roles(base_role, sft_role, policy, critic)
-    settle(args, roles)
-    return roles
-
-
-def trainable_copy(model: PreTrainedModel) -> PreTrainedModel:
-    twin = copy.deepcopy(model)
-    for parameter in twin.parameters():
-        parameter.requires_grad_(True)
-    return twin
-
-
-def new_value_head(model: PreTrainedModel) -> nn.Linear:
-    """Zero weights: the first values are 0, so the first advantages are those of the rewards alone."""
-    head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=model.device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def settle(args: SRPPOConfig, roles: Roles) -> None:
-    """The last checks and modes of what learns: the head as the fused ops take it, no dropout, checkpointing if
-    asked."""
-    check_head(roles.policy)
-    for role in (roles.policy, roles.critic):
-        disable_dropout(role.model)
-        if not role.parameters():
-            raise UserError(f"the {role.name} has no trainable parameters: check lora_target_modules")
-        if args.gradient_checkpointing:
-            role.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-            role.model.train()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from srppo.config import SRPPOConfig
 from srppo.errors import UserError
-from srppo.models import Role, Roles
+from srppo.roles import Role, Roles
 from srppo.rollout import Rollout
 from srppo_kernels import (
     PPOStats,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from srppo.errors import UserError
-from srppo.models import Role
+from srppo.roles import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

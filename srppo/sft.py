@@ -20,8 +20,9 @@ from srppo.console import Console
 from srppo.data import Example, stop_tokens
 from srppo.errors import UserError
 from srppo.metrics import MetricsWriter
-from srppo.models import Role, check_head, load_model, load_tokenizer, lora_config
+from srppo.models import load_model, load_tokenizer, lora_config
 from srppo.plots import plot_history
+from srppo.roles import Role, check_head
 from srppo.rollout import Rollout, collate_demonstrations
 from srppo_kernels import linear_loss
 

@@ -26,8 +26,9 @@ from srppo.errors import UserError
 from srppo.evaluation import evaluate_policy
 from srppo.metrics import MetricsWriter, iteration_metrics, peak_memory_gib
 from srppo.model_card import model_card
-from srppo.models import Roles, build_roles, load_tokenizer
+from srppo.models import load_tokenizer
 from srppo.plots import plot_history
+from srppo.roles import Roles, build_roles
 from srppo.rollout import Rollout, generate
 
 if TYPE_CHECKING:
