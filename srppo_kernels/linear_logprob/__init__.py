@@ -1,6 +1,27 @@
-"""Log-probabilities of targets under ``softmax(hidden @ weight.T)`` without the logits: see :mod:`.op` for the maths."""
+"""Log-probabilities of targets under ``softmax(hidden @ weight.T)``, and losses over them, without the logits.
 
-from srppo_kernels.linear_logprob.loss import linear_loss, linear_ppo_loss
-from srppo_kernels.linear_logprob.op import LinearLogprob, explain, linear_log_ratio, linear_logprob
+reference.py        the maths, with the logits in full
+op.py               linear_logprob: schema, fake, autograd
+loss.py  ppo.py     losses whose gradients are formed in the forward (fused.py)
+ratio.py            linear_log_ratio, the self-reward's term
+plan.py explanation.py  which plan serves a call, what it costs, and why
+chunked.py backward.py rows.py    the torch backend
+native.py           the C++ scan
+vocab_parallel.py   a head cut over the ranks of a group
+"""
 
-__all__ = ["LinearLogprob", "explain", "linear_log_ratio", "linear_logprob", "linear_loss", "linear_ppo_loss"]
+from srppo_kernels.linear_logprob.explanation import Plan, explain
+from srppo_kernels.linear_logprob.loss import linear_loss
+from srppo_kernels.linear_logprob.op import LinearLogprob, linear_logprob
+from srppo_kernels.linear_logprob.ppo import linear_ppo_loss
+from srppo_kernels.linear_logprob.ratio import linear_log_ratio
+
+__all__ = [
+    "LinearLogprob",
+    "Plan",
+    "explain",
+    "linear_log_ratio",
+    "linear_logprob",
+    "linear_loss",
+    "linear_ppo_loss",
+]

@@ -1,149 +1,244 @@
-"""Per-token log-probability, entropy and lse from hidden states and the LM head, a vocabulary chunk at a time.
+"""``srppo::linear_logprob``: schema, fake, autograd, and the public function. reference.py has the maths.
 
-    z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature        [N, V], never held
-    lse = log sum_j exp z_j      logprob = z_y - lse      H = lse - sum_j p_j z_j,   p = exp(z - lse)
+    linear_logprob            validates, chooses the plan, calls the op
+    srppo::linear_logprob     per-token outputs, and what the plan keeps for the backward
+    srppo::linear_logprob_backward   dhidden, dweight, dbias from the gradients of the outputs
 
-    dz = [g (1_y - p) - h p (log p + H) + l p]      g = dL/dlogprob, h = dL/dentropy, l = dL/dlse
+The plan is an argument of the op, so that a compiled graph and an eager one keep the same things.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
-ROWS = 128  # a GEMM always sees this many rows, padded with zeros: then a row's bits do not depend on its batch
-VOCAB = 2048  # fixed vocabulary groups, merged in order
+from srppo_kernels.linear_logprob import backward as grads
+from srppo_kernels.linear_logprob import vocab_parallel
+from srppo_kernels.linear_logprob.checks import check_head, check_targets
+from srppo_kernels.linear_logprob.chunked import (
+    GROUP,
+    Head,
+    Residual,
+    accumulation_dtype,
+    forward,
+    kept_dtype,
+)
+from srppo_kernels.linear_logprob.plan import choose, problem_of
+from srppo_kernels.linear_logprob.reference import linear_logprob_reference
+from srppo_kernels.linear_logprob.rows import Rows
+
+__all__ = ["LinearLogprob", "linear_logprob"]
 
 
 class LinearLogprob(NamedTuple):
-    """Per-token results, fp32, of the shape of ``targets``; 0 where masked."""
+    """Per-token results of the shape of ``targets``, in fp32 (fp64 for fp64 inputs); 0 where masked."""
 
-    logprob: Tensor
-    entropy: Tensor | None
-    lse: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Spec:
-    scale: float
-    softcap: float | None
-    temperature: float | Tensor
+    logprob: Tensor  # in nats
+    entropy: Tensor | None  # in nats
+    lse: Tensor | None  # log of the sum of the exponentials of the logits
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, spec: _Spec, temp: float | Tensor) -> Tensor:
-    z = x @ weight.T
-    if bias is not None:
-        z += bias
-        z.clamp_min_(torch.finfo(z.dtype).min)
-    if spec.scale != 1.0:
-        z *= spec.scale
-    if spec.softcap is not None:
-        z = torch.tanh_(z / spec.softcap) * spec.softcap
-    if isinstance(temp, Tensor):
-        z /= temp[:, None]
-    elif temp != 1.0:
-        z /= temp
-    return z
+def live_rows(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    """Which rows count, ``[N]`` bool, from flat targets and a mask of any shape."""
+    live = targets != ignore_index
+    return live if mask is None else live & mask.reshape(-1)
 
 
-def _blocks(n: int) -> list[slice]:
-    return [slice(i, i + ROWS) for i in range(0, n, ROWS)]
+def prepare(
+    hidden: Tensor, targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat ``(hidden [N, D], targets local to this rank's shard [N], live [N])``, with the targets checked."""
+    flat = targets.reshape(-1)
+    live = live_rows(flat, mask, ignore_index)
+    start, total = vocab_parallel.shard_range(vocab, group, targets.device)
+    check_targets(flat, live, total, targets.shape)
+    return hidden.reshape(-1, hidden.shape[-1]), flat - start, live
 
 
-def _forward(x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None, spec: _Spec, temp: float | Tensor):  # noqa: ANN202
-    n = x.shape[0]
-    m, s, t, zy = x.new_zeros(4, n)
-    for v0 in range(0, weight.shape[0], VOCAB):
-        w = weight[v0 : v0 + VOCAB].to(x.dtype)
-        b = None if bias is None else bias[v0 : v0 + VOCAB].to(x.dtype)
-        for r in _blocks(n):
-            z = _logits(x[r], w, b, spec, temp[r] if isinstance(temp, Tensor) else temp)
-            here = (y[r] >= v0) & (y[r] < v0 + w.shape[0])
-            zy[r] += torch.where(here, z.gather(1, (y[r] - v0).clamp(0, w.shape[0] - 1)[:, None])[:, 0], 0)
-            mc = z.amax(1)
-            z -= mc[:, None]
-            e = torch.exp(z)
-            sc, tc = e.sum(1), (e * z).sum(1)
-            if v0 == 0:
-                m[r], s[r], t[r] = mc, sc, tc
-                continue
-            mn = torch.maximum(m[r], mc)
-            da, db = m[r] - mn, mc - mn
-            a, c = da.exp(), db.exp()
-            t[r] = (t[r] + s[r] * da) * a + (tc + sc * db) * c
-            s[r] = s[r] * a + sc * c
-            m[r] = mn
-    log_s = s.log()
-    return (zy - m) - log_s, log_s - t / s, m + log_s
+@custom_op("srppo::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    grad_weight_out: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    entropy: bool,
+    plan: str,
+    backend: str,
+    chunk: int,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group)
+    head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
+    acc = accumulation_dtype(hidden)
+    rows = Rows.of(live)
+    outputs = [x.new_zeros(x.shape[0], dtype=acc) for _ in range(3)]
+    kept, group_max = _kept_like(hidden, weight, plan)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if plan == "precompute":
+            residual = new_residual(hidden, weight, min(chunk, rows.count))
+            for a in range(0, rows.count, chunk):
+                part = rows.part(a, a + chunk)
+                result = forward(x, head, y, part, entropy=False, residual=residual, group=group)
+                part.put(kept, grads.context(x, head, y, part, result.lse, residual))
+                for whole, values in zip(outputs, result, strict=True):
+                    part.put(whole, values)
+        else:
+            cache = Residual(kept, group_max) if plan == "cache" else None
+            result = forward(x, head, y, rows, entropy=entropy, residual=cache, kept_rows=rows.index, group=group)
+            for whole, values in zip(outputs, result, strict=True):
+                rows.put(whole, values)
+    logprob, h, lse = (t.view(targets.shape) for t in outputs)
+    return logprob, h, lse, kept, group_max
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rows: Tensor, spec: _Spec):  # noqa: ANN205
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        n = rows.numel()
-        pad = -n % ROWS
-        x = torch.zeros(n + pad, hidden.shape[1], dtype=dtype, device=hidden.device)
-        x[:n] = hidden[rows]
-        yp = torch.nn.functional.pad(y[rows].long(), (0, pad))
-        temp = spec.temperature
-        if isinstance(temp, Tensor):
-            temp = torch.nn.functional.pad(temp[rows].to(dtype), (0, pad), value=1.0)
-        with torch.autocast(hidden.device.type, enabled=False):
-            packed = _forward(x, weight, yp, bias, spec, temp)
-        full = [torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device).index_copy_(0, rows, p[:n]) for p in packed]
-        ctx.save_for_backward(hidden, weight, bias, y, rows, *full)
-        ctx.spec, ctx.dtype = spec, dtype
-        return tuple(full)
+def _flat(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.reshape(-1)
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, h: Tensor, dl: Tensor):  # noqa: ANN205
-        hidden, weight, bias, y, rows, logp, ent, lse = ctx.saved_tensors
-        spec, dtype = ctx.spec, ctx.dtype
-        rows = rows[((g != 0) | (h != 0) | (dl != 0))[rows]]
-        x, y, g, h, dl, logp, ent, lse = (t[rows] for t in (hidden, y.long(), g, h, dl, logp, ent, lse))
-        x = x.to(dtype)
-        temp = spec.temperature[rows].to(dtype) if isinstance(spec.temperature, Tensor) else spec.temperature
-        chain = spec.scale / temp
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dx = torch.zeros_like(x) if need_x else None
-        dw = torch.zeros_like(weight) if need_w else None
-        db = torch.zeros_like(bias) if need_b else None
-        step = 2048
-        with torch.autocast(hidden.device.type, enabled=False):
-            for v0 in range(0, weight.shape[0], VOCAB):
-                v = slice(v0, min(v0 + VOCAB, weight.shape[0]))
-                w = weight[v].to(dtype)
-                dwc = torch.zeros_like(w) if need_w else None
-                dbc = torch.zeros(w.shape[0], dtype=dtype, device=w.device) if need_b else None
-                for r in (slice(i, i + step) for i in range(0, x.shape[0], step)):
-                    tr = temp[r] if isinstance(temp, Tensor) else temp
-                    z = _logits(x[r], w, None if bias is None else bias[v].to(dtype), spec, tr)
-                    lp = z - lse[r, None]
-                    dz = lp.exp() * ((dl[r] - g[r] - h[r] * ent[r])[:, None] - h[r, None] * lp)
-                    at = (g[r] * -torch.expm1(logp[r]) + logp[r].exp() * (dl[r] - h[r] * (logp[r] + ent[r])))[:, None]
-                    col = (y[r] - v0)[:, None]
-                    inside = (col >= 0) & (col < w.shape[0])
-                    col = col.clamp(0, w.shape[0] - 1)
-                    dz.scatter_(1, col, torch.where(inside, at, dz.gather(1, col)))
-                    if spec.softcap is not None:
-                        capped = z * (tr[:, None] if isinstance(tr, Tensor) else tr) / spec.softcap
-                        dz *= 1 - capped * capped
-                    dz *= chain[r, None] if isinstance(chain, Tensor) else chain
-                    if dx is not None:
-                        dx[r] += dz @ w
-                    if dwc is not None:
-                        dwc += dz.T @ x[r]
-                    if dbc is not None:
-                        dbc += dz.sum(0)
-                if dw is not None:
-                    dw[v] = dwc
-                if db is not None:
-                    db[v] = dbc
-        if dx is not None:
-            dx = torch.zeros_like(hidden).index_copy_(0, rows, dx.to(hidden.dtype))
-        return dx, dw, db, None, None, None
+
+def _kept_like(hidden: Tensor, weight: Tensor, plan: str) -> tuple[Tensor, Tensor]:
+    """What a plan keeps for the backward, zeros: a masked row's memory is then never touched."""
+    n, vocab = hidden.numel() // max(1, hidden.shape[-1]), weight.shape[0]
+    if plan == "cache":
+        number = -(-vocab // GROUP)
+        return (
+            hidden.new_zeros(n, vocab, dtype=kept_dtype(hidden, weight)),
+            hidden.new_zeros(n, number, dtype=accumulation_dtype(hidden)),
+        )
+    if plan == "precompute":
+        return hidden.new_zeros(n, hidden.shape[-1]), hidden.new_zeros(0)
+    return hidden.new_zeros(0), hidden.new_zeros(0)
+
+
+def new_residual(hidden: Tensor, weight: Tensor, rows: int) -> Residual:
+    """Room for a chunk's exponentials."""
+    vocab = weight.shape[0]
+    return Residual(
+        hidden.new_empty(rows, vocab, dtype=kept_dtype(hidden, weight)),
+        hidden.new_empty(rows, -(-vocab // GROUP), dtype=accumulation_dtype(hidden)),
+    )
+
+
+@_linear_logprob.register_fake
+def _(hidden, weight, targets, bias, mask, row_temperature, grad_weight_out, *options):  # type: ignore[no-untyped-def]
+    plan = options[5]
+    outputs = [hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden)) for _ in range(3)]
+    return (*outputs, *_kept_like(hidden, weight, plan))
+
+
+@custom_op("srppo::linear_logprob_backward", mutates_args={"grad_weight_out"})
+def _linear_logprob_backward(
+    g: Tensor | None,
+    h: Tensor | None,
+    dlse: Tensor | None,
+    logprob: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    group_max: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    grad_weight_out: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    plan: str,
+    group: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat = targets.reshape(-1)
+    start, _ = vocab_parallel.shard_range(weight.shape[0], group, targets.device)
+    x, y = hidden.reshape(-1, hidden.shape[-1]), flat - start
+    rows = Rows.of(live_rows(flat, mask, ignore_index))
+    head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
+    upstream = grads.Upstream(
+        _flat(g), _flat(h), _flat(dlse), logprob.reshape(-1), entropy.reshape(-1), lse.reshape(-1)
+    )
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
+    dbias = torch.empty_like(bias) if bias is not None and need_bias else weight.new_empty(0)
+    into = grads.Destination(
+        hidden=need_hidden,
+        weight=grad_weight_out if grad_weight_out is not None else (dweight if need_weight else None),
+        bias=dbias if need_bias else None,
+        accumulate_weight=grad_weight_out is not None,
+        accumulate_bias=False,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        dhidden: Tensor | None
+        if plan == "precompute":
+            wanted, dhidden = grads.from_context(x, head, y, rows, upstream, kept, group)
+        else:
+            residual = Residual(kept, group_max) if plan == "cache" else None
+            wanted, dhidden = grads.gradients(
+                x, head, y, rows, upstream, into, residual=residual, kept_rows=rows.index, group=group
+            )
+    if dhidden is None:
+        return hidden.new_empty(0), dweight, dbias
+    if wanted.index is not None or wanted.live is not None or dhidden.dtype != hidden.dtype:
+        dhidden = wanted.put(x.new_zeros(x.shape), dhidden)
+    return dhidden.view(hidden.shape), dweight, dbias
+
+
+@_linear_logprob_backward.register_fake
+def _(g, h, dlse, logprob, entropy, lse, kept, group_max, hidden, weight, targets, bias, *options):  # type: ignore[no-untyped-def]
+    need_hidden, need_weight, need_bias = options[-3:]
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        bias.new_empty(bias.shape) if bias is not None and need_bias else weight.new_empty(0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, bias, mask, row_temperature, grad_weight_out, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(*output, hidden, weight, targets, bias, mask, row_temperature)
+    # Not through save_for_backward: another micro-batch adds to it in between, which is its purpose.
+    ctx.grad_weight_out = grad_weight_out
+    ctx.scalars = options[:4]
+    ctx.plan, _, _, ctx.group = options[5:]
+
+
+def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * 16
+    if g is None and h is None and dlse is None:
+        return nothing
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    out = ctx.grad_weight_out
+    dhidden, dweight, dbias = torch.ops.srppo.linear_logprob_backward(
+        g, h, dlse, *ctx.saved_tensors, out, *ctx.scalars, ctx.plan, ctx.group,
+        need_hidden, need_weight and out is None, need_bias,
+    )  # fmt: skip
+    return (
+        dhidden if need_hidden else None,
+        dweight if need_weight and out is None else None,
+        None,
+        dbias if need_bias else None,
+        *nothing[4:],
+    )
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup)
+
+
+def group_name(group: Any) -> str:
+    """A process group's name, which an op's schema can carry; "" for none."""
+    return "" if group is None else group.group_name
 
 
 def linear_logprob(
@@ -163,56 +258,86 @@ def linear_logprob(
     workspace_bytes: int | None = None,
     backend: str = "auto",
     group: Any = None,
+    grad_weight_out: Tensor | None = None,
 ) -> LinearLogprob:
-    """log softmax(z)[target] a token, with entropy (nats) and lse on request; masked tokens give 0 and cost nothing."""
-    if group is not None:
-        raise NotImplementedError("group: vocabulary parallelism is not there yet")
-    shape = targets.shape
-    flat = targets.reshape(-1)
-    live = flat != ignore_index
-    if mask is not None:
-        live = live & mask.reshape(-1).bool()
-    rows = live.nonzero()[:, 0]
-    bad = (flat[rows] < 0) | (flat[rows] >= weight.shape[0])
-    if bad.any():
-        i = int(rows[bad][0])
-        raise ValueError(f"targets: element {i} is {int(flat[i])}, outside [0, {weight.shape[0]}) and not ignore_index")
-    temp = temperature.reshape(-1) if isinstance(temperature, Tensor) else float(temperature)
-    spec = _Spec(logit_scale, softcap, temp)
-    lp, ent, ls = _LinearLogprob.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat, rows, spec)
-    return LinearLogprob(lp.view(shape), ent.view(shape) if entropy else None, ls.view(shape) if lse else None)
+    """``log softmax(z)[target]`` of every token, with entropy and lse on request, without the logits.
+
+    ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature``. Logits exist only as fp32 accumulators, a
+    block at a time; inputs are read in their own dtype, under autocast too.
+
+    Args:
+        hidden: ``[..., D]`` last hidden states, float32, bfloat16, float16 or float64.
+        weight: ``[V, D]``, as ``lm_head.weight``; may differ from ``hidden`` in dtype (not for float64).
+        targets: ``[...]`` int64 or int32 token ids.
+        bias: ``[V]``. An entry of -inf takes that token out of the vocabulary.
+        mask: ``[...]`` bool, True on tokens that count. A masked token costs nothing, has outputs and gradients 0,
+            and what its hidden state holds, NaN included, reaches nobody. So does one whose target is ``ignore_index``.
+        temperature: a positive number, or one a token, ``[...]``; it gets no gradient.
+        softcap: ``softcap * tanh(z / softcap)`` before the temperature (Gemma), or None.
+        entropy, lse: whether to return them; their gradients are supported.
+        plan: ``"auto"``, ``"score"`` (no gradient), ``"precompute"``, ``"cache"`` or ``"recompute"``: see plan.py.
+        workspace_bytes: bound on the exponentials that ``cache`` keeps; by default the size of an fp32 dweight.
+        backend: ``"auto"``, ``"native"`` (C++, CPU), ``"torch"``, or ``"reference"``, which holds the logits.
+        group: process group over which the vocabulary is cut in rank order; ``weight`` and ``bias`` are then this
+            rank's shard (sizes may differ), all else is the same on every rank, and so are the results and dhidden.
+        grad_weight_out: float32 ``[V, D]`` to which dweight is added in place of ``weight.grad``.
+
+    Returns:
+        ``LinearLogprob(logprob, entropy, lse)``; differentiable once, any number of times with ``retain_graph``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name; on a CPU also the first target outside the
+            vocabulary, on a GPU a device-side assertion.
+
+    Exactness: log-probs are fp32-exact (errors of a few 1e-6) whatever the inputs' dtype, and a token's bits do not
+    depend on the tokens it shares a call with, nor on the plan. So the PPO ratio of an unchanged model is exactly 1.
+    """
+    check_head(
+        "linear_logprob", hidden, weight, targets, bias=bias, mask=mask, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, grad_weight_out=grad_weight_out,
+    )  # fmt: skip
+    problem = problem_of("linear_logprob", hidden, weight, bias, entropy=entropy)
+    chosen = choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)
+    per_row = temperature if isinstance(temperature, Tensor) else None
+    scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    if chosen.backend == "reference":
+        outputs = _reference(
+            hidden, weight, targets, bias, mask, ignore_index, temperature, logit_scale, softcap, group
+        )
+    else:
+        if chosen.plan == "score":
+            hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+        outputs = torch.ops.srppo.linear_logprob(
+            hidden, weight, targets, bias, mask, per_row, grad_weight_out, ignore_index, scalar, float(logit_scale),
+            softcap, entropy, chosen.plan, chosen.backend, chosen.rows_per_chunk, group_name(group),
+        )  # fmt: skip
+    return LinearLogprob(outputs[0], outputs[1] if entropy else None, outputs[2] if lse else None)
 
 
-def linear_log_ratio(
-    hidden_sft: Tensor,
-    weight_sft: Tensor,
-    hidden_base: Tensor,
-    weight_base: Tensor,
+def _reference(
+    hidden: Tensor,
+    weight: Tensor,
     targets: Tensor,
-    *,
-    bias_sft: Tensor | None = None,
-    bias_base: Tensor | None = None,
-    mask: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """log pi_sft - log pi_base a token, exactly 0 for equal models and where masked."""
-    sft = linear_logprob(hidden_sft, weight_sft, targets, bias=bias_sft, mask=mask, **options).logprob
-    base = linear_logprob(hidden_base, weight_base, targets, bias=bias_base, mask=mask, **options).logprob
-    return sft - base
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What an op would do for given arguments."""
-
-    backend: str
-    plan: str
-    gemms: int
-    workspace_bytes: int
-    reason: str
-
-
-def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *args: Any, op: str = "linear_logprob", **kw: Any) -> Explanation:
-    """Backend, plan, GEMM count and workspace of a call, without running it."""
-    grad = hidden.requires_grad or weight.requires_grad
-    return Explanation("torch", "recompute" if grad else "score", 4 if grad else 1, 8 * ROWS * VOCAB, "chunked torch")
+    bias: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    group: Any,
+) -> tuple[Tensor, ...]:
+    if group is not None:
+        raise ValueError("linear_logprob: backend='reference' has no vocabulary-parallel form; pass backend='auto'")
+    acc = accumulation_dtype(hidden)
+    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], "")
+    outputs = linear_logprob_reference(
+        x.to(acc),
+        weight.to(acc),
+        y,
+        live,
+        bias=None if bias is None else bias.to(acc),
+        temperature=temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+    return tuple(t.view(targets.shape) for t in outputs)

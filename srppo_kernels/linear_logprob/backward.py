@@ -1,0 +1,231 @@
+"""The torch backend's gradients; chunked.py has the maths and the forward.
+
+Vocabulary groups are the outer loop: a group's dweight is then complete before the next begins, so that it is formed
+with K = all rows in the accumulation dtype and written once, in whatever dtype it is wanted; only dhidden accumulates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srppo_kernels.linear_logprob import vocab_parallel
+from srppo_kernels.linear_logprob.chunked import (
+    BACKWARD_ELEMENTS,
+    GROUP,
+    Head,
+    Residual,
+    accumulation_dtype,
+    add_mm,
+    block_logits,
+    groups,
+    operand_dtype,
+    softcap_slope,
+    target_column,
+    weight_group,
+)
+from srppo_kernels.linear_logprob.rows import Rows
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """dL/dlogprob, dL/dentropy, dL/dlse and the forward's outputs, each per row of the whole call."""
+
+    g: Tensor | None
+    h: Tensor | None
+    dlse: Tensor | None
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+    def nonzero(self, rows: Rows) -> Tensor:
+        """Where, among ``rows``, any gradient comes in."""
+        parts = [rows.take(u) != 0 for u in (self.g, self.h, self.dlse) if u is not None]
+        return torch.stack(parts).any(0) if parts else torch.zeros(rows.count, dtype=torch.bool, device=self.lse.device)
+
+
+@dataclass(frozen=True)
+class RowScalars:
+    """What a row's gradient is made of, in the accumulation dtype, per computed row.
+
+    ``dz_j = p_j (b - h log p_j)`` off the target and ``dz_y = at_target``, before scale, cap and temperature.
+    """
+
+    b: Tensor
+    h: Tensor | None
+    at_target: Tensor
+    lse: Tensor
+
+    @staticmethod
+    def of(rows: Rows, upstream: Upstream, acc: torch.dtype) -> "RowScalars":
+        """From the gradients that come in."""
+
+        def take(values: Tensor) -> Tensor:
+            return rows.take(values).to(acc)
+
+        logprob, lse = take(upstream.logprob), take(upstream.lse)
+        p = logprob.exp()
+        b, at_target = torch.zeros_like(p), torch.zeros_like(p)
+        if upstream.dlse is not None:
+            dlse = take(upstream.dlse)
+            b, at_target = b + dlse, at_target + p * dlse
+        if upstream.g is not None:
+            g = take(upstream.g)
+            b, at_target = b - g, at_target - g * torch.expm1(logprob)
+        if upstream.h is None:
+            return RowScalars(b, None, at_target, lse)
+        h, entropy = take(upstream.h), take(upstream.entropy)
+        return RowScalars(b - h * entropy, h, at_target - p * h * (logprob + entropy), lse)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where dweight and dbias go (None: not wanted), and whether dhidden is wanted."""
+
+    hidden: bool
+    weight: Tensor | None  # [V, D], any float dtype
+    bias: Tensor | None  # [V]
+    accumulate_weight: bool = False  # add to them, rather than overwrite
+    accumulate_bias: bool = False
+
+
+def gradients(
+    hidden: Tensor,  # [N, D]
+    head: Head,
+    targets: Tensor,  # [N], local to this rank's shard
+    rows: Rows,
+    upstream: Upstream,
+    into: Destination,
+    *,
+    residual: Residual | None = None,
+    kept_rows: Tensor | None = None,
+    group: str = "",
+) -> tuple[Rows, Tensor | None]:
+    """Writes dweight and dbias; returns the rows that have a gradient and their dhidden, ``[count, D]``.
+
+    With a ``residual`` (which holds ``rows`` in order, or at ``kept_rows``) p is read from it, else it is recomputed.
+    """
+    wanted, position = rows.keep(upstream.nonzero(rows))
+    if position is not None:
+        kept_rows = position if kept_rows is None else kept_rows[position]
+    scalars = RowScalars.of(wanted, upstream, accumulation_dtype(hidden))
+    dhidden = over_groups(hidden, head, targets, wanted, scalars, into, residual, kept_rows)
+    return wanted, None if dhidden is None else vocab_parallel.sum_over_ranks(dhidden, group)
+
+
+def _temperature_and_chain(rows: Rows, head: Head, acc: torch.dtype) -> tuple[Tensor | None, Tensor | float]:
+    """Row temperatures, and dz / d(logit before scale), the cap's slope aside."""
+    if head.row_temperature is None:
+        return None, head.logit_scale / head.temperature
+    temperature = rows.take(head.row_temperature, 1.0).to(acc)
+    return temperature, head.logit_scale / temperature
+
+
+def over_groups(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    rows: Rows,
+    scalars: RowScalars,
+    into: Destination,
+    residual: Residual | None,
+    kept_rows: Tensor | None,
+) -> Tensor | None:
+    """The loop over vocabulary groups; dhidden is this shard's part."""
+    acc, dtype = accumulation_dtype(hidden), operand_dtype(hidden, head.weight)
+    temperature, chain = _temperature_and_chain(rows, head, acc)
+    b, at_target, lse = scalars.b * chain, scalars.at_target * chain, scalars.lse
+    h = None if scalars.h is None else scalars.h * chain
+    y = rows.take(targets).long()
+    n, width, device = rows.count, hidden.shape[1], hidden.device
+    dhidden = torch.zeros(n, width, dtype=acc, device=device) if into.hidden else None
+    step = max(128, BACKWARD_ELEMENTS // GROUP)
+    for number, v in enumerate(groups(head.weight.shape[0])):
+        weight, bias = weight_group(head, v, dtype, acc)
+        size = v.stop - v.start
+        dweight = None if into.weight is None else torch.zeros(size, width, dtype=acc, device=device)
+        dbias = None if into.bias is None else torch.zeros(size, dtype=acc, device=device)
+        for i in range(0, n, step):
+            r = slice(i, min(i + step, n))
+            row_temperature = None if temperature is None else temperature[r]
+            x = rows.block(hidden, r.start, r.stop, dtype)
+            lp: Tensor | None  # log p of the block; kept exponentials give it only where something reads it
+            if residual is not None:
+                where = r if kept_rows is None else kept_rows[r]
+                shift = residual.group_max[where, number].to(acc) - lse[r]
+                e = residual.kept[where, v].to(acc, copy=True)
+                reads_lp = h is not None or head.softcap is not None
+                lp = e.clamp_min(torch.finfo(acc).tiny).log_().add_(shift[:, None]) if reads_lp else None
+                dz = e.mul_(shift.exp()[:, None])
+            else:
+                lp = block_logits(x, weight, bias, head, row_temperature, acc).sub_(lse[r, None])
+                dz = lp.exp()
+            if h is None:
+                dz.mul_(b[r, None])
+            else:
+                assert lp is not None
+                # A ruled-out entry (bias -inf): p is 0, and h * log p must not overflow to make 0 * inf.
+                lp.clamp_min_(-1e4)
+                dz.mul_(b[r, None] - h[r, None] * lp)
+            column, inside = target_column(y[r], v)
+            dz.scatter_(1, column, torch.where(inside[:, None], at_target[r, None], dz.gather(1, column)))
+            if head.softcap is not None:
+                assert lp is not None
+                dz.mul_(softcap_slope(lp.add_(lse[r, None]), head, row_temperature))
+            if dbias is not None:
+                dbias += dz.sum(0)
+            dz = dz.to(dtype)
+            if dhidden is not None:
+                add_mm(dhidden[r], dz, weight)
+            if dweight is not None:
+                add_mm(dweight, dz.T, x)
+        if into.weight is not None and dweight is not None:
+            _write(into.weight[v], dweight, into.accumulate_weight)
+        if into.bias is not None and dbias is not None:
+            _write(into.bias[v], dbias, into.accumulate_bias)
+    return dhidden
+
+
+def _write(destination: Tensor, part: Tensor, accumulate: bool) -> None:
+    if accumulate:
+        destination.add_(part)
+    else:
+        destination.copy_(part)
+
+
+def context(hidden: Tensor, head: Head, targets: Tensor, rows: Rows, lse: Tensor, residual: Residual) -> Tensor:
+    """``A = sum_{j != y} p_j slope_j W_j`` (chain included), ``[count, D]``: dhidden of a frozen head up to row
+    scalars.
+
+    Without the target's own term, because p_y W_y against W_y would cancel where p_y is near 1.
+    """
+    one = torch.ones_like(lse)
+    scalars = RowScalars(one, None, torch.zeros_like(lse), lse)
+    result = over_groups(hidden, head, targets, rows, scalars, Destination(True, None, None), residual, None)
+    assert result is not None
+    return result
+
+
+def from_context(
+    hidden: Tensor, head: Head, targets: Tensor, rows: Rows, upstream: Upstream, kept: Tensor, group: str
+) -> tuple[Rows, Tensor]:
+    """``dhidden = dz_y slope_y chain W_y + b A`` from ``A`` of every row of the call: no GEMM at all."""
+    acc = accumulation_dtype(hidden)
+    rows, _ = rows.keep(upstream.nonzero(rows))
+    scalars = RowScalars.of(rows, upstream, acc)
+    _, chain = _temperature_and_chain(rows, head, acc)
+    y = rows.take(targets).long()
+    out = rows.block(kept, 0, rows.count, acc) * scalars.b[:, None]  # not in place: it may be the saved tensor itself
+    vocab = head.weight.shape[0]
+    if vocab > 0:
+        column, inside = target_column(y, slice(0, vocab))
+        column = column[:, 0]
+        target_weight = head.weight[column].to(acc)
+        factor = torch.where(inside, scalars.at_target * chain, 0)
+        if head.softcap is not None:
+            z = (rows.block(hidden, 0, rows.count, acc) * target_weight).sum(1)
+            if head.bias is not None:
+                z = z + head.bias[column].to(acc)
+            factor = factor * (1 - torch.tanh(z * head.logit_scale / head.softcap) ** 2)
+        out.addcmul_(factor[:, None], target_weight)
+    return rows, vocab_parallel.sum_over_ranks(out, group)

@@ -1,0 +1,127 @@
+"""Argument checks of the ops in this room: each error names the argument and says what to do."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from srppo_kernels._arguments import check_mask
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    grad_weight_out: Tensor | None = None,
+    hidden_name: str = "hidden",
+    weight_name: str = "weight",
+    bias_name: str = "bias",
+) -> None:
+    """Shapes, dtypes, devices and ranges of what makes up the logits.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, device or number that does not fit.
+    """
+    for name, tensor in ((hidden_name, hidden), (weight_name, weight), (bias_name, bias)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{op}: {name} is a DTensor; pass it through srppo_kernels.parallel first: vocab_parallel_head(...) "
+                f"if its shards are vocabulary-parallel, full_head(...) if they are FSDP's"
+            )
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; pass float32, bfloat16, float16 or float64")
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} but {hidden_name} on {hidden.device}; move one of them"
+            )
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: {weight_name} has shape {tuple(weight.shape)}; pass [vocabulary, hidden size]")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: {hidden_name} has shape {tuple(hidden.shape)} but {weight_name} {tuple(weight.shape)}; "
+            f"their last dimensions, the hidden size, must be equal"
+        )
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: targets has dtype {targets.dtype}; pass int64 or int32 token ids")
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"{op}: targets has shape {tuple(targets.shape)} but {hidden_name} {tuple(hidden.shape)}; "
+            f"pass one target for every hidden state"
+        )
+    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(
+            f"{op}: {hidden_name} is {hidden.dtype} and {weight_name} {weight.dtype}; float64 takes both or none"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{op}: {bias_name} has shape {tuple(bias.shape)}; pass one number a vocabulary entry, {weight.shape[0]}"
+        )
+    _check_like_targets(op, "targets", targets, targets, hidden)
+    if mask is not None:
+        check_mask(op, mask)
+        _check_like_targets(op, "mask", mask, targets, hidden)
+    if isinstance(temperature, Tensor):
+        _check_like_targets(op, "temperature", temperature, targets, hidden)
+        if temperature.requires_grad:
+            raise ValueError(
+                f"{op}: temperature requires a gradient, which the op does not give; pass temperature.detach()"
+            )
+    elif not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{op}: temperature={temperature} must be positive and finite")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"{op}: logit_scale={logit_scale} must be finite")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"{op}: softcap={softcap} must be positive, or None to switch it off")
+    if grad_weight_out is not None:
+        if grad_weight_out.shape != weight.shape or grad_weight_out.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{op}: grad_weight_out has shape {tuple(grad_weight_out.shape)} and dtype {grad_weight_out.dtype}; "
+                f"pass a float32 buffer of {weight_name}'s shape {tuple(weight.shape)}"
+            )
+        if not weight.requires_grad:
+            raise ValueError(f"{op}: grad_weight_out is given but {weight_name} needs no gradient; drop one of the two")
+
+
+def _check_like_targets(op: str, name: str, tensor: Tensor, targets: Tensor, hidden: Tensor) -> None:
+    if tensor.shape != targets.shape:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(tensor.shape)} but targets {tuple(targets.shape)}; give both the same"
+        )
+    if tensor.device != hidden.device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device} but the hidden states on {hidden.device}; move one of them"
+        )
+
+
+def check_targets(targets: Tensor, live: Tensor, vocab: int | Tensor, shape: torch.Size) -> None:
+    """Live targets lie in ``[0, vocab)``: an error that names the first bad one, asynchronous on a GPU.
+
+    Raises:
+        ValueError: on a CPU, with the index in the caller's ``shape``.
+    """
+    bad = live & ((targets < 0) | (targets >= vocab))
+    if targets.device.type != "cpu":
+        torch._assert_async(~bad.any(), "srppo::linear_logprob: a live target is outside the vocabulary")
+        return
+    if not bad.any():
+        return
+    position = int(bad.nonzero()[0, 0])
+    index = [int(i) for i in torch.unravel_index(torch.tensor(position), shape)] if shape else []
+    raise ValueError(
+        f"linear_logprob: targets{index} is {int(targets[position])}, outside the vocabulary [0, {int(vocab)}); "
+        f"mask that token, or set it to ignore_index"
+    )

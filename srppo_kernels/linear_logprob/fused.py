@@ -1,0 +1,124 @@
+"""A loss over per-token log-probs whose gradients are formed in the forward: plan ``precompute``.
+
+For a chunk of rows, GEMM 1 gives logprob and entropy and keeps exp(z); the loss gives g = dL/dlogprob and h =
+dL/dentropy on these small vectors; GEMMs 2 and 3 then give dhidden and dweight from the kept exponentials. The logits
+are computed once, a chunk at a time, and the backward only scales what is there.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from srppo_kernels.linear_logprob import backward as grads
+from srppo_kernels.linear_logprob.chunked import Head, accumulation_dtype, forward
+from srppo_kernels.linear_logprob.op import new_residual
+from srppo_kernels.linear_logprob.rows import Rows
+
+# (first row, one past the last, logprob, entropy) -> (dL/dlogprob, dL/dentropy), each [rows] or None
+ChunkLoss = Callable[[int, int, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
+
+
+class Wanted(NamedTuple):
+    """Which inputs need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Formed(NamedTuple):
+    """Gradients of the loss, for an upstream gradient of 1; empty where not wanted."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp16 gradients wait in fp32: before a loss scale is multiplied in they would underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def formed_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> Formed:
+    """Uninitialised gradients of the right shapes."""
+
+    def like(tensor: Tensor | None, on: bool) -> Tensor:
+        if tensor is None or not on:
+            return hidden.new_empty(0)
+        return tensor.new_empty(tensor.shape, dtype=stored_dtype(tensor.dtype))
+
+    return Formed(like(hidden, wanted.hidden), like(weight, wanted.weight), like(bias, wanted.bias))
+
+
+def chunks_of(rows: Rows, total: int, chunk: int) -> list[tuple[int, int, Rows]]:
+    """``(first row, one past the last, the computed rows among them)``: ``chunk`` computed rows each, at least one
+    chunk."""
+    parts = [rows.part(a, a + chunk) for a in range(0, rows.count, chunk)] or [rows]
+    if rows.index is None:
+        return [(p.start, p.stop, p) for p in parts]
+    starts = [0] + [int(p.index[0]) for p in parts[1:] if p.index is not None]
+    return list(zip(starts, [*starts[1:], total], parts, strict=True))
+
+
+def run(
+    hidden: Tensor,  # [N, D]
+    head: Head,
+    targets: Tensor,  # [N], local to this rank's shard
+    live: Tensor,  # [N]
+    loss: ChunkLoss,
+    wanted: Wanted,
+    *,
+    chunk: int,
+    backend: str,
+    group: str,
+) -> Formed:
+    """Calls ``loss`` on chunk after chunk, in row order, and returns the gradients."""
+    acc = accumulation_dtype(hidden)
+    rows = Rows.of(live)
+    formed = formed_like(hidden, head.weight, head.bias, wanted)
+    formed.hidden.zero_()
+    parts = chunks_of(rows, hidden.shape[0], max(1, chunk))
+    any_wanted = any(wanted)
+    residual = new_residual(hidden, head.weight, max(p.count for _, _, p in parts)) if any_wanted else None
+    # Chunks add up in the accumulation dtype; one chunk is written once, in whatever dtype it is wanted.
+    several = len(parts) > 1
+    sums = [t.new_zeros(t.shape, dtype=acc) if several and t.dtype != acc else t for t in (formed.weight, formed.bias)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        for number, (start, stop, part) in enumerate(parts):
+            out = forward(hidden, head, targets, part, entropy=True, residual=residual, group=group)
+            whole = [part.put(values.new_zeros(hidden.shape[0]), values) for values in out]
+            g, h = loss(start, stop, whole[0][start:stop], whole[1][start:stop])
+            if not any_wanted:
+                continue
+            g, h = (None if t is None else _at(t, start, hidden.shape[0]) for t in (g, h))
+            into = grads.Destination(
+                hidden=wanted.hidden,
+                weight=sums[0] if wanted.weight else None,
+                bias=sums[1] if wanted.bias else None,
+                accumulate_weight=number > 0,
+                accumulate_bias=number > 0,
+            )
+            upstream = grads.Upstream(g, h, None, *whole)
+            rows_with_gradient, dhidden = grads.gradients(
+                hidden, head, targets, part, upstream, into, residual=residual, group=group
+            )
+            if dhidden is not None:
+                rows_with_gradient.put(formed.hidden, dhidden)
+    for destination, total in zip((formed.weight, formed.bias), sums, strict=True):
+        if destination is not total:
+            destination.copy_(total)
+    return formed
+
+
+def _at(values: Tensor, start: int, total: int) -> Tensor:
+    """A chunk's vector at its place in one of the whole call."""
+    whole = values.new_zeros(total)
+    whole[start : start + values.shape[0]] = values
+    return whole
+
+
+def scale(formed: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """An upstream scalar times a gradient that was formed for 1."""
+    return (formed * upstream).to(dtype)

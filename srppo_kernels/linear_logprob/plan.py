@@ -1,0 +1,236 @@
+"""Which backend and plan a call takes, what it costs, and why. One GEMM is 2 N D V floating-point operations.
+
+plan         GEMMs  when                                                      extra memory
+score        1      no gradient is wanted                                     blocks only
+precompute   3      the loss is given (linear_loss, linear_ppo_loss); 2 with  a chunk of rows' exponentials, fp32 dW
+                    a frozen head. Gradients are formed in the forward.
+precompute   2      linear_logprob, frozen head, no entropy wanted: dhidden   N x D in the inputs' dtype
+                    is a row's scalar times a vector that the forward has
+cache        3      linear_logprob, and exp(z) of all rows fits in            N x V, 2 bytes (4 for fp32 inputs)
+                    workspace_bytes; 2 with a frozen head
+recompute    4      else; 3 with a frozen head                                blocks only
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srppo_kernels import _extension
+from srppo_kernels.linear_logprob.chunked import BACKWARD_ELEMENTS, GROUP, row_block
+
+OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
+PLANS = ("auto", "score", "precompute", "cache", "recompute")
+BACKENDS = ("auto", "reference", "torch", "native", "triton")
+CPU_CHUNK_BYTES = 64 << 20  # exponentials of a row chunk: larger ones measured no faster on a CPU
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a choice depends on, and nothing else."""
+
+    op: str
+    rows: int
+    width: int
+    vocab: int
+    device: torch.device
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    needs_hidden: bool
+    needs_weight: bool
+    needs_bias: bool
+    entropy: bool
+
+    @property
+    def needs_any(self) -> bool:
+        """Whether any gradient is wanted."""
+        return self.needs_hidden or self.needs_weight or self.needs_bias
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Of one number in the accumulation dtype."""
+        return 8 if self.hidden_dtype == torch.float64 else 4
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of one kept exponential."""
+        return 2 if 2 in (self.hidden_dtype.itemsize, self.weight_dtype.itemsize) else self.accumulator_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call runs. ``rows_per_chunk`` is what a loss sees at a time."""
+
+    backend: str
+    plan: str
+    gemms: int
+    workspace_bytes: int
+    reason: str
+    rows_per_chunk: int = 0
+
+    def __str__(self) -> str:
+        chunk = f", {self.rows_per_chunk} rows a chunk" if self.rows_per_chunk else ""
+        return (
+            f"{self.backend} backend, plan {self.plan}: {self.gemms} GEMM{'s' if self.gemms != 1 else ''}, "
+            f"{self.workspace_bytes / 2**20:.1f} MiB of workspace{chunk}\n  because {self.reason}"
+        )
+
+
+def check_choice(op: str, name: str, value: str, known: Sequence[str]) -> None:
+    """Refuses an unknown mode and lists the known ones."""
+    if value not in known:
+        raise ValueError(f"{op}: {name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
+
+
+def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
+    """``(backend, why)`` for the forward scan; gradients are torch's GEMMs on every one of these."""
+    check_choice(problem.op, "backend", backend, BACKENDS)
+    if backend in ("reference", "torch"):
+        return backend, f"backend={backend!r} was asked for"
+    if backend == "triton":
+        raise ValueError(
+            f"{problem.op}: backend='triton' has no kernel for device {problem.device.type!r} in this version; "
+            f"pass backend='auto' or 'torch'"
+        )
+    obstacle = native_obstacle(problem)
+    if backend == "native":
+        if obstacle:
+            raise ValueError(f"{problem.op}: backend='native' cannot run: {obstacle}; pass backend='auto' or 'torch'")
+        return "native", "backend='native' was asked for"
+    return ("torch", obstacle) if obstacle else ("native", "the native CPU kernel is there")
+
+
+def native_obstacle(problem: Problem) -> str:
+    """Why the native scan cannot run this problem; empty if it can."""
+    if problem.device.type != "cpu":
+        return f"the native kernel has no code for device {problem.device.type!r}"
+    if not _extension.available():
+        return _extension.why()
+    return "the extension has no linear_logprob kernel"
+
+
+def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend: str) -> Plan:
+    """The plan of a call.
+
+    Raises:
+        ValueError: an unknown plan or backend, or one that cannot serve the call, with what to do instead.
+    """
+    op = problem.op
+    check_choice(op, "plan", plan, PLANS)
+    if workspace_bytes is not None and workspace_bytes < 0:
+        raise ValueError(f"{op}: workspace_bytes={workspace_bytes} is negative; pass a number of bytes, or None")
+    chosen, why = choose_backend(problem, backend)
+    if chosen == "reference":
+        size = problem.rows * problem.vocab * problem.hidden_dtype.itemsize
+        return Plan("reference", "autograd", 1 + problem.needs_hidden + problem.needs_weight, 3 * size, why)
+    budget = problem.width * problem.vocab * 4 if workspace_bytes is None else workspace_bytes
+    if plan in ("auto", "score") and not problem.needs_any:
+        return Plan(chosen, "score", 1, _scan_bytes(problem), f"no input needs a gradient; {why}")
+    if plan == "score":
+        return Plan(chosen, "score", 1, _scan_bytes(problem), f"plan='score' was asked for: no gradient; {why}")
+    asked = "" if plan == "auto" else f"plan={plan!r} was asked for; "
+    if op in ("linear_loss", "linear_ppo_loss") and plan in ("auto", "precompute"):
+        return _precomputed_loss(problem, budget, workspace_bytes is None, chosen, asked)
+    return _per_token(problem, plan, budget, workspace_bytes is None, chosen, asked)
+
+
+def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str, asked: str) -> Plan:
+    if not problem.needs_any:
+        return Plan(
+            backend, "score", 1, _scan_bytes(problem), f"{asked}no input needs a gradient, so only the score runs"
+        )
+    chunk = _rows_per_chunk(problem, budget, default)
+    chunks = -(-problem.rows // chunk)
+    size = chunk * problem.vocab * problem.kept_bytes + _backward_bytes(problem)
+    accumulates = problem.needs_weight and chunks > 1 and problem.weight_dtype.itemsize == 2
+    if accumulates:
+        size += problem.vocab * problem.width * 4
+    gemms = 1 + problem.needs_hidden + problem.needs_weight
+    reason = f"{asked}the loss is known, so its gradients are formed in the forward, {chunks} chunk(s) of rows"
+    return Plan(backend, "precompute", gemms, size, reason, chunk)
+
+
+def _rows_per_chunk(problem: Problem, budget: int, default: bool) -> int:
+    """Rows whose exponentials fit in ``budget``: a multiple of the row block, at least one, no more than there are."""
+    if default and problem.device.type == "cpu":
+        budget = min(budget, CPU_CHUNK_BYTES)
+    block = row_block(problem.device)
+    fitting = budget // max(1, problem.vocab * problem.kept_bytes) // block * block
+    return max(block, min(fitting, -(-problem.rows // block) * block))
+
+
+def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend: str, asked: str) -> Plan:
+    frozen = not (problem.needs_weight or problem.needs_bias)
+    gradient_gemms = problem.needs_hidden + problem.needs_weight
+    if plan == "precompute" and not (frozen and not problem.entropy):
+        what = "entropy=True" if frozen else "a head that needs a gradient"
+        raise ValueError(
+            f"{problem.op}: plan='precompute' serves a frozen head without entropy, and this call has {what}; "
+            f"use linear_loss, whose loss is known in the forward, or plan='auto'"
+        )
+    if plan in ("auto", "precompute") and frozen and not problem.entropy:
+        chunk = _rows_per_chunk(problem, budget, default)
+        size = problem.rows * problem.width * problem.hidden_dtype.itemsize + _backward_bytes(problem)
+        size += chunk * problem.vocab * problem.kept_bytes
+        reason = (
+            f"{asked}the head is frozen and no entropy is wanted: dhidden is formed in the forward up to a row's scalar"
+        )
+        return Plan(backend, "precompute", 2, size, reason, chunk)
+    kept = problem.rows * problem.vocab * problem.kept_bytes
+    fits = kept <= budget
+    size = _backward_bytes(problem)
+    if plan == "cache" and not fits:
+        raise ValueError(
+            f"{problem.op}: plan='cache' keeps {kept} bytes and workspace_bytes allows {budget}; "
+            f"pass workspace_bytes={kept} or more, or plan='recompute'"
+        )
+    if plan == "cache" or (plan == "auto" and fits):
+        reason = f"{asked}the exponentials of all rows fit: {kept / 2**20:.1f} of {budget / 2**20:.1f} MiB"
+        return Plan(backend, "cache", 1 + gradient_gemms, kept + size, reason)
+    reason = f"{asked}the exponentials of all rows would be {kept / 2**20:.1f} MiB, above {budget / 2**20:.1f} MiB"
+    return Plan(backend, "recompute", 2 + gradient_gemms, size, asked.rstrip("; ") if asked else reason)
+
+
+def _weight_copy_bytes(problem: Problem) -> int:
+    """A vocabulary group's weight widened to what the GEMMs read."""
+    if problem.device.type != "cpu" or problem.weight_dtype.itemsize == problem.accumulator_bytes:
+        return 0
+    return min(GROUP, problem.vocab) * problem.width * problem.accumulator_bytes
+
+
+def _scan_bytes(problem: Problem) -> int:
+    """Blocks of the forward: logits and exponentials, the rows, the weight copy, and four numbers a row."""
+    block, group = row_block(problem.device), min(GROUP, problem.vocab)
+    numbers = 2 * block * group + block * problem.width + 8 * problem.rows
+    return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
+
+
+def _backward_bytes(problem: Problem) -> int:
+    """Blocks of the backward: log p and dz, the rows, dhidden, and one vocabulary group's dweight."""
+    group = min(GROUP, problem.vocab)
+    block = min(problem.rows, BACKWARD_ELEMENTS // GROUP)
+    numbers = 3 * block * group + block * problem.width + 8 * problem.rows
+    if problem.needs_weight:
+        numbers += group * problem.width
+    if problem.needs_hidden and problem.hidden_dtype.itemsize != problem.accumulator_bytes:
+        numbers += problem.rows * problem.width
+    return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
+
+
+def problem_of(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, entropy: bool) -> Problem:
+    """The problem that a call's tensors pose; gradients are wanted only while grad mode is on."""
+    on = torch.is_grad_enabled()
+    return Problem(
+        op=op,
+        rows=hidden.numel() // max(1, hidden.shape[-1]),
+        width=hidden.shape[-1],
+        vocab=weight.shape[0],
+        device=hidden.device,
+        hidden_dtype=hidden.dtype,
+        weight_dtype=weight.dtype,
+        needs_hidden=on and hidden.requires_grad,
+        needs_weight=on and weight.requires_grad,
+        needs_bias=on and bias is not None and bias.requires_grad,
+        entropy=entropy,
+    )

@@ -1,0 +1,63 @@
+"""A head whose vocabulary is cut over the ranks of a process group, in rank order.
+
+Each rank scans its own shard. What it sends is four numbers a row (m, s, t, z_y; a rank that does not hold the target
+sends z_y = 0); every rank merges all of them in rank order, so all ranks hold the same bits. In the backward a rank has
+its shard's dweight and its part of dhidden, which is summed over the ranks in the accumulation dtype.
+
+Groups travel by name, because a custom op's schema has no place for a process group.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _resolve(name: str) -> "dist.ProcessGroup":
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def shard_range(vocab: int, group: str, device: torch.device) -> tuple[Tensor | int, Tensor | int]:
+    """First vocabulary entry of this rank's shard and the size of the whole vocabulary; tensors, so nothing waits."""
+    if not group:
+        return 0, vocab
+    process_group = _resolve(group)
+    size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    sizes = torch.empty(size, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.full((1,), vocab, dtype=torch.int64, device=device), group=process_group)
+    return sizes[:rank].sum(), sizes.sum()
+
+
+def merge_(state: Tensor, m_c: Tensor, s_c: Tensor, t_c: Tensor) -> None:
+    """Takes a further vocabulary group, or rank, into ``(m, s, t, z_y)``, in place."""
+    m, s, t, _ = state
+    m_new = torch.maximum(m, m_c)
+    old, new = m - m_new, m_c - m_new
+    a_old, a_new = old.exp(), new.exp()
+    t.copy_((t + s * old) * a_old + (t_c + s_c * new) * a_new)
+    s.copy_(s * a_old + s_c * a_new)
+    m.copy_(m_new)
+
+
+def merge_ranks(state: Tensor, group: str) -> Tensor:
+    """``(m, s, t, z_y)`` of the whole vocabulary from the shard's, ``[4, n]``; the same bits on every rank."""
+    if not group:
+        return state
+    process_group = _resolve(group)
+    size = dist.get_world_size(process_group)
+    parts = torch.empty((size * 4, state.shape[1]), dtype=state.dtype, device=state.device)
+    dist.all_gather_into_tensor(parts, state.contiguous(), group=process_group)
+    merged = parts[:4].clone()
+    for rank in range(1, size):
+        m_c, s_c, t_c, zy_c = parts[4 * rank : 4 * rank + 4]
+        merge_(merged, m_c, s_c, t_c)
+        merged[3] += zy_c
+    return merged
+
+
+def sum_over_ranks(values: Tensor, group: str) -> Tensor:
+    """``values`` summed over the group, in place."""
+    if group:
+        dist.all_reduce(values, group=_resolve(group))
+    return values
