@@ -43,7 +43,7 @@ def check_same_shape(op: str, like_name: str, like: Tensor, **others: Tensor | N
             )
         if tensor.device != like.device:
             raise ValueError(
-                f"{op}: {name} is on {tensor.device} but {like_name} on {like.device}; move it with .to({like_name}.device)"
+                f"{op}: {name} is on {tensor.device} but {like_name} on {like.device}; move one to the other's device"
             )
         if name != "mask" and not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; pass a floating-point tensor")

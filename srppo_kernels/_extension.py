@@ -6,13 +6,17 @@ plain-torch references, and `why()` says what is missing.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["available", "build_info", "resolve", "why"]
+__all__ = ["available", "build_info", "cpu_level", "cpu_levels", "native_input", "resolve", "why"]
+
+CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 _module: ModuleType | None = None
 _reason: str = ""
@@ -40,12 +44,45 @@ def why() -> str:
     if _module is None:
         return _reason
     info = build_info()
-    return f"C++ kernels on ({info.get('cpu_level', 'portable')}); CUDA kernels {'built' if info.get('cuda') else 'not built'}"
+    cuda = f"CUDA kernels built for sm_{info['cuda'].replace(',', ', sm_')}" if info["cuda"] else "no CUDA kernels"
+    return f"C++ kernels on, CPU level {info['cpu_level']} of {info['cpu_detected']}; {cuda}"
 
 
 def build_info() -> dict[str, Any]:
     """Compiler, build options and CPU capabilities of the extension; empty without it."""
     return dict(_module.build_info()) if _module is not None else {}
+
+
+def cpu_levels() -> tuple[str, ...]:
+    """The instruction levels that this machine can run, lowest first; empty without the extension."""
+    if _module is None:
+        return ()
+    return CPU_LEVELS[: CPU_LEVELS.index(build_info()["cpu_detected"]) + 1]
+
+
+@contextmanager
+def cpu_level(name: str) -> Iterator[None]:
+    """Cap the instruction level inside a `with` block, for tests; it holds for the whole process.
+
+    Raises:
+        ValueError: an unknown level, or one that this machine or build does not have.
+    """
+    if name not in cpu_levels():
+        raise ValueError(
+            f"cpu_level: {name!r} is not available here; choose one of {', '.join(cpu_levels()) or 'none'}"
+        )
+    assert _module is not None
+    before = _module.cpu_level()
+    _module.set_cpu_level(name)
+    try:
+        yield
+    finally:
+        _module.set_cpu_level(before)
+
+
+def native_input(tensor: Tensor) -> Tensor:
+    """What a native CPU kernel reads: contiguous, float32 where it is floating point."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
 
 
 def _warn_once(key: str, text: str) -> None:
@@ -65,7 +102,7 @@ def resolve(op: str, backend: str, like: Tensor, dtype: torch.dtype) -> str:
     if like.device.type != "cpu":
         obstacle = f"it has no kernel for device {like.device.type!r}"
     elif dtype != torch.float32:
-        obstacle = "it computes in float32 and the inputs are float64"
+        obstacle = "it computes in float32 and an input is float64"
     elif _module is None:
         obstacle = _reason
     else:

@@ -14,6 +14,7 @@ from srppo_kernels._arguments import (
     check_same_shape,
     compute_dtype,
 )
+from srppo_kernels._extension import native_input, resolve
 from srppo_kernels.gae import reference
 
 __all__ = ["gae"]
@@ -22,18 +23,10 @@ MASK_MODES = ("carry", "zero")
 BACKENDS = ("native", "reference")
 
 
-def _as_rows(tensors: tuple[Tensor | None, ...], cu_seqlens: Tensor) -> tuple[list[Tensor | None], Tensor]:
+def _as_rows(tensors: tuple[Tensor, ...], cu_seqlens: Tensor) -> tuple[list[Tensor], Tensor]:
     """Packed tensors as padded ones, and the places that hold a token."""
-    inside = None
-    rows: list[Tensor | None] = []
-    for tensor in tensors:
-        if tensor is None:
-            rows.append(None)
-            continue
-        padded, inside = reference.pad_packed(tensor, cu_seqlens)
-        rows.append(padded)
-    assert inside is not None
-    return rows, inside
+    padded = [reference.pad_packed(tensor, cu_seqlens) for tensor in tensors]
+    return [rows for rows, _ in padded], padded[0][1]
 
 
 @custom_op("srppo::gae", mutates_args=())
@@ -50,6 +43,12 @@ def _gae(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(rewards, values)
+    if resolve("gae", backend, rewards, dtype) == "native":
+        rows = [None if row is None else native_input(row) for row in (gamma_rows, lam_rows, bootstrap)]
+        starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+        tokens = native_input(rewards), native_input(values), native_input(mask)
+        return torch.ops.srppo_native.gae(*tokens, gamma, lam, *rows, mask_mode == "carry", starts)
     g = gamma if gamma_rows is None else gamma_rows
     la = lam if lam_rows is None else lam_rows
     if cu_seqlens is None:
@@ -138,11 +137,11 @@ def gae(
     Args:
         rewards, values: `[B, T]`, or packed `[total]` with `cu_seqlens`. Any float dtype; computed in float32
             (float64 stays float64). `values[t]` is the critic's value of the state in which token t is chosen.
-        mask: bool, same shape, True on valid tokens; may have gaps. Whatever masked places hold, NaN included, is not read.
+        mask: bool, same shape, True on valid tokens; may have gaps. What masked places hold, NaN included, is not read.
         gamma, lam: discount and GAE's lambda: a float, or a tensor `[B]` with one value a row (not differentiated).
         bootstrap: `[B]`, the value after each row's last valid token (for truncated rows); None means 0.
-        mask_mode: `"carry"` skips masked tokens (verl, AReaL), `"zero"` treats gaps as steps of value and reward 0 (TRL);
-            `reference.py` writes both down.
+        mask_mode: `"carry"` skips masked tokens (verl, AReaL), `"zero"` treats gaps as steps of value and reward 0
+            (TRL); `reference.py` writes both down.
         cu_seqlens: `[B + 1]` int32 or int64, starts of the packed sequences: `0 = cu[0] <= ... <= cu[B] = total`.
         backend: `"auto"`, `"native"` or `"reference"`.
 
@@ -180,16 +179,16 @@ def gae(
     gamma_rows = lam_rows = None
     if isinstance(gamma, Tensor):
         check_rows("gae", "gamma", gamma, rows, rewards.device)
-        gamma, gamma_rows = 0.0, gamma.detach()
+        gamma_rows = gamma.detach()
     if isinstance(lam, Tensor):
         check_rows("gae", "lam", lam, rows, rewards.device)
-        lam, lam_rows = 0.0, lam.detach()
+        lam_rows = lam.detach()
     return torch.ops.srppo.gae(
         rewards,
         values,
         mask,
-        float(gamma),
-        float(lam),
+        0.0 if isinstance(gamma, Tensor) else float(gamma),
+        0.0 if isinstance(lam, Tensor) else float(lam),
         gamma_rows,
         lam_rows,
         bootstrap,

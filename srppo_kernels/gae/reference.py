@@ -9,14 +9,15 @@ a scan of affine maps from right to left. What "t + 1" means beside masked token
 - `"carry"` (verl, AReaL): masked tokens do not exist. The next value and the running advantage of a valid token are
   those of the next *valid* token, as if the row had been compacted first.
 - `"zero"` (TRL): a masked token between two valid ones is a time step with reward 0 and value 0: the running advantage
-  decays through it by `gamma lambda`, its own residual is `gamma V_{t+1}`, and a valid token before it sees next value 0.
+  decays through it by `gamma lambda`, its own residual is `gamma V_{t+1}`, and a valid token before it sees next value
+  0.
 
 In both, `bootstrap` is the value of the state after the row's last valid token (0 if None: the sequence ended), and
 masked tokens after that last one are no time steps at all, so further padding changes no bit. Both outputs are 0 on
 masked tokens. Without gaps the two modes agree.
 
-The op is linear in rewards, values and bootstrap; its adjoint is the same scan from left to right. With `g` the gradient
-of A plus that of R, and t- the previous valid token (carry mode): `G_t = g_t + gamma lambda G_{t-}`, then
+The op is linear in rewards, values and bootstrap; its adjoint is the same scan from left to right. With `g` the
+gradient of A plus that of R, and t- the previous valid token (carry mode): `G_t = g_t + gamma lambda G_{t-}`, then
 `dr_t = G_t`, `dV_t = gamma G_{t-} - G_t + dR_t`, `dbootstrap = gamma G_last`.
 
 Whitening: `(x - mean) / sqrt(var + 1e-8)` over valid tokens, var unbiased (n - 1), plus `mean` again without
@@ -75,7 +76,7 @@ def gae_reference(
 
     advantage = rewards.new_zeros(rewards.shape[0])
     next_value = advantage if bootstrap is None else bootstrap.to(dtype)
-    started = torch.zeros_like(mask[:, 0]) if mask.shape[1] else None
+    started = mask.new_zeros(mask.shape[0])  # whether a valid token was met, from the right
     advantages = []
     for t in range(rewards.shape[1] - 1, -1, -1):
         valid = mask[:, t]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from srppo_kernels._arguments import check_backend, check_mask, check_same_shape, compute_dtype
+from srppo_kernels._extension import native_input, resolve
 from srppo_kernels.gae import reference
 
 __all__ = ["whiten"]
@@ -17,6 +18,8 @@ BACKENDS = ("native", "reference")
 
 @custom_op("srppo::whiten_moments", mutates_args=())
 def _whiten_moments(x: Tensor, mask: Tensor, backend: str) -> Tensor:
+    if resolve("whiten", backend, x, compute_dtype(x)) == "native":
+        return torch.ops.srppo_native.whiten_moments(native_input(x), native_input(mask))
     return reference.whiten_moments(x, mask)
 
 
@@ -43,6 +46,9 @@ _whiten_moments.register_autograd(_moments_autograd, setup_context=_moments_setu
 
 @custom_op("srppo::whiten_apply", mutates_args=())
 def _whiten_apply(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, backend: str) -> Tensor:
+    if resolve("whiten", backend, x, compute_dtype(x)) == "native":
+        inputs = native_input(x), native_input(mask), moments.contiguous()
+        return torch.ops.srppo_native.whiten_apply(*inputs, shift_mean, reference.WHITEN_EPS)
     return reference.whiten_apply(x, mask, moments, shift_mean)
 
 

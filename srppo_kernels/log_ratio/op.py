@@ -14,6 +14,7 @@ from srppo_kernels._arguments import (
     check_same_shape,
     compute_dtype,
 )
+from srppo_kernels._extension import native_input, resolve
 from srppo_kernels.log_ratio import reference
 
 __all__ = ["log_ratio_reward"]
@@ -40,6 +41,25 @@ def _log_ratio_reward(
     kl_estimator: str,
     backend: str,
 ) -> Tensor:
+    tokens = (logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref)
+    if resolve("log_ratio_reward", backend, logprobs_sft, compute_dtype(*tokens)) == "native":
+        return torch.ops.srppo_native.log_ratio_reward(
+            native_input(logprobs_sft),
+            native_input(logprobs_base),
+            native_input(mask),
+            placement == "token",
+            normalize == "length",
+            1.0 if std is None else std,
+            None if std_tensor is None else native_input(std_tensor),
+            scale,
+            clip,
+            None if truncated is None else native_input(truncated),
+            0.0 if missing_eos_penalty is None else missing_eos_penalty,
+            None if logprobs_policy is None else native_input(logprobs_policy),
+            None if logprobs_ref is None else native_input(logprobs_ref),
+            kl_coef,
+            reference.KL_ESTIMATORS.index(kl_estimator) + 1,
+        )
     return reference.log_ratio_reward_reference(
         logprobs_sft,
         logprobs_base,
@@ -130,7 +150,7 @@ def log_ratio_reward(
     kl_estimator: str = "k1",
     backend: str = "auto",
 ) -> Tensor:
-    """The per-token reward `log pi_sft - log pi_base`: summed, normalised, scaled, clipped, penalised, placed, minus KL.
+    """The reward `log pi_sft - log pi_base` per token: summed, normalised, scaled, clipped, penalised, placed, minus KL.
 
     Args:
         logprobs_sft, logprobs_base: `[B, T]`, of the sampled tokens.
@@ -148,8 +168,8 @@ def log_ratio_reward(
         backend: `"auto"`, `"native"` or `"reference"`.
 
     Returns:
-        `[B, T]` float32 (float64 for float64 inputs), 0 on masked tokens and in rows without valid ones. Gradients reach
-        all four log-probs.
+        `[B, T]` float32 (float64 for float64 inputs), 0 on masked tokens and in rows without valid ones. Gradients
+        reach all four log-probs.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, modes or combinations that do not fit, by the argument's name.

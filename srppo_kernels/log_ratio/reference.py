@@ -1,18 +1,18 @@
 """The self-reward of Self-Rewarding PPO in plain torch: the maths, and the tests' oracle.
 
-Coherent reward (arXiv 2510.21090): `r(x, y) = log pi_sft(y|x) - log pi_base(y|x) = sum_t (log pi_sft - log pi_base)(y_t)`.
-With `u_t` the per-token difference on valid tokens and n their number in the row, in this order:
+Coherent reward (arXiv 2510.21090): `r(x, y) = log pi_sft(y|x) - log pi_base(y|x)`, a sum over the tokens of y. With
+`u_t` the difference of the two log-probs on valid token t and n the row's number of valid tokens, in this order:
 
-    placement "eos":    s = sum_t u_t;  s /= n | running_std;  s *= scale;  s = clip(s, -c, c);  s -= penalty if truncated;
-                        reward s at the row's last valid token, 0 elsewhere
+    placement "eos":    s = sum_t u_t;  s /= n or running_std;  s *= scale;  s = clip(s, -c, c);
+                        s -= penalty if truncated;  reward s at the row's last valid token, 0 elsewhere
     placement "token":  every u_t likewise through divisor, scale and clip; the penalty at the row's last valid token
     then on every valid token   reward_t -= kl_coef kl_t
 
 With `d_t = log pi - log pi_ref` of the policy that sampled: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (Schulman,
 "Approximating KL divergence"); in k3's exponential `-d` is clamped to [-20, 20], with derivative 0 outside.
 
-Dividing by n under "token" keeps the row's sum what "eos" gives. A row without valid tokens gets no reward and no penalty:
-it has no token to carry one. Equal sft and base log-probs give exactly 0.
+Dividing by n under "token" keeps the row's sum what "eos" gives. A row without valid tokens gets no reward and no
+penalty: it has no token to carry one. Equal sft and base log-probs give exactly 0.
 """
 
 import torch

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from srppo_kernels._arguments import check_backend, check_choice, check_mask, check_same_shape, compute_dtype
+from srppo_kernels._extension import native_input, resolve
 from srppo_kernels.ppo_loss import reference
 from srppo_kernels.ppo_loss.stats import PPOStats, ValueStats
 
@@ -35,6 +36,21 @@ def _ppo_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (logprobs, old_logprobs, advantages, entropy)
+    if resolve("ppo_loss", backend, logprobs, compute_dtype(*inputs)) == "native":
+        return torch.ops.srppo_native.ppo_loss(
+            native_input(logprobs),
+            native_input(old_logprobs),
+            native_input(advantages),
+            native_input(mask),
+            None if entropy is None else native_input(entropy),
+            clip_low,
+            clip_high,
+            dual_clip,
+            entropy_coef,
+            reference.REDUCTIONS.index(reduction),
+            divisor,
+            None if divisor_tensor is None else native_input(divisor_tensor),
+        )
     weights = reference.weights_for(inputs, mask, reduction, divisor, divisor_tensor)
     return reference.ppo_loss_reference(
         logprobs,
@@ -56,8 +72,8 @@ def _(logprobs, old_logprobs, advantages, mask, entropy, *options):  # type: ign
     return (
         logprobs.new_empty((), dtype=dtype),
         logprobs.new_empty(logprobs.shape, dtype=dtype),
-        logprobs.new_empty(logprobs.shape, dtype=dtype),
-        logprobs.new_empty((len(reference.POLICY_SUMS),), dtype=torch.float32),
+        logprobs.new_empty((0,) if entropy is None else logprobs.shape, dtype=dtype),
+        logprobs.new_empty((len(reference.POLICY_STATS),), dtype=torch.float32),
     )
 
 
@@ -93,6 +109,10 @@ def _value_loss(
     divisor_tensor: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if resolve("value_loss", backend, values, compute_dtype(values, old_values, returns)) == "native":
+        tokens = (native_input(x) for x in (values, old_values, returns, mask))
+        total = None if divisor_tensor is None else native_input(divisor_tensor)
+        return torch.ops.srppo_native.value_loss(*tokens, clip, divisor, total)
     weights = reference.weights_for((values, old_values, returns), mask, "token_mean", divisor, divisor_tensor)
     return reference.value_loss_reference(values, old_values, returns, mask, clip, weights)
 
@@ -103,7 +123,7 @@ def _(values, old_values, returns, mask, clip, divisor, divisor_tensor, backend)
     return (
         values.new_empty((), dtype=dtype),
         values.new_empty(values.shape, dtype=dtype),
-        values.new_empty((len(reference.VALUE_SUMS),), dtype=torch.float32),
+        values.new_empty((len(reference.VALUE_STATS),), dtype=torch.float32),
     )
 
 
@@ -172,7 +192,7 @@ class PPOTerms(NamedTuple):
 
     loss: Tensor  # 0-d, sum over valid tokens, no divisor
     d_logprobs: Tensor  # dloss/dlogprob, the input's shape, 0 where masked or clipped
-    d_entropy: Tensor  # dloss/dentropy, likewise
+    d_entropy: Tensor | None  # dloss/dentropy, likewise; None where no entropy was given
     stats: PPOStats  # join those of several calls with PPOStats.merge
 
 
@@ -223,7 +243,8 @@ def ppo_terms(
             None,
             backend,
         )
-    return PPOTerms(loss, d_logprobs, d_entropy, PPOStats.from_vector(vector, entropy is not None))
+    given = entropy is not None
+    return PPOTerms(loss, d_logprobs, d_entropy if given else None, PPOStats.from_vector(vector, given))
 
 
 def ppo_loss(
@@ -241,7 +262,7 @@ def ppo_loss(
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, PPOStats]:
-    """The clipped policy loss, `max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) - entropy_coef H`, and its statistics.
+    """The clipped policy loss `max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) - entropy_coef H` and statistics.
 
     Args:
         logprobs: `[B, T]` (the last dimension is time; `[N]` is one sequence) of the policy being trained.
@@ -252,12 +273,13 @@ def ppo_loss(
         dual_clip: bound above 1 on the ratio of tokens with negative advantage, or None.
         entropy_coef: weight of the entropy bonus.
         reduction: `"token_mean"`, `"sequence_mean"`, `"sum"` or `"constant_length"` (divides by B T).
-        normalizer: replaces the reduction's divisor: a number or a 0-d tensor, taken by the caller over the global batch.
+        normalizer: replaces the reduction's divisor: a number or a 0-d tensor, which the caller took over the global
+            batch.
         backend: `"auto"`, `"native"` or `"reference"`.
 
     Returns:
-        `(loss, PPOStats)`; the loss is a float32 0-d tensor (float64 for float64 inputs), differentiable once. Log-ratios
-        are clamped to [-20, 20], with gradient 0 outside.
+        `(loss, PPOStats)`; the loss is a float32 0-d tensor (float64 for float64 inputs), differentiable once.
+        Log-ratios are clamped to [-20, 20], with gradient 0 outside.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, modes or coefficients that do not fit, by the argument's name.

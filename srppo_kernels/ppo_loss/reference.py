@@ -2,24 +2,24 @@
 
 Policy (Schulman et al. 2017, arXiv 1707.06347, eq. 7). With `d = log pi - log pi_old` and ratio `r = exp(d)`, per token
 
-    l = max(-A r, -A clip(r, 1 - low, 1 + high)) - entropy_coef H,      where A < 0 also  l_pg <= -A dual_clip  (dual clip)
+    l = max(-A r, -A clip(r, 1 - low, 1 + high)) - entropy_coef H        and with dual clip c, where A < 0, at most -A c
+    dl/dlogprob = -A r  where the unclipped branch is the one taken, else 0;      dl/dH = -entropy_coef
 
-    dl/dlogprob = -A r  where the unclipped branch is the one taken, else 0;      dl/dH = -entropy_coef.
-
-Asymmetric clip: DAPO (arXiv 2503.14476). Dual clip: Ye et al. 2020 (arXiv 1912.09729). The branch is decided on the ratio:
-clipped high is `A > 0 and r > 1 + high`, clipped low is `A < 0 and r < 1 - low`, dual-clipped is `A < 0 and r > dual_clip`.
+Asymmetric clip: DAPO (arXiv 2503.14476). Dual clip: Ye et al. 2020 (arXiv 1912.09729). The branch is decided on the
+ratio: clipped high is `A > 0 and r > 1 + high`, clipped low `A < 0 and r < 1 - low`, dual-clipped `A < 0 and r > c`.
 
 Overflow: `d` is clamped to [-20, 20] and a token outside gets gradient 0, as autograd of `clamp` gives. So r is at most
 4.9e8 and no loss is infinite; such a token is off-policy beyond use, and it shows in `ratio_max` and `clipfrac`.
 
 Approximate KL of old to new, from samples of old: k1 = -d, k3 = r - 1 - d (Schulman, "Approximating KL divergence").
 
-Value (as in PPO's reference code and TRL): `0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)`; gradient `V - R`
-where the first is the larger or the clip is not active, else 0.
+Value (PPO's reference code, TRL): `0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)`, gradient `V - R` where
+the first is the larger or the clip is not active, else 0.
 
-Divisors: `token_mean` sum / valid tokens; `sequence_mean` mean over the sequences that have tokens of their token means;
-`sum` 1; `constant_length` B T (Dr.GRPO, arXiv 2503.20783). A caller's normalizer replaces the divisor (for sequence_mean
-that of the sum over sequences). A divisor of 0 counts as 1: a batch without valid tokens has loss 0.
+Divisors: `token_mean` the number of valid tokens; `sequence_mean` averages the sequences' token means over the sequences
+that have tokens; `sum` 1; `constant_length` B T, padding included (Dr.GRPO, arXiv 2503.20783). A caller's normalizer
+replaces the divisor (for sequence_mean the number of sequences). A divisor of 0, the caller's too, counts as 1: a batch
+without valid tokens has loss 0 and gradient 0.
 """
 
 import torch
@@ -29,9 +29,9 @@ from srppo_kernels._arguments import compute_dtype
 
 __all__ = [
     "LOG_RATIO_BOUND",
-    "POLICY_SUMS",
+    "POLICY_STATS",
     "REDUCTIONS",
-    "VALUE_SUMS",
+    "VALUE_STATS",
     "ppo_loss_reference",
     "value_loss_reference",
 ]
@@ -39,7 +39,7 @@ __all__ = [
 LOG_RATIO_BOUND = 20.0
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "constant_length")
 # What the kernels hand to PPOStats and ValueStats, in this order.
-POLICY_SUMS = (
+POLICY_STATS = (
     "approx_kl",
     "approx_kl_k1",
     "clipfrac_low",
@@ -51,7 +51,7 @@ POLICY_SUMS = (
     "entropy",
     "count",
 )
-VALUE_SUMS = ("clipfrac", "error", "value_mean", "return_mean", "return_var", "residual_var", "count")
+VALUE_STATS = ("clipfrac", "error", "value_mean", "return_mean", "return_var", "residual_var", "count")
 
 
 def token_weights(
@@ -65,14 +65,15 @@ def token_weights(
     elif divisor is not None:
         total = divisor
     elif reduction == "token_mean":
-        total = lengths.sum().clamp(min=1)
+        total = lengths.sum()
     elif reduction == "sequence_mean":
-        total = (lengths > 0).sum().to(dtype).clamp(min=1)
+        total = (lengths > 0).sum().to(dtype)
     elif reduction == "constant_length":
-        total = float(max(mask.numel(), 1))
+        total = float(mask.numel())
     else:
         total = 1.0
-    weights = torch.ones_like(lengths) / total
+    total = torch.as_tensor(total, dtype=dtype, device=mask.device)
+    weights = torch.ones_like(lengths) / torch.where(total == 0, 1, total)
     return weights / lengths.clamp(min=1) if reduction == "sequence_mean" else weights
 
 
@@ -93,7 +94,7 @@ def ppo_loss_reference(
     entropy_coef: float,
     weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> loss `[]`, dloss/dlogprob and dloss/dentropy `[B, T]`, statistics float32 `[len(POLICY_SUMS)]`.
+    """-> loss `[]`, dloss/dlogprob and dloss/dentropy `[B, T]`, statistics float32 `[len(POLICY_STATS)]`.
 
     The gradients are explicit, for use as a kernel; the loss itself is also differentiable by autograd.
     """
@@ -114,8 +115,9 @@ def ppo_loss_reference(
     token_loss = -advantages * used
     active = mask & ~(high | low | dual) & (raw.abs() <= LOG_RATIO_BOUND)
     d_logprobs = torch.where(active, -advantages * ratio, 0) * weights
-    d_entropy = torch.where(mask, -entropy_coef * weights, 0)
+    d_entropy = weights.new_empty(0)
     if entropy is not None:
+        d_entropy = torch.where(mask, -entropy_coef * weights, 0)
         entropy = torch.where(mask, entropy.to(dtype), 0)
         token_loss = token_loss - entropy_coef * entropy
     loss = (token_loss * weights).sum(dtype=torch.float64).to(dtype)
@@ -137,7 +139,7 @@ def ppo_loss_reference(
 def value_loss_reference(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss `[]`, dloss/dvalues `[B, T]`, statistics float32 `[len(VALUE_SUMS)]`."""
+    """-> loss `[]`, dloss/dvalues `[B, T]`, statistics float32 `[len(VALUE_STATS)]`."""
     dtype = weights.dtype
     values, old_values, returns = (torch.where(mask, x.to(dtype), 0) for x in (values, old_values, returns))
     error = values - returns

@@ -31,7 +31,7 @@ def _pooled_variance(weights: Tensor, means: Tensor, variances: Tensor) -> Tenso
 
 
 class PPOStats(NamedTuple):
-    """Of one `ppo_loss`, over its valid tokens; float32 0-d tensors on the inputs' device, detached; 0 without tokens."""
+    """Of one `ppo_loss`, over valid tokens; float32 0-d tensors on the inputs' device, detached; 0 without tokens."""
 
     approx_kl: Tensor  # mean of k3 = r - 1 - log r, an estimate of KL(old || new) that is never negative
     approx_kl_k1: Tensor  # mean of -log r
@@ -42,13 +42,15 @@ class PPOStats(NamedTuple):
     ratio_max: Tensor
     ratio_var: Tensor  # population variance
     entropy: Tensor | None  # mean entropy in nats; None where none was given
-    count: Tensor  # valid tokens
+    count: Tensor  # type: ignore[assignment]  # valid tokens; shadows tuple.count, which nobody needs here
 
     @classmethod
     def from_vector(cls, vector: Tensor, has_entropy: bool) -> "PPOStats":
-        """From what the kernels return, in the order of `reference.POLICY_SUMS`."""
-        fields = list(vector.detach().unbind())
-        return cls(*fields[:8], fields[8] if has_entropy else None, fields[9])
+        """From what the kernels return, in the order of `reference.POLICY_STATS`."""
+        fields: dict[str, Tensor | None] = dict(zip(cls._fields, vector.detach().unbind(), strict=True))
+        if not has_entropy:
+            fields["entropy"] = None
+        return cls(**fields)  # type: ignore[arg-type]
 
     @classmethod
     def merge(cls, stats: Sequence["PPOStats"]) -> "PPOStats":
@@ -67,7 +69,7 @@ class PPOStats(NamedTuple):
 
 
 class ValueStats(NamedTuple):
-    """Of one `value_loss`, over its valid tokens; float32 0-d tensors on the inputs' device, detached; 0 without tokens."""
+    """Of one `value_loss`, over valid tokens; float32 0-d tensors on the inputs' device, detached; 0 without tokens."""
 
     clipfrac: Tensor  # fraction where the clipped error is the larger one: no gradient
     error: Tensor  # mean of (V - R)^2, unclipped
@@ -76,11 +78,11 @@ class ValueStats(NamedTuple):
     return_var: Tensor  # population variance of R
     residual_var: Tensor  # population variance of V - R
     explained_variance: Tensor  # 1 - Var(V - R) / Var(R); 0 where Var(R) is 0
-    count: Tensor  # valid tokens
+    count: Tensor  # type: ignore[assignment]  # valid tokens; shadows tuple.count, which nobody needs here
 
     @classmethod
     def from_vector(cls, vector: Tensor) -> "ValueStats":
-        """From what the kernels return, in the order of `reference.VALUE_SUMS`."""
+        """From what the kernels return, in the order of `reference.VALUE_STATS`."""
         clipfrac, error, value_mean, return_mean, return_var, residual_var, count = vector.detach().unbind()
         explained = _explained(return_var, residual_var)
         return cls(clipfrac, error, value_mean, return_mean, return_var, residual_var, explained, count)

@@ -1,0 +1,27 @@
+// The vector vocabulary of simd_*.h for one float: with it the maths headers compile as CUDA device code.
+#pragma once
+
+#include <math.h>
+
+namespace srppo::cuda {
+
+#define SRPPO_INLINE static __device__ __forceinline__
+
+using Vf = float;
+using Mask = bool;
+
+SRPPO_INLINE Vf set(float x) { return x; }
+SRPPO_INLINE Vf fma(Vf a, Vf b, Vf c) { return fmaf(a, b, c); }
+SRPPO_INLINE Mask greater(Vf a, Vf b) { return a > b; }
+SRPPO_INLINE Mask less(Vf a, Vf b) { return a < b; }
+SRPPO_INLINE Mask equal(Vf a, Vf b) { return a == b; }
+SRPPO_INLINE Mask both(Mask a, Mask b) { return a && b; }
+SRPPO_INLINE Mask either(Mask a, Mask b) { return a || b; }
+SRPPO_INLINE Mask but_not(Mask a, Mask b) { return a && !b; }
+SRPPO_INLINE Vf select(Mask m, Vf a, Vf b) { return m ? a : b; }
+SRPPO_INLINE Vf nearest(Vf x) { return rintf(x); }
+SRPPO_INLINE Vf power_of_two(Vf n) { return __int_as_float((static_cast<int>(n) + 127) << 23); }
+
+#include "scalar_math.h"
+
+}  // namespace srppo::cuda

@@ -1,0 +1,155 @@
+"""Builds the optional extension `srppo_kernels._C` from csrc/; all metadata is in pyproject.toml.
+
+C++ kernels are built wherever there is a compiler. CUDA kernels are built too when nvcc is found *and* the torch that
+is built against is a CUDA build: they launch on torch's stream, which a CPU build has none of. `python setup.py
+check_cuda` compiles them on any machine with nvcc and throws the objects away.
+
+Without a compiler the installation still succeeds, with one line that says what is missing, and the library runs on its
+plain-torch references.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import Command, setup
+
+ROOT = Path(__file__).parent.resolve()
+# 2.11's stable ABI: one binary serves every torch from there on.
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+# No contraction: a fused multiply-add appears where the source says fma() and nowhere else, so that two paths through
+# the same maths have the same bits. -Wno-psabi: vectors are passed between inlined functions only.
+# -Wno-(maybe-)uninitialized: GCC 12 warns of its own AVX-512 intrinsics.
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", TARGET]
+CUDA_ARCHITECTURES = ("80", "90a", "100")
+LOST = "srppo runs on plain torch without its native kernels"
+
+
+def say(text):
+    print(f"srppo: {text}", file=sys.stderr, flush=True)
+
+
+def relative(pattern):
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+
+
+def nvcc_command(nvcc, source, output, include_dirs):
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "-fmad=false",
+        "--expt-relaxed-constexpr",
+        "-Xcompiler",
+        "-fPIC",
+        TARGET,
+        "-DUSE_CUDA",
+    ]
+    for arch in CUDA_ARCHITECTURES:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    includes = [flag for path in include_dirs for flag in ("-I", str(path))]
+    return [nvcc, *flags, *includes, "-c", source, "-o", str(output)]
+
+
+def torch_include_dirs():
+    from torch.utils.cpp_extension import include_paths
+
+    return include_paths()
+
+
+class CheckCuda(Command):
+    """Compile the CUDA sources with nvcc alone, for machines that cannot run them."""
+
+    description = "compile csrc/**/*.cu and discard the objects"
+    user_options: ClassVar = []
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            raise SystemExit("check_cuda: nvcc is not on PATH; install the CUDA toolkit or skip this check")
+        with tempfile.TemporaryDirectory() as folder:
+            for source in relative("**/*.cu"):
+                command = nvcc_command(nvcc, source, Path(folder) / "object.o", torch_include_dirs())
+                subprocess.run(command, check=True, cwd=ROOT)
+                say(f"{source} compiles for sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+
+
+def extension_arguments():
+    try:
+        import pybind11
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+    except ImportError as error:
+        say(f"{error.name} is not there to build against, so the extension is not built: {LOST}")
+        return {}
+
+    nvcc = shutil.which("nvcc") or (str(Path(CUDA_HOME) / "bin" / "nvcc") if CUDA_HOME else None)
+    cuda_sources = relative("**/*.cu")
+    cuda = bool(cuda_sources) and nvcc is not None and torch.version.cuda is not None
+    if cuda_sources and not cuda:
+        missing = "nvcc is not found" if nvcc is None else "torch is a CPU build"
+        say(f"CUDA kernels are not built: {missing}")
+    flags = [*CXX_FLAGS, *([f'-DSRPPO_CUDA="{",".join(CUDA_ARCHITECTURES)}"'] if cuda else [])]
+
+    class OptionalBuild(BuildExtension):
+        """Compiles; a failure costs the kernels and not the installation."""
+
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                self.give_up(error)
+
+        def build_extensions(self):
+            compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+            if compiler is None:
+                self.give_up("no C++ compiler on PATH (install g++ or clang++)")
+                return
+            try:
+                if cuda:
+                    self.compile_cuda()
+                super().build_extensions()
+            except (Exception, SystemExit) as error:
+                self.give_up(error)
+
+        def give_up(self, reason):
+            # The first line says which command failed; the compiler's own output stands above.
+            say(f"the extension could not be built ({str(reason).strip().splitlines()[0]}): {LOST}")
+            self.extensions = []
+
+        def compile_cuda(self):
+            folder = Path(self.build_temp) / "cuda"
+            folder.mkdir(parents=True, exist_ok=True)
+            for source in cuda_sources:
+                output = folder / (source.replace("/", "_") + ".o")
+                subprocess.run(nvcc_command(nvcc, source, output, torch_include_dirs()), check=True, cwd=ROOT)
+                self.extensions[0].extra_objects.append(str(output))
+            # The runtime is linked statically: the wheel then needs torch's driver and no other CUDA library.
+            toolkit = Path(nvcc).resolve().parent.parent
+            self.extensions[0].library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]
+            self.extensions[0].libraries += ["cudart_static", "rt", "dl", "pthread"]
+
+    extension = CppExtension(
+        "srppo_kernels._C",
+        sources=relative("**/*.cpp"),
+        include_dirs=[pybind11.get_include()],
+        depends=relative("**/*.h"),
+        extra_compile_args=flags,
+    )
+    # torch_python is not ours to need: pybind11 alone makes the module.
+    extension.libraries = [name for name in extension.libraries if name != "torch_python"]
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild, "check_cuda": CheckCuda}}
+
+
+arguments = extension_arguments()
+arguments.setdefault("cmdclass", {"check_cuda": CheckCuda})
+setup(**arguments)
