@@ -34,23 +34,24 @@ FILLER = ("so", "um", "well", "ok", "hm")
 MIN_FILLER, MAX_FILLER = 2, 3
 END_OF_PROMPT = ">"
 
-_NEXT_LETTER = {letter: LETTERS[(i + 1) % len(LETTERS)] for i, letter in enumerate(LETTERS)}
+_NEXT_LETTER = str.maketrans(LETTERS, LETTERS[1:] + LETTERS[0])
+_PREVIOUS_LETTER = str.maketrans(LETTERS, LETTERS[-1] + LETTERS[:-1])
 
 TASKS: dict[str, Callable[[str], str]] = {
-    "flip": lambda s: s[::-1],
     "copy": lambda s: s,
     "upper": lambda s: s.upper(),
-    "next": lambda s: "".join(_NEXT_LETTER[letter] for letter in s),
+    "next": lambda s: s.translate(_NEXT_LETTER),
+    "prev": lambda s: s.translate(_PREVIOUS_LETTER),
     "swap": lambda s: s[-1] + s[1:-1] + s[0],
     "roll": lambda s: s[1:] + s[0],
 }
-DEMONSTRATED_TASK = "flip"
+DEMONSTRATED_TASK = "roll"
 
 Way = Literal["right", "ramble", "echo"]
 WAYS: tuple[Way, ...] = ("right", "ramble", "echo")
 Split = Literal["corpus", "demonstrations", "prompts", "held_out"]
 # Hundredths of all strings. The corpus gets most: what a base model must not be is short of examples of the tasks.
-_SPLIT_SHARES: dict[Split, int] = {"corpus": 60, "demonstrations": 10, "prompts": 20, "held_out": 10}
+_SPLIT_SHARES: dict[Split, int] = {"corpus": 50, "demonstrations": 10, "prompts": 20, "held_out": 20}
 
 
 @dataclass(frozen=True)
