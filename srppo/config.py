@@ -123,7 +123,7 @@ class SRPPOConfig:
     learning_rate: float = option(3e-6, "peak learning rate of the policy", minimum=0)
     per_device_train_batch_size: int = option(8, "sequences in one forward and backward", minimum=1)
     gradient_accumulation_steps: int = option(1, "forwards and backwards in one optimizer step", minimum=1)
-    max_grad_norm: float | None = option(1.0, "gradient norm is clipped to this; absent: not clipped", minimum=0)
+    max_grad_norm: float | None = option(1.0, "gradient norm is clipped to this; absent or 0: not clipped", minimum=0)
     adam_betas: list[float] = option((0.9, 0.999), "AdamW's two decay rates", minimum=0, maximum=1)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = option("linear", "decay after warm-up")
     warmup_ratio: float = option(0.0, "part of the run in which the learning rate rises", minimum=0, maximum=1)
@@ -247,7 +247,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         raise UserError(f"{name} must be a number; got {value!r}")
     try:
         number = hint(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name} must be {'a whole number' if hint is int else 'a number'}; got {value!r}") from None
     if hint is int and float(value) != number:
         raise UserError(f"{name} must be a whole number; got {value!r}")

@@ -80,7 +80,8 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        return max(math.sqrt(self.m2 / max(self.count - 1, 1)), 1e-6)
+        """1 while all scores were equal: dividing by (almost) 0 would blow the first score up."""
+        return math.sqrt(self.m2 / (self.count - 1)) if self.m2 > 0 else 1.0
 
 
 def logprobs(
@@ -89,6 +90,15 @@ def logprobs(
     """Log-probs (and entropies) of a rollout's completion tokens under a role, ``[B, T]``, with no gradient."""
     with torch.no_grad(), role.active():
         return head_logprobs(role, role.hidden(rollout), rollout, temperature, entropy)
+
+
+def score_role(role: Role, rollout: Rollout, temperature: float, micro_batches: Sequence[Tensor]) -> Tensor:
+    """Log-probs under one role, ``[B, T]``, a micro-batch at a time; 0 where masked."""
+    result = torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device)
+    for rows in micro_batches:
+        part = logprobs(role, rollout.select(rows), temperature=temperature)[0]
+        result[rows, : part.shape[1]] = part
+    return result
 
 
 def head_logprobs(
@@ -251,8 +261,7 @@ class Learner:
 
     def step(self, max_grad_norm: float | None) -> float:
         """Clips and steps; a gradient that is not finite is dropped. Returns the norm before clipping."""
-        limit = math.inf if max_grad_norm is None else max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or math.inf).item()
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -305,7 +314,7 @@ def update(
     for epoch in range(1, args.num_ppo_epochs + 1):
         epoch_stats = []
         for mini_batch in mini_batches if epoch == 1 else split_rows(len(rollout), args, generator):
-            count = rollout.completion_mask[torch.cat(mini_batch)].sum()
+            count = rollout.completion_mask[torch.cat(mini_batch)].sum(dtype=torch.float32)
             mini_stats, loss = [], [0.0, 0.0]
             for rows in mini_batch:
                 part = rollout.select(rows)

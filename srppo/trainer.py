@@ -154,7 +154,7 @@ class SRPPOTrainer:
         micro_batches = [rows for mini_batch in mini_batches for rows in mini_batch]
         scores = ppo.score(self.roles, rollout, args, micro_batches)
         if self.step == 0:
-            self.check_start(rollout, scores)
+            self.check_start(rollout, scores, micro_batches)
         targets = ppo.advantages(rollout, scores, args, moments=self.moments, reward_fn=self.reward_fn)
         scored = time.perf_counter()
 
@@ -247,17 +247,16 @@ class SRPPOTrainer:
             + (f" minus {penalty} nats" if penalty else "; missing_eos_penalty is off")
         )
 
-    def check_start(self, rollout: Rollout, scores: ppo.Scores) -> None:
+    def check_start(self, rollout: Rollout, scores: ppo.Scores, micro_batches: Sequence[torch.Tensor]) -> None:
         """Stops unless the policy is SFT exactly, and SFT is not base."""
-        same = scores if self.args.temperature == self.args.score_temperature else None
-        sft = (
-            same.sft
-            if same is not None
-            else ppo.logprobs(self.roles.sft, rollout, temperature=self.args.temperature)[0]
-        )
+        if self.args.temperature == self.args.score_temperature:
+            sft = scores.sft
+        elif self.args.kl_reference == "sft":
+            sft = scores.reference
+        else:  # nothing so far needed SFT at this temperature; in the same micro-batches it is equal to the last bit
+            sft = ppo.score_role(self.roles.sft, rollout, self.args.temperature, micro_batches)
         gap = (scores.policy - sft).abs().max().item()
-        tolerance = 0.0 if same is not None else 1e-4  # scored in other micro-batches, so equal up to rounding
-        if not gap <= tolerance:
+        if not gap == 0:
             raise UserError(
                 f"the policy does not start as the SFT model: log-probs of the first rollout differ by up to "
                 f"{gap:.3g} nats. "
