@@ -2,9 +2,9 @@
 
 - *score*: how often the first way (the right answer, then stop) is sampled, in domain and out of domain;
 - *reward*: ``log pi_sft - log pi_base`` of a sampled completion, summed over its tokens, mean over completions;
-- *KL to SFT*: ``sum_t KL(pi(.|y_<t) || pi_sft(.|y_<t))`` along a sampled completion, mean over completions. Each term is
-  the exact KL of two next-token distributions, which the tiny vocabulary allows: an estimate of the same sequence-level
-  KL as ``log pi - log pi_sft`` of the samples, but never negative and with less noise;
+- *KL to SFT*: ``sum_t KL(pi(.|y_<t) || pi_sft(.|y_<t))`` along a sampled completion, mean over completions. Each term
+  is the exact KL of two next-token distributions, which the tiny vocabulary allows: an estimate of the same
+  sequence-level KL as ``log pi - log pi_sft`` of the samples, but never negative and with less noise;
 - *length*: tokens of a completion, its stop token included.
 """
 
@@ -108,7 +108,7 @@ def judge(
     rows_of = {task: [row for row, name in enumerate(tasks) if name == task] for task in TASKS}
 
     def summary(rows: list[int]) -> Summary:
-        counts = Counter(ways[row] for row in rows)
+        counts: Counter[str] = Counter(ways[row] for row in rows)
         return Summary(
             score=counts["right"] / len(rows),
             ways={way: counts[way] / len(rows) for way in (*WAYS, "other")},

@@ -36,7 +36,9 @@ def plot_iterations(path: Path, history: Sequence[Mapping[str, Any]], scores: Se
     figure, panels = new_figure(5, width=15.0, height=3.0)
     steps = [entry["step"] for entry in scores]
     panels[0].plot(steps, [entry["in_domain"] for entry in scores], color=IN_COLOUR, label="in domain", marker="o")
-    panels[0].plot(steps, [entry["out_of_domain"] for entry in scores], color=OUT_COLOUR, label="out of domain", marker="o")
+    panels[0].plot(
+        steps, [entry["out_of_domain"] for entry in scores], color=OUT_COLOUR, label="out of domain", marker="o"
+    )
     panels[0].set_ylim(0, 1.03)
     panels[0].legend(frameon=False, fontsize=8)
     panels[0].set_title("score (held out)")

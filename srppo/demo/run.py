@@ -2,9 +2,10 @@
 
 write data  ->  pretrain the base  ->  SFT (and the same, longer)  ->  SRPPO  ->  judge all of them on held-out prompts
 
-What it lets one see: SFT on a few demonstrations of one task, SRPPO from that SFT model on prompts of every task without
-a demonstration, and two things that cost less than SRPPO and must be beaten by it to be worth it: the same SFT trained
-longer, and logits extrapolated past SFT at decoding. All numbers are measured in the run, none is selected afterwards.
+What it lets one see: SFT on a few demonstrations of one task; SRPPO from that SFT model on prompts of every task, none
+with a demonstration; and two things that cost less than SRPPO and must be beaten by it to be worth it: the same SFT
+trained longer, and logits extrapolated past SFT at decoding. All numbers are measured in the run, none is selected
+afterwards.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def run_demo(
         settings: in place of the default ones.
 
     Returns:
-        What ``results.json`` holds: ``table`` (a dict per row), ``models`` (every number), ``seed``, ``settings``, ``seconds``.
+        What ``results.json`` holds: ``table`` (a dict per row), ``models`` (every number), ``srppo_scores``, ``seed``,
+        ``settings``, ``seconds``, ``torch_threads``.
 
     Raises:
         UserError: ``output_dir`` is not empty.
@@ -163,7 +165,7 @@ def run_demo(
     for row, (name, _) in sft_rows.items():
         candidates.append(Candidate(row, sft if name == "sft" else Role(name, load_model(folder / name, args))))
     for beta in settings.extrapolation_betas:
-        candidates.append(Candidate(f"SFT, logits extrapolated, beta {beta:.2g}", sft, beta))
+        candidates.append(Candidate(f"SFT extrapolated, beta {beta:.2g}", sft, beta))
     # Loaded from its folder, as a user would: what is judged is what was written.
     candidates.append(Candidate("SRPPO", Role("policy", load_model(folder / "srppo", args))))
     with stopwatch.time("evaluation"):
@@ -178,7 +180,9 @@ def run_demo(
         "seconds": {stage: round(seconds, 1) for stage, seconds in stopwatch.seconds.items()},
         "torch_threads": torch.get_num_threads(),
     }
-    plot_scores(folder / "scores.png", {name: (j.in_domain.score, j.out_of_domain.score) for name, j in judgements.items()})
+    plot_scores(
+        folder / "scores.png", {name: (j.in_domain.score, j.out_of_domain.score) for name, j in judgements.items()}
+    )
     plot_iterations(folder / "iterations.png", trainer.history, watch.history)
     write_text(folder / "results.json", json.dumps(results, indent=1))
     report(results, judgements, folder, settings, console)
@@ -216,7 +220,9 @@ def write_base(folder: Path, settings: DemoSettings, seed: int, console: Console
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, settings.model, seed=seed)
     corpus = world.World(seed).corpus(settings.corpus_size)
-    console.note(f"Base: a Llama of {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus):,} lines of corpus")
+    console.note(
+        f"Base: a Llama of {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus):,} lines of corpus"
+    )
     pretrain(model, tokenizer, corpus, settings.pretraining, seed=seed, console=console)
     with atomic_folder(folder) as writing:
         save_model(Role("base", model), tokenizer, writing)
@@ -225,7 +231,7 @@ def write_base(folder: Path, settings: DemoSettings, seed: int, console: Console
 # -- configurations ---------------------------------------------------------------------------------------------------
 
 
-def limits() -> dict[str, int]:
+def limits() -> dict[str, Any]:
     """Longest prompt and completion of the world, in tokens (a byte each), with the stop token."""
     prompt = max(len(world.make_prompt(task, "a" * world.MAX_LETTERS)) for task in world.TASKS)
     return {"max_prompt_length": prompt, "max_completion_length": world.longest_completion() + 1}
@@ -324,18 +330,26 @@ def judge_all(
 
 
 def table_row(name: str, judgement: Judgement) -> dict[str, Any]:
-    """A row of the printed table; in domain is the task with demonstrations, out of domain the five others."""
-    inside, outside = judgement.in_domain, judgement.out_of_domain
+    """A row of the table; "in" is the task with demonstrations, "out" the five others."""
+    row: dict[str, Any] = {"model": name}
+    for metric in ("score", "reward", "kl_to_sft", "length"):
+        row[f"{metric}_in"] = getattr(judgement.in_domain, metric)
+        row[f"{metric}_out"] = getattr(judgement.out_of_domain, metric)
+    return row
+
+
+def shown_row(row: dict[str, Any]) -> dict[str, str]:
+    """The same for a terminal of 80 columns, "in / out"."""
+
+    def pair(metric: str, digits: int) -> str:
+        return f"{row[f'{metric}_in']:.{digits}f} / {row[f'{metric}_out']:.{digits}f}"
+
     return {
-        "model": name,
-        "score in": inside.score,
-        "score out": outside.score,
-        "reward in": inside.reward,
-        "reward out": outside.reward,
-        "KL to SFT in": inside.kl_to_sft,
-        "KL to SFT out": outside.kl_to_sft,
-        "length in": inside.length,
-        "length out": outside.length,
+        "model": row["model"],
+        "score": pair("score", 2),
+        "reward": pair("reward", 2),
+        "KL to SFT": pair("kl_to_sft", 2),
+        "length": pair("length", 1),
     }
 
 
@@ -351,11 +365,15 @@ def report(
         )
     ]  # fmt: skip
     console.table("One sample per task", samples)
-    console.table(f"srppo demo, seed {results['seed']}", results["table"])
+    console.table(
+        f"Held-out prompts, in domain / out of domain (seed {results['seed']})",
+        [shown_row(row) for row in results["table"]],
+    )
     console.note(
-        f"score: share of {settings.held_out_per_task} held-out prompts per task answered right and then stopped; in: "
-        f"'{world.DEMONSTRATED_TASK}', the task of the {settings.demonstrations} demonstrations; out: the five others, mean. "
-        "Reward (log pi_sft - log pi_base) and KL to SFT are in nats per completion, length in tokens."
+        f"score: share of {settings.held_out_per_task} held-out prompts per task answered right, then stopped. In "
+        f"domain is '{world.DEMONSTRATED_TASK}', the task of the {settings.demonstrations} demonstrations; out of "
+        "domain are the five others. Reward (log pi_sft - log pi_base) and KL to SFT are in nats per completion, "
+        "length in tokens. Extrapolated: decoding from (1 + 1/beta) log pi_sft - 1/beta log pi_base, with no training."
     )
     console.note(f"Models, plots (scores.png, iterations.png) and every number (results.json) are in {folder}")
     total = sum(results["seconds"].values())
