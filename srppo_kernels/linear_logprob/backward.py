@@ -15,6 +15,7 @@ from srppo_kernels.linear_logprob.chunked import (
     GROUP,
     Head,
     Residual,
+    RowOutputs,
     accumulation_dtype,
     add_mm,
     block_logits,
@@ -36,12 +37,17 @@ class Upstream:
     dlse: Tensor | None
     logprob: Tensor
     entropy: Tensor
-    lse: Tensor
+    row_max: Tensor  # m
+    log_sum: Tensor  # log S: lse is their sum
 
     def nonzero(self, rows: Rows) -> Tensor:
         """Where, among ``rows``, any gradient comes in."""
         parts = [rows.take(u) != 0 for u in (self.g, self.h, self.dlse) if u is not None]
-        return torch.stack(parts).any(0) if parts else torch.zeros(rows.count, dtype=torch.bool, device=self.lse.device)
+        return (
+            torch.stack(parts).any(0)
+            if parts
+            else torch.zeros(rows.count, dtype=torch.bool, device=self.logprob.device)
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class RowScalars:
     b: Tensor
     h: Tensor | None
     at_target: Tensor
-    lse: Tensor
+    row_max: Tensor
+    log_sum: Tensor
 
     @staticmethod
     def of(rows: Rows, upstream: Upstream, acc: torch.dtype) -> "RowScalars":
@@ -63,7 +70,8 @@ class RowScalars:
         def take(values: Tensor) -> Tensor:
             return rows.take(values).to(acc)
 
-        logprob, lse = take(upstream.logprob), take(upstream.lse)
+        logprob = take(upstream.logprob)
+        norm = take(upstream.row_max), take(upstream.log_sum)
         p = logprob.exp()
         b, at_target = torch.zeros_like(p), torch.zeros_like(p)
         if upstream.dlse is not None:
@@ -73,9 +81,9 @@ class RowScalars:
             g = take(upstream.g)
             b, at_target = b - g, at_target - g * torch.expm1(logprob)
         if upstream.h is None:
-            return RowScalars(b, None, at_target, lse)
+            return RowScalars(b, None, at_target, *norm)
         h, entropy = take(upstream.h), take(upstream.entropy)
-        return RowScalars(b - h * entropy, h, at_target - p * h * (logprob + entropy), lse)
+        return RowScalars(b - h * entropy, h, at_target - p * h * (logprob + entropy), *norm)
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,8 @@ def over_groups(
     """The loop over vocabulary groups; dhidden is this shard's part."""
     acc, dtype = accumulation_dtype(hidden), operand_dtype(hidden, head.weight)
     temperature, chain = _temperature_and_chain(rows, head, acc)
-    b, at_target, lse = scalars.b * chain, scalars.at_target * chain, scalars.lse
+    b, at_target = scalars.b * chain, scalars.at_target * chain
+    row_max, log_sum = scalars.row_max, scalars.log_sum
     h = None if scalars.h is None else scalars.h * chain
     y = rows.take(targets).long()
     n, width, device = rows.count, hidden.shape[1], hidden.device
@@ -152,13 +161,14 @@ def over_groups(
             lp: Tensor | None  # log p of the block; kept exponentials give it only where something reads it
             if residual is not None:
                 where = r if kept_rows is None else kept_rows[r]
-                shift = residual.group_max[where, number].to(acc) - lse[r]
+                shift = (residual.group_max[where, number].to(acc) - row_max[r]) - log_sum[r]
                 e = residual.kept[where, v].to(acc, copy=True)
                 reads_lp = h is not None or head.softcap is not None
                 lp = e.clamp_min(torch.finfo(acc).tiny).log_().add_(shift[:, None]) if reads_lp else None
                 dz = e.mul_(shift.exp()[:, None])
             else:
-                lp = block_logits(x, weight, bias, head, row_temperature, acc).sub_(lse[r, None])
+                lp = block_logits(x, weight, bias, head, row_temperature, acc)
+                lp.sub_(row_max[r, None]).sub_(log_sum[r, None])
                 dz = lp.exp()
             if h is None:
                 dz.mul_(b[r, None])
@@ -171,7 +181,7 @@ def over_groups(
             dz.scatter_(1, column, torch.where(inside[:, None], at_target[r, None], dz.gather(1, column)))
             if head.softcap is not None:
                 assert lp is not None
-                dz.mul_(softcap_slope(lp.add_(lse[r, None]), head, row_temperature))
+                dz.mul_(softcap_slope(lp.add_(log_sum[r, None]).add_(row_max[r, None]), head, row_temperature))
             if dbias is not None:
                 dbias += dz.sum(0)
             dz = dz.to(dtype)
@@ -193,14 +203,13 @@ def _write(destination: Tensor, part: Tensor, accumulate: bool) -> None:
         destination.copy_(part)
 
 
-def context(hidden: Tensor, head: Head, targets: Tensor, rows: Rows, lse: Tensor, residual: Residual) -> Tensor:
-    """``A = sum_{j != y} p_j slope_j W_j`` (chain included), ``[count, D]``: dhidden of a frozen head up to row
-    scalars.
+def context(hidden: Tensor, head: Head, targets: Tensor, rows: Rows, outputs: RowOutputs, residual: Residual) -> Tensor:
+    """``A = sum_{j != y} p_j slope_j W_j``, chain included, ``[count, D]``: a frozen head's dhidden up to row scalars.
 
     Without the target's own term, because p_y W_y against W_y would cancel where p_y is near 1.
     """
-    one = torch.ones_like(lse)
-    scalars = RowScalars(one, None, torch.zeros_like(lse), lse)
+    one, zero = torch.ones_like(outputs.logprob), torch.zeros_like(outputs.logprob)
+    scalars = RowScalars(one, None, zero, outputs.row_max, outputs.log_sum)
     result = over_groups(hidden, head, targets, rows, scalars, Destination(True, None, None), residual, None)
     assert result is not None
     return result

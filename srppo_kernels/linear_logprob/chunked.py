@@ -1,16 +1,20 @@
 """The torch backend: GEMMs over a block of rows and a group of the vocabulary, merged online.
 
-Forward, for each vocabulary group (in order) and each row block, with z the block of logits in fp32:
+Forward, for each vocabulary group (in order) and each row block, with z the block of logits in fp32 and y the target:
 
-    m_c = max z     s_c = sum exp(z - m_c)     t_c = sum exp(z - m_c) (z - m_c)          a row's group
-    m = max(m, m_c),  a = e^(m_old - m),  c = e^(m_c - m)                                merged, in vocabulary order
-    t = a (t + s (m_old - m)) + c (t_c + s_c (m_c - m)),   s = a s + c s_c
-    logprob = (z_y - m) - log s     lse = m + log s     H = log s - t / s
+    m_c = max_j z_j     s_c = sum_{j != y} exp(z_j - m_c)     t_c = sum_{j != y} exp(z_j - m_c) (z_j - m_c)
+    m' = max(m, m_c),   a = e^(m - m'),   c = e^(m_c - m')                              merged, in vocabulary order
+    t = a (t + s (m - m')) + c (t_c + s_c (m_c - m'))          s = a s + c s_c
 
-logprob is taken as ``(z_y - m) - log s`` and not as ``z_y - lse``: on a peaked row it is near 0 while lse is tens or,
-with a common offset, thousands, and would round it. t is taken around the maximum for the same reason.
+and at the end, with d = z_y - m and S = s + e^d the whole sum,
 
-Backward, with b = l - g - h H and lp = z - lse (see reference.py for the derivation):
+    log S = log1p(s + expm1(d))      logprob = d - log S      lse = m + log S      H = log S - (t + d e^d) / S
+
+The target stays out of s because of peaked rows: where p_y is 1 - 1e-6, s is what 1 - p_y is made of, and beside a 1 it
+would keep no digit of itself. logprob is not taken as ``z_y - lse``: it is near 0 there while lse is tens or, with a
+common offset, thousands, and would round it. t is taken around the maximum for the same reason.
+
+Backward, with b = l - g - h H and lp = (z - m) - log S (reference.py has the derivation):
 
     dz_j = p_j (b - h lp_j)                              j is not the target
     dz_y = g (1 - p_y) + p_y (l - h (logprob + H))       1 - p_y = -expm1(logprob), in fp32, before any rounding
@@ -63,6 +67,8 @@ class RowOutputs(NamedTuple):
     logprob: Tensor
     entropy: Tensor
     lse: Tensor
+    row_max: Tensor  # m and log S apart: their sum, lse, has lost log S's digits where logits share a large offset
+    log_sum: Tensor
 
 
 def accumulation_dtype(hidden: Tensor) -> torch.dtype:
@@ -164,8 +170,11 @@ def forward(
     temperature = None if head.row_temperature is None else rows.take(head.row_temperature, 1.0).to(acc)
     state = _scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     m, s, t, zy = vocab_parallel.merge_ranks(state, group)
-    log_s = s.log()
-    return RowOutputs((zy - m) - log_s, log_s - t / s if entropy else torch.zeros_like(s), m + log_s)
+    d = zy - m
+    e_y = d.exp()
+    log_s = torch.log1p(s + torch.expm1(d))
+    h = log_s - (t + d * e_y) / (s + e_y) if entropy else torch.zeros_like(s)
+    return RowOutputs(d - log_s, h, m + log_s, m, log_s)
 
 
 def _scan(
@@ -196,17 +205,14 @@ def _scan(
             state[3, r] += torch.where(inside, z.gather(1, column)[:, 0], 0)
             m_c = z.amax(1)
             z.sub_(m_c[:, None])
-            if entropy:
-                e = torch.exp(z)
-                t_c = z.mul_(e).sum(1)
-            else:
-                e = z.exp_()
-                t_c = torch.zeros_like(m_c)
-            s_c = e.sum(1)
+            e = torch.exp(z) if entropy else z.exp_()
             if residual is not None:
                 live = min(a + size, n)
                 where = slice(a, live) if kept_rows is None else kept_rows[a:live]
                 residual.kept[where, v] = e[: live - a].to(residual.kept.dtype)
                 residual.group_max[where, number] = m_c[: live - a]
+            e.scatter_(1, column, e.gather(1, column).masked_fill_(inside[:, None], 0))
+            s_c = e.sum(1)
+            t_c = z.mul_(e).sum(1) if entropy else torch.zeros_like(m_c)
             vocab_parallel.merge_(state[:, r], m_c, s_c, t_c)
     return state[:, :n]

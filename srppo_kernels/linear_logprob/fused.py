@@ -21,11 +21,17 @@ ChunkLoss = Callable[[int, int, Tensor, Tensor], tuple[Tensor | None, Tensor | N
 
 
 class Wanted(NamedTuple):
-    """Which inputs need a gradient."""
+    """Which inputs need a gradient, and whether dweight goes to a caller's fp32 buffer."""
 
     hidden: bool
     weight: bool
     bias: bool
+    wide_weight: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a gradient to form."""
+        return self.hidden or self.weight or self.bias
 
 
 class Formed(NamedTuple):
@@ -44,12 +50,12 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
 def formed_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted) -> Formed:
     """Uninitialised gradients of the right shapes."""
 
-    def like(tensor: Tensor | None, on: bool) -> Tensor:
+    def like(tensor: Tensor | None, on: bool, wide: bool = False) -> Tensor:
         if tensor is None or not on:
             return hidden.new_empty(0)
-        return tensor.new_empty(tensor.shape, dtype=stored_dtype(tensor.dtype))
+        return tensor.new_empty(tensor.shape, dtype=accumulation_dtype(tensor) if wide else stored_dtype(tensor.dtype))
 
-    return Formed(like(hidden, wanted.hidden), like(weight, wanted.weight), like(bias, wanted.bias))
+    return Formed(like(hidden, wanted.hidden), like(weight, wanted.weight, wanted.wide_weight), like(bias, wanted.bias))
 
 
 def chunks_of(rows: Rows, total: int, chunk: int) -> list[tuple[int, int, Rows]]:
@@ -80,8 +86,7 @@ def run(
     formed = formed_like(hidden, head.weight, head.bias, wanted)
     formed.hidden.zero_()
     parts = chunks_of(rows, hidden.shape[0], max(1, chunk))
-    any_wanted = any(wanted)
-    residual = new_residual(hidden, head.weight, max(p.count for _, _, p in parts)) if any_wanted else None
+    residual = new_residual(hidden, head.weight, max(p.count for _, _, p in parts)) if wanted.any else None
     # Chunks add up in the accumulation dtype; one chunk is written once, in whatever dtype it is wanted.
     several = len(parts) > 1
     sums = [t.new_zeros(t.shape, dtype=acc) if several and t.dtype != acc else t for t in (formed.weight, formed.bias)]
@@ -90,7 +95,7 @@ def run(
             out = forward(hidden, head, targets, part, entropy=True, residual=residual, group=group)
             whole = [part.put(values.new_zeros(hidden.shape[0]), values) for values in out]
             g, h = loss(start, stop, whole[0][start:stop], whole[1][start:stop])
-            if not any_wanted:
+            if not wanted.any:
                 continue
             g, h = (None if t is None else _at(t, start, hidden.shape[0]) for t in (g, h))
             into = grads.Destination(
@@ -100,7 +105,7 @@ def run(
                 accumulate_weight=number > 0,
                 accumulate_bias=number > 0,
             )
-            upstream = grads.Upstream(g, h, None, *whole)
+            upstream = grads.Upstream(g, h, None, whole[0], whole[1], whole[3], whole[4])
             rows_with_gradient, dhidden = grads.gradients(
                 hidden, head, targets, part, upstream, into, residual=residual, group=group
             )

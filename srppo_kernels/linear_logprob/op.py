@@ -74,12 +74,13 @@ def _linear_logprob(
     backend: str,
     chunk: int,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group)
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
     acc = accumulation_dtype(hidden)
     rows = Rows.of(live)
     outputs = [x.new_zeros(x.shape[0], dtype=acc) for _ in range(3)]
+    norm = x.new_zeros(2, x.shape[0], dtype=acc)
     kept, group_max = _kept_like(hidden, weight, plan)
     with torch.autocast(hidden.device.type, enabled=False):
         if plan == "precompute":
@@ -87,16 +88,16 @@ def _linear_logprob(
             for a in range(0, rows.count, chunk):
                 part = rows.part(a, a + chunk)
                 result = forward(x, head, y, part, entropy=False, residual=residual, group=group)
-                part.put(kept, grads.context(x, head, y, part, result.lse, residual))
-                for whole, values in zip(outputs, result, strict=True):
+                part.put(kept, grads.context(x, head, y, part, result, residual))
+                for whole, values in zip([*outputs, *norm], result, strict=True):
                     part.put(whole, values)
         else:
             cache = Residual(kept, group_max) if plan == "cache" else None
             result = forward(x, head, y, rows, entropy=entropy, residual=cache, kept_rows=rows.index, group=group)
-            for whole, values in zip(outputs, result, strict=True):
+            for whole, values in zip([*outputs, *norm], result, strict=True):
                 rows.put(whole, values)
     logprob, h, lse = (t.view(targets.shape) for t in outputs)
-    return logprob, h, lse, kept, group_max
+    return logprob, h, lse, norm, kept, group_max
 
 
 def _flat(values: Tensor | None) -> Tensor | None:
@@ -130,7 +131,8 @@ def new_residual(hidden: Tensor, weight: Tensor, rows: int) -> Residual:
 def _(hidden, weight, targets, bias, mask, row_temperature, grad_weight_out, *options):  # type: ignore[no-untyped-def]
     plan = options[5]
     outputs = [hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden)) for _ in range(3)]
-    return (*outputs, *_kept_like(hidden, weight, plan))
+    norm = hidden.new_empty(2, targets.numel(), dtype=accumulation_dtype(hidden))
+    return (*outputs, norm, *_kept_like(hidden, weight, plan))
 
 
 @custom_op("srppo::linear_logprob_backward", mutates_args={"grad_weight_out"})
@@ -140,7 +142,7 @@ def _linear_logprob_backward(
     dlse: Tensor | None,
     logprob: Tensor,
     entropy: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     kept: Tensor,
     group_max: Tensor,
     hidden: Tensor,
@@ -165,9 +167,7 @@ def _linear_logprob_backward(
     x, y = hidden.reshape(-1, hidden.shape[-1]), flat - start
     rows = Rows.of(live_rows(flat, mask, ignore_index))
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
-    upstream = grads.Upstream(
-        _flat(g), _flat(h), _flat(dlse), logprob.reshape(-1), entropy.reshape(-1), lse.reshape(-1)
-    )
+    upstream = grads.Upstream(_flat(g), _flat(h), _flat(dlse), logprob.reshape(-1), entropy.reshape(-1), *norm)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
     dbias = torch.empty_like(bias) if bias is not None and need_bias else weight.new_empty(0)
     into = grads.Destination(
@@ -194,7 +194,7 @@ def _linear_logprob_backward(
 
 
 @_linear_logprob_backward.register_fake
-def _(g, h, dlse, logprob, entropy, lse, kept, group_max, hidden, weight, targets, bias, *options):  # type: ignore[no-untyped-def]
+def _(g, h, dlse, logprob, entropy, norm, kept, group_max, hidden, weight, targets, bias, *options):  # type: ignore[no-untyped-def]
     need_hidden, need_weight, need_bias = options[-3:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
@@ -207,7 +207,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, weight, targets, bias, mask, row_temperature, grad_weight_out, *options = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
-    ctx.save_for_backward(*output, hidden, weight, targets, bias, mask, row_temperature)
+    ctx.save_for_backward(*output[:2], *output[3:], hidden, weight, targets, bias, mask, row_temperature)
     # Not through save_for_backward: another micro-batch adds to it in between, which is its purpose.
     ctx.grad_weight_out = grad_weight_out
     ctx.scalars = options[:4]

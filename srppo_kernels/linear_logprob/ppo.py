@@ -70,7 +70,7 @@ def _linear_ppo_loss(
         h = terms.d_entropy
         return terms.d_logprobs / divisor, None if h is None or entropy_coef == 0 else h / divisor
 
-    wanted = fused.Wanted(need_hidden, need_weight, need_bias)
+    wanted = fused.Wanted(need_hidden, need_weight, need_bias, wide_weight=grad_weight_out is not None)
     formed = fused.run(x, head, y, live, loss, wanted, chunk=chunk, backend=backend, group=group)
     # The chunks' losses in float64 and in order: the sum then moves by no more than a rounding with the chunk size.
     total = (torch.stack(losses).double().sum() / divisor).to(losses[0].dtype)
@@ -82,7 +82,7 @@ def _linear_ppo_loss(
 
 @_linear_ppo_loss.register_fake
 def _(hidden, weight, targets, old_logprobs, advantages, mask, bias, *options):  # type: ignore[no-untyped-def]
-    wanted = fused.Wanted(*options[-3:])
+    wanted = fused.Wanted(*options[-3:], wide_weight=options[2] is not None)
     dtype = torch.float64 if torch.float64 in (hidden.dtype, old_logprobs.dtype, advantages.dtype) else torch.float32
     return (
         hidden.new_empty((), dtype=dtype),
