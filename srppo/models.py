@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from srppo.errors import UserError
@@ -70,12 +72,27 @@ def choose_device() -> torch.device:
 def choose_dtype(args: SRPPOConfig, device: torch.device) -> torch.dtype:
     if args.dtype == "auto":
         return torch.bfloat16 if args.use_peft and device.type == "cuda" else torch.float32
-    dtype = getattr(torch, args.dtype)
-    if not args.use_peft and dtype != torch.float32:
+    return getattr(torch, args.dtype)
+
+
+def require_full_precision(name: str, parameters: Iterable[nn.Parameter]) -> None:
+    """Stops before weights in 16 bit are trained; adapters on a 16-bit model are float32 themselves."""
+    low = next((p.dtype for p in parameters if p.dtype.itemsize < 4), None)
+    if low is not None:
         raise UserError(
-            f"full fine-tuning in {args.dtype} would lose most updates to rounding: use dtype=float32, or use_peft=true"
+            f"the {name} would be trained in {str(low).removeprefix('torch.')} and lose most updates to rounding: "
+            "use dtype=float32, or use_peft=true"
         )
-    return dtype
+
+
+def check_positions(model: PreTrainedModel, longest: int) -> None:
+    """Stops before a sequence runs past the positions that the model knows, which fails or degrades midway."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"the longest prompt and completion together may reach {longest} tokens, and the model has {positions} "
+            "positions: lower max_completion_length, or drop the longest prompts"
+        )
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -98,10 +115,8 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
 
     device = choose_device()
     if is_adapter_folder(path):
-        from peft import PeftModel
-
         model = load_model(adapter_base(path, args), args)
-        return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+        return attach_adapter(model, path, "default").merge_and_unload()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -110,9 +125,30 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
             trust_remote_code=args.trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"no causal language model could be loaded from {path}: {first_line(error)}") from None
     return model.to(device).eval()
+
+
+def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:
+    """Loads a LoRA adapter folder onto a model (or onto a peft model that has others) under ``name``, frozen."""
+    from peft import PeftConfig, PeftModel
+
+    try:
+        kind = PeftConfig.from_pretrained(str(path)).peft_type
+        if kind != "LORA":
+            raise UserError(f"the adapter in {path} is of type {getattr(kind, 'value', kind)}: only LoRA is supported")
+        if is_peft(model):
+            model.load_adapter(str(path), adapter_name=name)  # type: ignore[operator]
+            return model
+        return PeftModel.from_pretrained(model, str(path), adapter_name=name).eval()
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter in {path} could not be loaded onto the base model, is it for another one? "
+            f"({first_line(error)})"
+        ) from None
 
 
 def adapter_base(adapter: str | Path, args: SRPPOConfig) -> str:
@@ -133,6 +169,8 @@ def lora_config(args: SRPPOConfig, model: PreTrainedModel) -> Any:
     from peft import LoraConfig
 
     targets: list[str] | str = args.lora_target_modules or "all-linear"  # peft leaves the head out of all-linear
+    if targets == ["all-linear"]:
+        targets = "all-linear"
     output = model.get_output_embeddings()
     head_name = next((name for name, module in model.named_modules() if module is output), "lm_head")
     if isinstance(targets, list) and any(head_name == t or head_name.endswith("." + t) for t in targets):
@@ -182,6 +220,6 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):  # attention_dropout, hidden_dropout, layerdrop, ...
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)

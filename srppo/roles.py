@@ -25,14 +25,17 @@ from torch import Tensor, nn
 from srppo.errors import UserError
 from srppo.models import (
     Head,
+    attach_adapter,
     check_same_vocabulary,
     disable_dropout,
+    first_line,
     freeze,
     head_of,
     is_adapter_folder,
     is_peft,
     load_model,
     lora_config,
+    require_full_precision,
 )
 from srppo_kernels import linear_logprob
 
@@ -157,15 +160,16 @@ def frozen_roles(
     args: SRPPOConfig, base: str | PreTrainedModel, sft: str | PreTrainedModel, *, share: bool = True
 ) -> tuple[Role, Role]:
     """Base and SFT: over one model where SFT is an adapter folder and ``share``, else a model each."""
+    for name, model in (("base", base), ("SFT model", sft)):
+        if not isinstance(model, str) and is_peft(model):
+            raise UserError(f"the {name} is a peft model in memory: give its adapter folder, or merge_and_unload() it")
     base_path = base if isinstance(base, str) else None
     sft_path = sft if isinstance(sft, str) else None
     base_model = load_model(base, args) if isinstance(base, str) else base
     freeze(base_model)
     if sft_path is not None and share and is_adapter_folder(sft_path):
-        from peft import PeftModel
-
         check_same_vocabulary(base_model, base_model, base_path, sft_path)
-        shared = PeftModel.from_pretrained(base_model, sft_path, adapter_name="sft").eval()
+        shared = attach_adapter(base_model, sft_path, "sft")
         roles = Role("base", shared), Role("sft", shared, "sft")
     else:
         sft_model = load_model(sft, args) if isinstance(sft, str) else sft
@@ -185,12 +189,9 @@ def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tupl
         check_same_vocabulary(base.causal_lm, model, args.base_model_name_or_path, path)
         policy = Role("policy", model)
     elif is_peft(base.model):
-        base.model.load_adapter(path, adapter_name="policy")  # type: ignore[operator]
-        policy = Role("policy", base.model, "policy")
+        policy = Role("policy", attach_adapter(base.model, path, "policy"), "policy")
     else:
-        from peft import PeftModel
-
-        shared = PeftModel.from_pretrained(base.causal_lm, path, adapter_name="policy").eval()
+        shared = attach_adapter(base.causal_lm, path, "policy")
         base, policy = Role("base", shared), Role("policy", shared, "policy")
     disable_dropout(policy.model)
     check_head(policy)
@@ -214,29 +215,23 @@ def build_roles(
         raise UserError("value_model=adapter needs use_peft=true; with full fine-tuning the critic is separate")
     base_role, sft_role = frozen_roles(args, base, sft, share=args.use_peft)
     if not args.use_peft:
-        policy = Role("policy", trainable_copy(sft_role.causal_lm), trainable=True)
-        trunk = Role("critic", trainable_copy(sft_role.causal_lm), trainable=True)
+        policy = Role("policy", thawed(copy.deepcopy(sft_role.causal_lm)), trainable=True)
+        trunk = Role("critic", thawed(copy.deepcopy(sft_role.causal_lm)), trainable=True)
     else:
         names = ["policy", "value"] if value_model == "adapter" else ["policy"]
         if value_model == "separate":
-            if not isinstance(sft, str):
-                raise UserError(
-                    "value_model=separate with use_peft needs the SFT model as a path, to load it once more"
-                )
-            trunk = Role("critic", trainable_copy(load_model(sft, args)), trainable=True)
+            own = load_model(sft, args) if isinstance(sft, str) else copy.deepcopy(sft)
+            trunk = Role("critic", thawed(own.float()), trainable=True)
         if sft_role.adapter is not None:
+            if peft_config is not None:
+                raise UserError("peft_config is for a full SFT model: here the policy's adapter is a copy of SFT's")
             shared = sft_role.model
             for name in names:
-                shared.load_adapter(str(sft), adapter_name=name)  # type: ignore[operator]
+                attach_adapter(shared, str(sft), name)
         else:
-            from peft import get_peft_model
-
-            config = peft_config or lora_config(
-                args, sft_role.causal_lm
-            )  # B starts at 0: the policy starts as exactly SFT
-            shared = get_peft_model(sft_role.causal_lm, config, adapter_name="policy")
+            shared = new_adapter(sft_role.causal_lm, args, peft_config, names[0])
             for name in names[1:]:
-                shared.add_adapter(name, config)
+                shared.add_adapter(name, shared.peft_config[names[0]])
             sft_role = Role("sft", shared)
         policy = Role("policy", shared, "policy", trainable=True)
         if value_model == "adapter":
@@ -247,11 +242,23 @@ def build_roles(
     return roles
 
 
-def trainable_copy(model: PreTrainedModel) -> PreTrainedModel:
-    twin = copy.deepcopy(model)
-    for parameter in twin.parameters():
+def new_adapter(model: PreTrainedModel, args: SRPPOConfig, peft_config: Any, name: str) -> Any:
+    """A peft model with a new LoRA adapter, whose B starts at 0: the model computes exactly what it did."""
+    from peft import get_peft_model
+
+    config = peft_config or lora_config(args, model)
+    if config.peft_type != "LORA":
+        raise UserError(f"peft_config is of type {config.peft_type}: only LoRA is supported")
+    try:
+        return get_peft_model(model, config, adapter_name=name)
+    except ValueError as error:
+        raise UserError(f"no adapter could be made, check lora_target_modules: {first_line(error)}") from None
+
+
+def thawed(model: PreTrainedModel) -> PreTrainedModel:
+    for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return twin
+    return model
 
 
 def new_value_head(model: PreTrainedModel) -> nn.Linear:
@@ -267,6 +274,7 @@ def settle(args: SRPPOConfig, roles: Roles) -> None:
     asked."""
     check_head(roles.policy)
     for role in (roles.policy, roles.critic):
+        require_full_precision(role.name, (parameter for _, parameter in role.parameters()))
         disable_dropout(role.model)
         if not role.parameters():
             raise UserError(f"the {role.name} has no trainable parameters: check lora_target_modules")

@@ -20,14 +20,22 @@ from srppo.console import Console
 from srppo.data import Example, stop_tokens
 from srppo.errors import UserError
 from srppo.metrics import MetricsWriter
-from srppo.models import load_model, load_tokenizer, lora_config
+from srppo.models import check_positions, load_model, load_tokenizer, require_full_precision
 from srppo.plots import plot_history
-from srppo.roles import Role, check_head
+from srppo.roles import Role, check_head, new_adapter
 from srppo.rollout import Rollout, collate_demonstrations
 from srppo_kernels import linear_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+SFT_METRICS = {
+    "sft/loss": "cross-entropy of the mini-batch before its step, mean over completion tokens",
+    "grad_norm": "norm of the gradient before clipping",
+    "lr": "learning rate of the step",
+    "eval/loss": "cross-entropy of held-out demonstrations at the end of an epoch, mean over their completion tokens",
+}
 
 
 def token_nll(logprob: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -80,6 +88,7 @@ def run_sft(
             raise UserError("SFT needs a model to start from: set base_model_name_or_path")
         tokenizer = tokenizer or load_tokenizer(args.base_model_name_or_path, trust_remote_code=args.trust_remote_code)
         model = model or load_model(args.base_model_name_or_path, args)
+    check_positions(model, max(len(e.prompt_ids) + len(e.completion_ids or ()) for e in [*train, *held_out]))
     torch.manual_seed(args.seed)
     role = sft_role(args, model)
     parameters = [parameter for _, parameter in role.parameters()]
@@ -125,6 +134,7 @@ def run_sft(
                     writer.write(len(writer.history) + 1, metrics)
                     progress.advance(tokens, f"loss {loss:.3f}")
             history = writer.history
+        role.model.eval()
         save_model(role, tokenizer, folder)
         write_text(folder / "srppo_config.yaml", args.to_yaml())
         plot_history(history, folder / "plots", {"sft_loss": ["sft/loss", "eval/loss"]})
@@ -137,13 +147,8 @@ def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
     role = Role("sft", model, trainable=True)
     check_head(role)
     if args.use_peft:
-        from peft import get_peft_model
-
-        role = Role(
-            "sft", get_peft_model(model, lora_config(args, model), adapter_name="default"), "default", trainable=True
-        )
-        if not role.parameters():
-            raise UserError(f"no module matches lora_target_modules {args.lora_target_modules}")
+        role = Role("sft", new_adapter(model, args, None, "default"), "default", trainable=True)
+    require_full_precision("model", (parameter for _, parameter in role.parameters()))
     for _, parameter in role.parameters():
         parameter.requires_grad_(True)
     if args.gradient_checkpointing:

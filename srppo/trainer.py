@@ -26,7 +26,7 @@ from srppo.errors import UserError
 from srppo.evaluation import evaluate_policy
 from srppo.metrics import MetricsWriter, iteration_metrics, peak_memory_gib
 from srppo.model_card import model_card
-from srppo.models import load_tokenizer
+from srppo.models import check_positions, load_tokenizer
 from srppo.plots import plot_history
 from srppo.roles import Roles, build_roles
 from srppo.rollout import Rollout, generate
@@ -46,13 +46,14 @@ class SRPPOTrainer:
         base_model: the pretrained base: a folder or hub name, or a loaded model. Loaded models are frozen in place.
         args: every setting; see :class:`srppo.config.SRPPOConfig`.
         train_dataset: prompts, as rows with the columns of :mod:`srppo.data` or as what :func:`srppo.data.prepare`
-        gives.
-            Completions in it are not used here.
+            gives. Completions in it are not used here.
         eval_dataset: the same, for evaluation; rows with a completion also give the likelihood of held-out
-        demonstrations. processing_class: the tokenizer; if absent, that of ``model``, else of ``base_model``.
+            demonstrations.
+        processing_class: the tokenizer; if absent, that of ``model``, else of ``base_model``.
         peft_config: a ``LoraConfig`` for the policy in place of the ``lora_*`` settings, for a full SFT model.
         callbacks: called after each iteration as ``callback(trainer, step, metrics)``; may raise ``StopIteration`` to
-        end. reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.
+            end.
+        reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.
 
     Raises:
         UserError: something in the configuration, data or models must change; raised before training where possible.
@@ -82,6 +83,8 @@ class SRPPOTrainer:
             raise UserError("there are no prompts to sample from: the training data is empty")
         torch.manual_seed(args.seed)
         self.roles: Roles = build_roles(args, base_model, model, peft_config)
+        longest = max(len(example.prompt_ids) for example in [*self.train_dataset, *self.eval_dataset])
+        check_positions(self.roles.policy.causal_lm, longest + args.max_completion_length)
         self.policy = ppo.Learner.create(self.roles.policy, args, args.learning_rate, args.max_steps)
         value_rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         self.critic = ppo.Learner.create(self.roles.critic, args, value_rate, args.max_steps)

@@ -1,0 +1,443 @@
+"""Which weights play base, SFT, policy and critic, what learns and what stays frozen, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from tiny import save, tiny_model, tiny_tokenizer
+from tiny_runs import (
+    QUIET,
+    ROWS,
+    config,
+    examples,
+    full_roles,
+    learners,
+    role,
+    rollout,
+    snapshot,
+    trainer,
+)
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from srppo import SRPPOTrainer, UserError, ppo, run_sft
+from srppo.models import disable_dropout
+from srppo.roles import build_roles, check_head, frozen_roles
+from srppo.rollout import generate
+
+CELLS = [
+    ("adapter", True, "auto"),
+    ("adapter", True, "separate"),
+    ("adapter", False, "auto"),
+    ("sft", True, "auto"),
+    ("sft", True, "separate"),
+    ("sft", False, "auto"),
+    ("sft", False, "separate"),
+]
+
+
+def own_logprobs(model: nn.Module, given) -> torch.Tensor:
+    """Log-probs of a rollout from the model's logits in float64, 0 where masked."""
+    with torch.no_grad():
+        logits = model(
+            input_ids=given.input_ids, attention_mask=given.attention_mask, position_ids=given.position_ids
+        ).logits.double()
+    logp = logits[:, given.prompt_length - 1 : -1].log_softmax(-1).gather(-1, given.completions[..., None]).squeeze(-1)
+    return logp.masked_fill(~given.completion_mask, 0)
+
+
+@pytest.mark.parametrize(("kind", "use_peft", "value_model"), CELLS)
+def test_every_cell_starts_from_sft_trains_policy_and_critic_and_leaves_the_frozen_weights_alone(
+    tiny_models, tmp_path, kind, use_peft, value_model
+):
+    run = trainer(tiny_models, tmp_path, kind=kind, use_peft=use_peft, value_model=value_model, max_steps=1)
+    roles, given = run.roles, rollout()
+    base = AutoModelForCausalLM.from_pretrained(tiny_models.base)
+    expected = {"base": own_logprobs(base, given)}
+    if kind == "adapter":
+        expected["sft"] = own_logprobs(PeftModel.from_pretrained(base, tiny_models.adapter).eval(), given)
+    else:
+        expected["sft"] = own_logprobs(AutoModelForCausalLM.from_pretrained(tiny_models.sft), given)
+    expected["policy"] = expected["sft"]
+    assert (expected["sft"] - expected["base"]).abs().max() > 1e-2
+
+    for name, logp in expected.items():
+        got = ppo.logprobs(getattr(roles, name), given)[0].double()
+        torch.testing.assert_close(got, logp, atol=2e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    with roles.critic.active(), torch.no_grad():
+        assert roles.critic.values(given).abs().max() == 0
+
+    learning = {id(p) for r in (roles.policy, roles.critic) for _, p in r.parameters()}
+    everything = {
+        f"{r.name}.{name}": p
+        for r in (roles.base, roles.sft, roles.policy, roles.critic)
+        for name, p in r.model.named_parameters()
+        if not (r is roles.critic and name == "lm_head.weight")
+    }
+    before = {name: p.detach().clone() for name, p in everything.items()}
+    policy = [p.detach().clone() for _, p in roles.policy.parameters()]
+    critic = [p.detach().clone() for _, p in roles.critic.parameters()]
+    assert not {id(p) for _, p in roles.policy.parameters()} & {id(p) for _, p in roles.critic.parameters()}
+    run.train()
+
+    frozen = [name for name, p in everything.items() if id(p) not in learning]
+    assert frozen
+    for name in frozen:
+        assert torch.equal(before[name], everything[name]), f"{name} is frozen and changed"
+    for r, old in ((roles.policy, policy), (roles.critic, critic)):
+        changed = sum(not torch.equal(a, b) for a, (_, b) in zip(old, r.parameters(), strict=True))
+        assert changed > len(old) // 2, f"{r.name}: {changed} of {len(old)} parameters changed"
+    # the frozen roles still compute what they did
+    for name in ("base", "sft"):
+        torch.testing.assert_close(
+            ppo.logprobs(getattr(roles, name), given)[0].double(), expected[name], atol=2e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("kind", "use_peft"), [("adapter", True), ("sft", True), ("sft", False)])
+def test_saved_policy_loads_with_plain_transformers_and_peft_and_gives_its_log_probs(
+    tiny_models, tmp_path, kind, use_peft
+):
+    run = trainer(tiny_models, tmp_path, kind=kind, use_peft=use_peft, max_steps=1)
+    run.train()
+    folder = tmp_path / "run"
+    if use_peft:
+        under = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert under == (tiny_models.base if kind == "adapter" else tiny_models.sft)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(under), folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    given = rollout()
+    trained = ppo.logprobs(run.roles.policy, given)[0].double()
+    torch.testing.assert_close(own_logprobs(model.eval(), given), trained, atol=2e-5, rtol=1e-5)
+    assert (trained - ppo.logprobs(run.roles.sft, given)[0]).abs().max() > 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+
+
+# -- gradients of adapters that share a model -------------------------------------------------------------------------
+
+
+def adapter_gradients(tiny_models, tmp_path, *, checkpointing: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Gradients of policy and critic after one interleaved update over shared weights, nothing stepped."""
+    args = config(tmp_path, use_peft=True, gradient_checkpointing=checkpointing)
+    roles = build_roles(args, tiny_models.base, tiny_models.adapter)
+    with torch.no_grad():
+        roles.critic.value_head.weight.fill_(0.1)  # at 0 the critic's trunk has no gradient
+    given, count = rollout(), torch.tensor(10.0)
+    policy, critic = learners(roles, args)
+    scores = ppo.score(roles, given, args)
+    targets = ppo.advantages(given, scores, args)
+    for rows in ([0, 1], [2, 3]):
+        part = given.select(rows)
+        width = part.completion_mask.shape[1]
+        cut = lambda x, rows=rows, width=width: x[rows, :width]  # noqa: E731
+        ppo.policy_backward(policy.role, part, cut(scores.policy), cut(targets.advantages), count, args)
+        ppo.value_backward(critic.role, part, cut(scores.values), cut(targets.returns), count, args)
+    frozen = [p for _, p in roles.sft.parameters()]
+    assert frozen and all(p.grad is None for p in frozen)
+    return {r.name: {n: p.grad.clone() for n, p in r.parameters()} for r in (roles.policy, roles.critic)}
+
+
+def alone(tiny_models, tmp_path, which: str) -> dict[str, torch.Tensor]:
+    """The same gradient from a model that has nothing but this one adapter, by plain autograd over logits."""
+    args = config(tmp_path, use_peft=True)
+    roles = build_roles(args, tiny_models.base, tiny_models.adapter)
+    with torch.no_grad():
+        roles.critic.value_head.weight.fill_(0.1)
+    given = rollout()
+    scores = ppo.score(roles, given, args)
+    targets = ppo.advantages(given, scores, args)
+    base = AutoModelForCausalLM.from_pretrained(tiny_models.base)
+    single = PeftModel.from_pretrained(base, tiny_models.adapter, is_trainable=True).eval()
+    inputs = {"attention_mask": given.attention_mask, "position_ids": given.position_ids}
+    output = single(input_ids=given.input_ids, output_hidden_states=True, **inputs)
+    span, mask = slice(given.prompt_length - 1, -1), given.completion_mask
+    if which == "policy":
+        logp = output.logits[:, span].log_softmax(-1).gather(-1, given.completions[..., None]).squeeze(-1)
+        ratio = (logp - scores.policy)[mask].exp()
+        advantage = targets.advantages[mask]
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum() / 10
+    else:
+        values = output.hidden_states[-1][:, span].sum(-1) * 0.1
+        loss = 0.5 * ((values - targets.returns)[mask] ** 2).sum() / 10
+    loss.backward()
+    return {n.replace(".default.", "."): p.grad for n, p in single.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_adapters_gradient_is_that_of_a_model_with_this_adapter_alone(tiny_models, tmp_path, checkpointing):
+    shared = adapter_gradients(tiny_models, tmp_path, checkpointing=checkpointing)
+    for which, adapter in (("policy", "policy"), ("critic", "value")):
+        expected = alone(tiny_models, tmp_path, which)
+        got = {n.replace(f".{adapter}.", "."): g for n, g in shared[which].items() if not n.startswith("value_head")}
+        assert got.keys() == expected.keys()
+        scale = max(g.abs().max() for g in expected.values())
+        assert scale > 1e-6
+        for name, gradient in got.items():
+            torch.testing.assert_close(gradient, expected[name], atol=2e-4 * scale, rtol=1e-3, msg=f"{which} {name}")
+
+
+def test_active_adapter_comes_back_after_an_error(tiny_models, tmp_path):
+    roles = build_roles(config(tmp_path, use_peft=True), tiny_models.base, tiny_models.adapter)
+    before = roles.policy.model.active_adapter
+    for r in (roles.base, roles.sft, roles.policy, roles.critic):
+        with pytest.raises(ZeroDivisionError), r.active():
+            raise ZeroDivisionError
+        assert roles.policy.model.active_adapter == before
+    given = rollout()
+    assert torch.equal(ppo.logprobs(roles.policy, given)[0], ppo.logprobs(roles.sft, given)[0])
+    assert not torch.equal(ppo.logprobs(roles.base, given)[0], ppo.logprobs(roles.sft, given)[0])
+
+
+def test_base_with_adapters_off_equals_the_plain_base_bit_for_bit(tiny_models, tmp_path):
+    base, _ = frozen_roles(config(tmp_path), tiny_models.base, tiny_models.adapter)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_models.base)
+    assert torch.equal(ppo.logprobs(base, rollout())[0], ppo.logprobs(role(plain), rollout())[0])
+
+
+def test_lora_dropout_acts_in_sft_and_not_in_ppo(tiny_models, tmp_path):
+    folder = run_sft(
+        config(tmp_path, use_peft=True, lora_dropout=0.5, base_model_name_or_path=tiny_models.base),
+        train_dataset=examples(ROWS), output_dir=tmp_path / "dropped", console=QUIET,
+    )  # fmt: skip
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_dropout"] == 0.5
+    roles = build_roles(config(tmp_path, use_peft=True, gradient_checkpointing=True), tiny_models.base, str(folder))
+    first, second = (ppo.logprobs(roles.policy, rollout())[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_dropout_of_a_model_in_training_mode_is_off_after_disabling():
+    noisy = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)).train()
+    ids = torch.arange(8)[None]
+    assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
+    disable_dropout(noisy)
+    assert torch.equal(noisy(ids).logits, noisy(ids).logits)
+    functional = nn.Module()
+    functional.hidden_dropout, functional.layerdrop = 0.1, 0.2
+    disable_dropout(functional)
+    assert (functional.hidden_dropout, functional.layerdrop) == (0.0, 0.0)
+
+
+# -- heads of several architectures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma2", "cohere2", "granite"])
+def test_head_gives_the_log_probs_of_the_models_own_logits(kind):
+    model = tiny_model(kind)
+    check_head(role(model))
+    torch.testing.assert_close(
+        ppo.logprobs(role(model), rollout())[0].double(), own_logprobs(model, rollout()), atol=2e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "attribute", "neutral"),
+    [("gemma2", "final_logit_softcapping", None), ("cohere2", "logit_scale", 1.0), ("granite", "logits_scaling", 1.0)],
+)
+def test_head_transform_of_each_architecture_matters(kind, attribute, neutral):
+    """Without it the log-probs would be others: the tests above would not pass by accident."""
+    model = tiny_model(kind)
+    with_it = ppo.logprobs(role(model), rollout())[0]
+    setattr(model.config, attribute, neutral)
+    assert (ppo.logprobs(role(model), rollout())[0] - with_it).abs().max() > 0.1
+
+
+def test_a_head_transform_that_nobody_knows_is_refused():
+    model = tiny_model("llama")
+    plain = model.forward
+
+    def squared(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.logits = output.logits.square()
+        return output
+
+    model.forward = squared
+    with pytest.raises(UserError, match=r"LlamaForCausalLM computes its logits in a way .* not supported"):
+        check_head(role(model))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_training_runs_with_tied_heads_and_other_module_names(tmp_path, kind):
+    for use_peft in (False, True):
+        run = SRPPOTrainer(
+            tiny_model(kind, seed=1), tiny_model(kind), config(tmp_path / str(use_peft), max_steps=1, use_peft=use_peft),
+            ROWS[:3], processing_class=tiny_tokenizer(), console=QUIET,
+        )  # fmt: skip
+        run.train()
+        head, embedding = run.roles.policy.head.weight, run.roles.policy.causal_lm.get_input_embeddings().weight
+        assert head is embedding
+        assert not torch.equal(ppo.logprobs(run.roles.policy, rollout())[0], ppo.logprobs(run.roles.sft, rollout())[0])
+
+
+def test_an_adapter_on_the_embeddings_is_trained_and_saved(tiny_models, tmp_path):
+    """peft names its parameters lora_embedding_A.<adapter>, with nothing behind the adapter's name."""
+    settings = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    run = trainer(tiny_models, tmp_path, kind="sft", use_peft=True, peft_config=settings, max_steps=1)
+    names = [name for name, _ in run.roles.policy.parameters()]
+    assert any("lora_embedding_B" in name for name in names)
+    run.train()
+    moved = [p for name, p in run.roles.policy.parameters() if "lora_embedding_B" in name]
+    assert moved[0].abs().max() > 0
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def build(tmp_path, base, sft, peft_config=None, **settings):
+    return build_roles(config(tmp_path, **settings), base, sft, peft_config)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]])
+def test_lora_on_the_head_is_refused(tiny_models, tmp_path, targets):
+    with pytest.raises(UserError, match="lora_target_modules has 'lm_head', the LM head"):
+        build(tmp_path, tiny_models.base, tiny_models.sft, use_peft=True, lora_target_modules=targets)
+    with pytest.raises(UserError, match="the LM head"):
+        run_sft(
+            config(
+                tmp_path, use_peft=True, lora_target_modules=targets, base_model_name_or_path=tiny_models.base
+            ),
+            train_dataset=examples(ROWS), output_dir=tmp_path / "never", console=QUIET,
+        )  # fmt: skip
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("how", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_that_changes_the_head_is_refused_as_folder_and_as_peft_config(tiny_models, tmp_path, how):
+    settings = LoraConfig(r=2, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **how})
+    get_peft_model(tiny_model("llama"), settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"adapter or a modules_to_save on lm_head is not supported"):
+        build(tmp_path, tiny_models.base, str(tmp_path / "adapter"), use_peft=True)
+    with pytest.raises(UserError, match=r"adapter or a modules_to_save on lm_head is not supported"):
+        build(tmp_path, tiny_models.base, tiny_models.sft, settings, use_peft=True)
+
+
+def test_vocabularies_of_different_size_are_refused(tiny_models, tmp_path):
+    other = save(tiny_model(vocab_size=270), tmp_path / "other")
+    with pytest.raises(UserError, match=r"different vocabularies \(264 and 270 tokens\)"):
+        build(tmp_path, tiny_models.base, other)
+
+
+def test_tokenizers_that_differ_are_refused_and_the_first_difference_is_named(tiny_models, tmp_path):
+    other = Path(shutil.copytree(tiny_models.sft, tmp_path / "other"))
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace("<|user|>", "<|human|>"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizers of base and SFT model differ, first at token 2"):
+        build(tmp_path, tiny_models.base, str(other))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_full_fine_tuning_in_16_bit_is_refused(tiny_models, tmp_path, dtype):
+    with pytest.raises(UserError, match=f"policy would be trained in {dtype}.* use dtype=float32, or use_peft=true"):
+        build(tmp_path, tiny_models.base, tiny_models.sft, dtype=dtype)
+    with pytest.raises(UserError, match=f"would be trained in {dtype}"):
+        run_sft(
+            config(tmp_path, dtype=dtype, base_model_name_or_path=tiny_models.base),
+            train_dataset=examples(ROWS), output_dir=tmp_path / "never", console=QUIET,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("value_model", ["adapter", "separate"])
+def test_lora_on_a_bfloat16_model_trains_float32_weights(tiny_models, tmp_path, value_model):
+    run = trainer(tiny_models, tmp_path, kind="adapter", dtype="bfloat16", value_model=value_model, max_steps=1)
+    assert run.roles.base.causal_lm.dtype == torch.bfloat16
+    learning = [p for r in (run.roles.policy, run.roles.critic) for _, p in r.parameters()]
+    assert {p.dtype for p in learning} == {torch.float32}
+    run.train()  # ratio and KL are checked in it
+
+
+def test_value_adapter_without_lora_is_refused(tiny_models, tmp_path):
+    with pytest.raises(UserError, match="value_model=adapter needs use_peft=true"):
+        build(tmp_path, tiny_models.base, tiny_models.sft, value_model="adapter")
+
+
+def test_lora_targets_that_match_nothing_are_refused(tiny_models, tmp_path):
+    with pytest.raises(UserError, match=r"check lora_target_modules.*no_such_layer"):
+        build(tmp_path, tiny_models.base, tiny_models.sft, use_peft=True, lora_target_modules=["no_such_layer"])
+
+
+def test_all_linear_may_be_asked_for_by_name(tiny_models, tmp_path):
+    default, named = (
+        build(tmp_path, tiny_models.base, tiny_models.sft, use_peft=True, lora_target_modules=targets)
+        for targets in (None, ["all-linear"])
+    )
+    names = [name for name, _ in default.policy.parameters()]
+    assert [name for name, _ in named.policy.parameters()] == names
+    assert not any("lm_head" in name for name in names)
+
+
+def test_peft_model_in_memory_is_refused_as_it_would_be_scored_with_its_adapter_off(tiny_models, tmp_path):
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    for base, sft in ((wrapped, tiny_models.sft), (tiny_models.base, wrapped)):
+        with pytest.raises(UserError, match="peft model in memory: give its adapter folder"):
+            build(tmp_path, base, sft)
+
+
+def test_adapter_that_is_no_lora_is_refused(tiny_models, tmp_path):
+    prompts = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    prompts.save_pretrained(tmp_path / "prompts")
+    with pytest.raises(UserError, match="PROMPT_TUNING: only LoRA is supported"):
+        build(tmp_path, tiny_models.base, str(tmp_path / "prompts"), use_peft=True)
+
+
+def test_adapter_of_another_base_is_refused(tiny_models, tmp_path):
+    wide = save(tiny_model(hidden=64), tmp_path / "wide")
+    with pytest.raises(UserError, match="could not be loaded onto the base model, is it for another one"):
+        build(tmp_path, wide, tiny_models.adapter, use_peft=True)
+
+
+def test_peft_config_beside_an_sft_adapter_is_refused_as_it_would_be_ignored(tiny_models, tmp_path):
+    with pytest.raises(UserError, match="peft_config is for a full SFT model"):
+        build(tmp_path, tiny_models.base, tiny_models.adapter, LoraConfig(target_modules=["q_proj"]), use_peft=True)
+
+
+def test_missing_and_damaged_models_are_named(tiny_models, tmp_path):
+    with pytest.raises(UserError, match="no causal language model could be loaded from nowhere/at-all"):
+        build(tmp_path, "nowhere/at-all", tiny_models.sft)
+    broken = Path(shutil.copytree(tiny_models.sft, tmp_path / "broken"))
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="no causal language model could be loaded from .*broken"):
+        build(tmp_path, tiny_models.base, str(broken))
+
+
+def test_sequences_beyond_the_models_positions_are_refused_before_training(tiny_models, tmp_path):
+    with pytest.raises(UserError, match=r"may reach \d+ tokens, and the model has 128 positions"):
+        trainer(tiny_models, tmp_path, max_completion_length=124)
+    long = examples([{"prompt": "a" * 64, "completion": "b" * 63}])
+    with pytest.raises(UserError, match="128 positions"):
+        run_sft(
+            config(tmp_path, base_model_name_or_path=tiny_models.base),
+            train_dataset=[*long, *[SimpleNamespace(prompt_ids=[5] * 80, completion_ids=[6] * 60)]],
+            output_dir=tmp_path / "never", console=QUIET,
+        )  # fmt: skip
+
+
+def test_full_roles_are_four_models_of_their_own(tmp_path):
+    roles = full_roles(config(tmp_path))
+    owners = [
+        {p.data_ptr() for p in r.causal_lm.parameters()} for r in (roles.base, roles.sft, roles.policy, roles.critic)
+    ]
+    assert all(not a & b for i, a in enumerate(owners) for b in owners[:i])
+    lines = roles.describe()
+    assert [line.split(":")[0] for line in lines] == ["base", "sft", "policy", "critic"]
+    assert ["frozen" in line for line in lines] == [True, True, False, False]
+
+
+def test_generation_leaves_weights_mode_and_adapter_as_they_were(tiny_models, tmp_path):
+    roles = build_roles(
+        config(tmp_path, use_peft=True, gradient_checkpointing=True), tiny_models.base, tiny_models.adapter
+    )
+    before, state = snapshot(roles.policy.model), roles.policy.model.active_adapter
+    assert roles.policy.causal_lm.training  # gradient checkpointing wants it
+    generate(roles.policy, [[10, 11]], max_completion_length=3, pad_token_id=1, stop_token_ids=[0])
+    assert roles.policy.causal_lm.training
+    assert roles.policy.model.active_adapter == state
+    assert all(torch.equal(value, before[name]) for name, value in roles.policy.model.state_dict().items())
