@@ -16,7 +16,7 @@ struct GaeArgs {
   const float* gamma_rows;  // null: the same for all rows
   const float* lam_rows;
   const float* bootstrap;  // null: 0
-  float gamma, lam;
+  double gamma, lam;
   bool carry;
   std::int64_t rows, steps;
   const std::int64_t* starts;  // null: padded, [rows, steps]
@@ -67,8 +67,8 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
   args.gamma_rows = floats(gamma_rows, args.rows, "gamma");
   args.lam_rows = floats(lam_rows, args.rows, "lam");
   args.bootstrap = floats(bootstrap, args.rows, "bootstrap");
-  args.gamma = static_cast<float>(gamma);
-  args.lam = static_cast<float>(lam);
+  args.gamma = gamma;
+  args.lam = lam;
   args.carry = carry;
   Tensor advantages = torch::stable::empty_like(rewards), returns = torch::stable::empty_like(rewards);
   args.advantages = mutable_floats(advantages);

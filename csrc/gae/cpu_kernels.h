@@ -6,7 +6,7 @@
 template <bool carry>
 static void gae_group(const GaeArgs& args, std::int64_t first_row, int rows) {
   std::int64_t begin[W], end[W];  // the row's first token, one past its last valid one
-  float gamma[W] = {}, decay[W] = {}, bootstrap[W] = {};
+  float through[W] = {}, decay[W] = {}, bootstrap[W] = {};
   std::int64_t longest = 0;
   for (int i = 0; i < rows; ++i) {
     const std::int64_t row = first_row + i;
@@ -16,13 +16,16 @@ static void gae_group(const GaeArgs& args, std::int64_t first_row, int rows) {
     std::memset(args.advantages + end[i], 0, sizeof(float) * static_cast<std::size_t>(row_end - end[i]));
     std::memset(args.returns + end[i], 0, sizeof(float) * static_cast<std::size_t>(row_end - end[i]));
     longest = end[i] - begin[i] > longest ? end[i] - begin[i] : longest;
-    gamma[i] = args.gamma_rows ? args.gamma_rows[row] : args.gamma;
-    decay[i] = gamma[i] * (args.lam_rows ? args.lam_rows[row] : args.lam);
+    const double gamma = args.gamma_rows ? static_cast<double>(args.gamma_rows[row]) : args.gamma;
+    const double lam = args.lam_rows ? static_cast<double>(args.lam_rows[row]) : args.lam;
+    through[i] = static_cast<float>(gamma * (1.0 - lam));
+    decay[i] = static_cast<float>(gamma * lam);
     bootstrap[i] = args.bootstrap ? args.bootstrap[row] : 0.0f;
   }
 
-  const Vf vgamma = load(gamma, W), vdecay = load(decay, W), zero = set(0.0f);
-  GaeState state{zero, load(bootstrap, W)};
+  const GaeCoefficients coefficients{load(through, W), load(decay, W)};
+  const Vf zero = set(0.0f), start = load(bootstrap, W);
+  GaeState state{start, zero, start};
   for (std::int64_t done = 0; done < longest; done += W) {
     Vf reward[W], value[W], valid[W];
     bool gaps = false;  // any place of the tile without a valid token
@@ -58,9 +61,9 @@ static void gae_group(const GaeArgs& args, std::int64_t first_row, int rows) {
     if (gaps) transpose(valid);  // else all ones, which is its own transpose
     for (int s = W - 1; s >= 0; --s) {
       const Mask mask = greater(valid[s], zero);
-      state = gae_step<carry>(state, reward[s], value[s], mask, vgamma, vdecay);
-      reward[s] = select(mask, state.advantage, zero);
-      value[s] = select(mask, state.advantage + value[s], zero);
+      state = gae_step<carry>(state, reward[s], value[s], mask, coefficients);
+      reward[s] = select(mask, gae_advantage(state, value[s]), zero);  // the tile now holds the outputs
+      value[s] = select(mask, gae_return(state), zero);
     }
     transpose(reward);
     transpose(value);

@@ -29,6 +29,19 @@ def _as_rows(tensors: tuple[Tensor, ...], cu_seqlens: Tensor) -> tuple[list[Tens
     return [rows for rows, _ in padded], padded[0][1]
 
 
+def _check_starts(cu_seqlens: Tensor | None, total: int) -> None:
+    """On the CPU only: a device's starts cannot be read without waiting for it."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
+        raise ValueError(
+            f"gae: cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}; "
+            f"it must start at 0 and end at the number of packed tokens, {total}"
+        )
+    if bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"gae: cu_seqlens decreases after position {int((cu_seqlens.diff() < 0).nonzero()[0])}")
+
+
 @custom_op("srppo::gae", mutates_args=())
 def _gae(
     rewards: Tensor,
@@ -43,6 +56,7 @@ def _gae(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    _check_starts(cu_seqlens, rewards.shape[0])
     dtype = compute_dtype(rewards, values)
     if resolve("gae", backend, rewards, dtype) == "native":
         rows = [None if row is None else native_input(row) for row in (gamma_rows, lam_rows, bootstrap)]

@@ -150,7 +150,7 @@ def log_ratio_reward(
     kl_estimator: str = "k1",
     backend: str = "auto",
 ) -> Tensor:
-    """The reward `log pi_sft - log pi_base` per token: summed, normalised, scaled, clipped, penalised, placed, minus KL.
+    """The reward `log pi_sft - log pi_base`: summed, normalised, scaled, clipped, penalised, placed, and minus the KL.
 
     Args:
         logprobs_sft, logprobs_base: `[B, T]`, of the sampled tokens.

@@ -78,15 +78,14 @@ def _(logprobs, old_logprobs, advantages, mask, entropy, *options):  # type: ign
 
 
 def _ppo_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, d_logprobs, d_entropy, _ = output
+    _, d_logprobs, d_entropy, statistics = output
+    ctx.mark_non_differentiable(d_logprobs, d_entropy, statistics)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_logprobs, d_entropy)
     ctx.dtypes = (inputs[0].dtype, None if inputs[4] is None else inputs[4].dtype)
 
 
-def _ppo_autograd(ctx: Any, grad: Tensor | None, *grad_of_gradients: Tensor | None) -> tuple[Any, ...]:
-    if any(g is not None for g in grad_of_gradients):
-        raise RuntimeError("srppo::ppo_loss is differentiable once: its gradient has no gradient")
+def _ppo_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 13
     d_logprobs, d_entropy = ctx.saved_tensors
@@ -128,14 +127,13 @@ def _(values, old_values, returns, mask, clip, divisor, divisor_tensor, backend)
 
 
 def _value_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
     ctx.dtype = inputs[0].dtype
 
 
-def _value_autograd(ctx: Any, grad: Tensor | None, *grad_of_gradients: Tensor | None) -> tuple[Any, ...]:
-    if any(g is not None for g in grad_of_gradients):
-        raise RuntimeError("srppo::value_loss is differentiable once: its gradient has no gradient")
+def _value_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 8
     (d_values,) = ctx.saved_tensors

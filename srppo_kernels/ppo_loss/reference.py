@@ -16,8 +16,8 @@ Approximate KL of old to new, from samples of old: k1 = -d, k3 = r - 1 - d (Schu
 Value (PPO's reference code, TRL): `0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)`, gradient `V - R` where
 the first is the larger or the clip is not active, else 0.
 
-Divisors: `token_mean` the number of valid tokens; `sequence_mean` averages the sequences' token means over the sequences
-that have tokens; `sum` 1; `constant_length` B T, padding included (Dr.GRPO, arXiv 2503.20783). A caller's normalizer
+Divisors: `token_mean` the number of valid tokens; `sequence_mean` averages the sequences' token means over those
+sequences that have tokens; `sum` 1; `constant_length` B T, padding included (Dr.GRPO, arXiv 2503.20783). A caller's normalizer
 replaces the divisor (for sequence_mean the number of sequences). A divisor of 0, the caller's too, counts as 1: a batch
 without valid tokens has loss 0 and gradient 0.
 """
@@ -113,7 +113,7 @@ def ppo_loss_reference(
     if dual_clip is not None:
         used = torch.where(dual, dual_clip, used)
     token_loss = -advantages * used
-    active = mask & ~(high | low | dual) & (raw.abs() <= LOG_RATIO_BOUND)
+    active = mask & ~(high | low | dual | (raw.abs() > LOG_RATIO_BOUND))  # a NaN is active: it must be seen
     d_logprobs = torch.where(active, -advantages * ratio, 0) * weights
     d_entropy = weights.new_empty(0)
     if entropy is not None:

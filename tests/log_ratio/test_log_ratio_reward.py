@@ -1,0 +1,270 @@
+"""The self-reward against its definition, on every backend and instruction level, and the identities of the algorithm."""
+
+import math
+
+import pytest
+import torch
+from backends import BACKENDS, MASKS, NATIVE, make_mask, poison, running, same_bits, threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from srppo_kernels.gae import gae
+from srppo_kernels.log_ratio import log_ratio_reward
+
+
+def by_definition(
+    sft, base, mask, *, placement, normalize, running_std=None, scale=1.0, clip=None, truncated=None,
+    missing_eos_penalty=None, logprobs_policy=None, logprobs_ref=None, kl_coef=0.0, kl_estimator="k1",
+):  # fmt: skip
+    """In Python floats, token by token."""
+    reward = torch.zeros(mask.shape, dtype=torch.float64)
+    limit = math.inf if clip is None else clip
+    for b in range(mask.shape[0]):
+        valid = [t for t in range(mask.shape[1]) if mask[b, t]]
+        if not valid:
+            continue
+        divisor = {"none": 1.0, "length": len(valid), "running": running_std}[normalize]
+
+        def score(x, divisor=divisor):
+            return min(max(x / divisor * scale, -limit), limit)
+
+        ratios = [float(sft[b, t]) - float(base[b, t]) for t in valid]
+        if placement == "eos":
+            reward[b, valid[-1]] = score(sum(ratios))
+        else:
+            for t, ratio in zip(valid, ratios, strict=True):
+                reward[b, t] = score(ratio)
+        if truncated is not None and truncated[b]:
+            reward[b, valid[-1]] -= missing_eos_penalty or 0.0
+        if logprobs_policy is not None:
+            for t in valid:
+                d = float(logprobs_policy[b, t]) - float(logprobs_ref[b, t])
+                k3 = math.exp(min(max(-d, -20), 20)) - 1 + d
+                reward[b, t] -= kl_coef * {"k1": d, "k2": d * d / 2, "k3": k3}[kl_estimator]
+    return reward
+
+
+def inputs(rows: int, steps: int, kind: str = "gaps", seed: int = 0, spread: float = 1.0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    sft, base, policy, ref = (-torch.rand(rows, steps, generator=generator) * 3 * spread for _ in range(4))
+    return sft, base, policy, ref, make_mask(kind, rows, steps, generator), torch.rand(rows, generator=generator) < 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(0, 7),
+    steps=st.integers(0, 60),
+    kind=st.sampled_from(MASKS),
+    placement=st.sampled_from(("eos", "token")),
+    normalize=st.sampled_from(("none", "length", "running")),
+    as_tensor=st.booleans(),
+    scale=st.sampled_from((1.0, 0.1, -2.0)),
+    clip=st.sampled_from((None, 0.5, 10.0)),
+    penalty=st.sampled_from((None, 0.0, 1.5)),
+    kl=st.sampled_from((None, (0.0, "k1"), (1.0, "k1"), (0.3, "k2"), (0.3, "k3"))),
+    spread=st.sampled_from((1.0, 20.0)),
+    seed=st.integers(0, 2**20),
+)
+def test_is_the_definition(
+    backend, rows, steps, kind, placement, normalize, as_tensor, scale, clip, penalty, kl, spread, seed
+):
+    sft, base, policy, ref, mask, truncated = inputs(rows, steps, kind, seed, spread)
+    options = {"placement": placement, "normalize": normalize, "scale": scale, "clip": clip}
+    if penalty is not None:
+        options |= {"truncated": truncated, "missing_eos_penalty": penalty}
+    std = {"running_std": 2.5} if normalize == "running" else {}
+    penalised, poisoned = {}, {}
+    if kl is not None:
+        penalised = {"kl_coef": kl[0], "kl_estimator": kl[1], "logprobs_policy": policy, "logprobs_ref": ref}
+        poisoned = {**penalised, "logprobs_policy": poison(policy, mask), "logprobs_ref": poison(ref, mask)}
+    expected = by_definition(sft, base, mask, **options, **std, **penalised)
+    if std and as_tensor:
+        std = {"running_std": torch.tensor(2.5)}
+    with running(backend) as name:
+        got = log_ratio_reward(poison(sft, mask), poison(base, mask), mask, **options, **std, **poisoned, backend=name)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (got[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("placement", ["eos", "token"])
+def test_a_model_against_itself_earns_exactly_nothing(backend, placement):
+    sft, _, policy, _, mask, _ = inputs(6, 40)
+    with running(backend) as name:
+        for normalize in ("none", "length"):
+            reward = log_ratio_reward(sft, sft.clone(), mask, placement=placement, normalize=normalize, backend=name)
+            assert torch.equal(reward, torch.zeros(6, 40))
+        # Nor does the KL penalty cost before the first update, whatever its estimator.
+        for kl in ("k1", "k2", "k3"):
+            reward = log_ratio_reward(
+                sft, sft, mask, logprobs_policy=policy, logprobs_ref=policy.clone(), kl_coef=1.0, kl_estimator=kl,
+                placement=placement, backend=name,
+            )  # fmt: skip
+            assert torch.equal(reward, torch.zeros(6, 40))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", ["none", "length"])
+def test_both_placements_sum_to_the_same_return(backend, normalize):
+    sft, base, policy, ref, mask, truncated = inputs(8, 50)
+    with running(backend) as name:
+        totals = [
+            log_ratio_reward(
+                sft, base, mask, placement=placement, normalize=normalize, truncated=truncated,
+                missing_eos_penalty=1.0, logprobs_policy=policy, logprobs_ref=ref, kl_coef=0.2, backend=name,
+            )
+            for placement in ("eos", "token")
+        ]  # fmt: skip
+        # With gamma = lambda = 1 the return of a row's first token is that sum.
+        _, returns = gae(totals[1], torch.zeros(8, 50), mask, lam=1.0, backend=name)
+    torch.testing.assert_close(totals[0].sum(1), totals[1].sum(1), rtol=1e-5, atol=1e-5)
+    first = mask.int().argmax(1)
+    torch.testing.assert_close(returns[torch.arange(8), first], totals[0].sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_expected_reward_is_the_divergence_of_the_two_models():
+    # E under sft of the reward is KL(sft || base), and under base -KL(base || sft): summed over all 3-token sequences.
+    generator = torch.Generator().manual_seed(0)
+    vocabulary, length = 5, 3
+    sft, base = (torch.randn(vocabulary, vocabulary, generator=generator).double().log_softmax(1) for _ in range(2))
+    sequences = torch.cartesian_prod(*[torch.arange(vocabulary)] * length)
+    previous = torch.cat((torch.zeros(len(sequences), 1, dtype=torch.long), sequences[:, :-1]), 1)
+    lp_sft, lp_base = sft[previous, sequences], base[previous, sequences]
+    reward = log_ratio_reward(lp_sft, lp_base, torch.ones_like(sequences, dtype=torch.bool)).sum(1)
+    p, q = lp_sft.sum(1), lp_base.sum(1)
+    under_sft, under_base = (p.exp() * reward).sum(), (q.exp() * reward).sum()
+    torch.testing.assert_close(under_sft, (p.exp() * (p - q)).sum())
+    torch.testing.assert_close(under_base, -(q.exp() * (q - p)).sum())
+    assert under_sft > 0 > under_base
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_reward_sits_on_the_last_valid_token(backend):
+    mask = torch.tensor(
+        [[True, True, False, False], [False, True, False, True], [False] * 4, [True, False, False, False]]
+    )
+    ones, zeros = torch.ones(4, 4), torch.zeros(4, 4)
+    truncated = torch.tensor([True, False, True, True])
+    with running(backend) as name:
+        reward = log_ratio_reward(ones, zeros, mask, truncated=truncated, missing_eos_penalty=0.25, backend=name)
+        clipped = log_ratio_reward(
+            ones, zeros, mask, clip=0.5, scale=-1.0, truncated=truncated, missing_eos_penalty=0.25, backend=name
+        )
+    expected = torch.tensor([[0, 1.75, 0, 0], [0, 0, 0, 2], [0, 0, 0, 0], [0.75, 0, 0, 0]])
+    assert torch.equal(reward, expected)
+    assert torch.equal(clipped, torch.tensor([[0, -0.75, 0, 0], [0, 0, 0, -0.5], [0, 0, 0, 0], [-0.75, 0, 0, 0]]))
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("placement", ["eos", "token"])
+def test_bits_do_not_depend_on_padding_batch_or_threads(backend, kind, placement):
+    sft, base, policy, ref, mask, truncated = inputs(9, 3000, kind, seed=2)
+
+    def run(pad=(0, 0), rows=slice(None)):
+        wide = [torch.nn.functional.pad(x[rows], pad, value=float("nan")) for x in (sft, base, policy, ref)]
+        out = log_ratio_reward(
+            *wide[:2], torch.nn.functional.pad(mask[rows], pad, value=False), placement=placement, normalize="length",
+            truncated=truncated[rows], missing_eos_penalty=0.1, logprobs_policy=wide[2], logprobs_ref=wide[3],
+            kl_coef=0.1, kl_estimator="k3", backend=name,
+        )  # fmt: skip
+        return out[:, pad[0] : pad[0] + 3000].contiguous()
+
+    with running(backend) as name:
+        whole = run()
+        assert all(same_bits(whole, run(pad)) for pad in ((0, 5), (3, 0), (17, 2000)))
+        assert all(same_bits(whole[row : row + 1], run(rows=slice(row, row + 1))) for row in (0, 4, 8))
+        for n in (1, 3):
+            with threads(n):
+                assert same_bits(whole, run())
+
+
+@pytest.mark.parametrize("placement", ["eos", "token"])
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("normalize", ["none", "length", "running"])
+def test_gradient(placement, kl_estimator, normalize):
+    *logprobs, mask, truncated = inputs(3, 6)
+    leaves = [x.double().requires_grad_() for x in logprobs]
+
+    def run(sft, base, policy, ref):
+        return log_ratio_reward(
+            sft, base, mask, placement=placement, normalize=normalize, clip=0.6, scale=0.7, truncated=truncated,
+            running_std=2.0 if normalize == "running" else None, missing_eos_penalty=1.0, logprobs_policy=policy,
+            logprobs_ref=ref, kl_coef=0.3, kl_estimator=kl_estimator,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(run, leaves)
+    poisoned = [poison(x, mask) for x in leaves]
+    loss = run(*poisoned).square().sum()
+    loss.backward(retain_graph=True)
+    first = [x.grad.clone() for x in poisoned]
+    loss.backward()
+    for x, gradient in zip(poisoned, first, strict=True):
+        assert torch.equal(x.grad, 2 * gradient)
+        assert (gradient[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_and_strides(dtype):
+    tensors = inputs(5, 12)
+    sft, base = (x.to(dtype).t().contiguous().t() for x in tensors[:2])
+    mask = tensors[4].t().contiguous().t()
+    got = log_ratio_reward(sft, base, mask, placement="token")
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = by_definition(sft, base, mask, placement="token", normalize="none")
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_opcheck_and_compile(backend):
+    sft, base, policy, ref, mask, truncated = inputs(3, 6)
+    leaves = [x.requires_grad_() for x in (sft, base, policy, ref)]
+    std = torch.tensor(2.0)
+    args = (sft, base, mask, "eos", "running", None, std, 0.5, 3.0, truncated, 1.0, policy, ref, 0.1, "k3", backend)
+    torch.library.opcheck(torch.ops.srppo.log_ratio_reward, args)
+
+    def run(sft, base, policy, ref):
+        return log_ratio_reward(
+            sft, base, mask, logprobs_policy=policy, logprobs_ref=ref, kl_coef=0.2, truncated=truncated,
+            missing_eos_penalty=1.0, backend=backend,
+        )  # fmt: skip
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*leaves)
+    eager = run(*leaves)
+    assert torch.equal(compiled, eager)
+    for a, b in zip(torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(eager.sum(), leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+X, M = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"mask": X}, TypeError, "mask has dtype torch.float32; pass a bool tensor"),
+        ({"logprobs_base": torch.ones(3, 2)}, ValueError, "logprobs_base has shape"),
+        ({"logprobs_sft": torch.ones(3)}, ValueError, r"logprobs_sft has shape \(3,\); pass \[B, T\]"),
+        ({"placement": "end"}, ValueError, "placement='end' is unknown; choose one of 'eos', 'token'"),
+        ({"normalize": "std"}, ValueError, "normalize='std' is unknown; choose one of 'none', 'length', 'running'"),
+        ({"kl_estimator": "kl"}, ValueError, "kl_estimator='kl' is unknown; choose one of 'k1', 'k2', 'k3'"),
+        ({"normalize": "running"}, ValueError, "running_std goes with normalize='running' and only with it"),
+        ({"running_std": 1.0}, ValueError, "running_std goes with normalize='running' and only with it"),
+        ({"normalize": "running", "running_std": 0.0}, ValueError, "running_std=0.0 must be positive"),
+        ({"normalize": "running", "running_std": torch.ones(2)}, ValueError, "running_std has shape"),
+        ({"clip": 0.0}, ValueError, "clip=0.0 must be positive; pass None"),
+        ({"missing_eos_penalty": 1.0}, ValueError, "missing_eos_penalty=1.0 needs truncated"),
+        ({"truncated": M}, ValueError, "truncated has shape"),
+        ({"truncated": torch.ones(2)}, TypeError, "truncated has dtype torch.float32"),
+        ({"kl_coef": 0.1}, ValueError, "kl_coef=0.1 needs logprobs_policy and logprobs_ref"),
+        ({"logprobs_policy": X}, ValueError, "logprobs_ref is missing"),
+        ({"logprobs_policy": X, "logprobs_ref": X[:1]}, ValueError, "logprobs_ref has shape"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
+    ],
+)
+def test_bad_input(change, error, text):
+    with pytest.raises(error, match=text):
+        log_ratio_reward(**{"logprobs_sft": X, "logprobs_base": X, "mask": M, **change})

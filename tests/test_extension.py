@@ -1,0 +1,98 @@
+"""The native extension: there where it can be built, honest about itself, and no loss but speed where it is missing."""
+
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from srppo_kernels import _extension
+from srppo_kernels.gae import gae
+
+ROOT = Path(__file__).parent.parent
+built = pytest.mark.skipif(not _extension.available(), reason=_extension.why())
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_is_built_where_there_is_a_compiler():
+    assert _extension.available(), _extension.why()
+
+
+@built
+def test_says_what_it_is():
+    info = _extension.build_info()
+    assert info["cpu_detected"] in _extension.CPU_LEVELS
+    assert info["torch_target_version"] == "2.11"
+    assert info["threads"] == torch.get_num_threads()
+    assert f"CPU level {info['cpu_level']}" in _extension.why()
+
+
+@built
+def test_level_is_capped_and_restored():
+    levels = _extension.cpu_levels()
+    before = _extension.build_info()["cpu_level"]
+    for level in levels:
+        with _extension.cpu_level(level):
+            assert _extension.build_info()["cpu_level"] == level
+    assert _extension.build_info()["cpu_level"] == before == levels[-1]
+    with pytest.raises(ValueError, match="choose one of portable"), _extension.cpu_level("sse9"):
+        pass
+
+
+@built
+def test_raw_kernels_refuse_what_they_cannot_read():
+    x, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    tail = (1.0, 0.95, None, None, None, True, None)
+    for bad in ((x.double(), x, mask), (x.t(), x, mask), (x, x[:1], mask), (x, x, x)):
+        with pytest.raises(RuntimeError, match="srppo_native"):
+            torch.ops.srppo_native.gae(*bad, *tail)
+
+
+def test_explicit_native_that_cannot_run_warns_once_and_still_answers():
+    x, mask = torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
+    _extension._warned.clear()
+    with pytest.warns(RuntimeWarning, match="gae\\(backend='native'\\) runs on the reference instead"):
+        first = gae(x, x, mask, backend="native")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = gae(x, x, mask, backend="native")
+    assert torch.equal(first[0], second[0])
+
+
+def test_without_the_extension_all_ops_run_and_say_so_once():
+    code = """
+import sys, warnings
+sys.modules["srppo_kernels._C"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    from srppo_kernels import _extension, gae, log_ratio_reward, ppo_loss, value_loss, whiten
+    x, mask = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    for _ in range(2):
+        gae(x, x, mask); whiten(x, mask); ppo_loss(x, x, x, mask); value_loss(x, x, x, mask); log_ratio_reward(x, x, mask)
+ours = [str(w.message) for w in caught if "srppo" in str(w.message)]
+assert not _extension.available() and _extension.cpu_levels() == () and _extension.build_info() == {}
+assert len(ours) == 1 and "running on plain torch" in ours[0], ours
+print(_extension.why())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "extension" in done.stdout
+
+
+def test_a_failing_build_leaves_an_installation(tmp_path):
+    # A compiler that refuses everything: setup.py ends well and says in one line what is lost.
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin", "CXX": str(compiler)}
+    command = [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path}/t", f"--build-lib={tmp_path}/lib"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("srppo: the extension could not be built")]
+    assert len(lines) == 1
+    assert "runs on plain torch without its native kernels" in lines[0]
+    assert not list((tmp_path / "lib").rglob("_C*"))
