@@ -1,0 +1,241 @@
+"""How a call is timed and its memory measured.
+
+*Turns.* Machines drift: a neighbour, a clock that drops, a page cache. So a round times the floor once and then every
+provider once, in an order that rotates; what is reported is the median over rounds of a provider's time divided by the
+floor's in the same round, with p20 and p80 of the same quotients as the row's own noise.
+
+*Short calls.* A sample repeats a call until it lasts ``MIN_SAMPLE``, so that the clock's grain does not show.
+
+*GPU.* CUDA events around the repeats, warm L2; and single calls after a write of twice the L2 size, cold L2. A trainer
+calls these ops between transformer layers, so cold is what it sees; warm is what most benchmarks print.
+
+*Memory.* Peak during one call beyond what was held before it and beyond what it returns. On a GPU the allocator knows;
+on Linux the kernel keeps a resettable peak of the resident set, which also counts what C++ allocates.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.core import Call, Result, live_bytes
+
+MIN_SAMPLE = 2e-3  # seconds
+NOISE_LIMIT = 0.10  # a row whose p80 is further than this above its p20 is marked noisy
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Linear interpolation between order statistics; NaN of nothing."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median with p20 and p80."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(quantile(values, 0.5), quantile(values, 0.2), quantile(values, 0.8))
+
+    @property
+    def noisy(self) -> bool:
+        return not self.p80 <= self.p20 * (1 + NOISE_LIMIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to measure: each provider until it has ``samples``, or ``least`` of them and ``seconds`` of its own."""
+
+    seconds: float = 0.5
+    least: int = 3
+    samples: int = 25
+
+
+class CpuClock:
+    """Wall time."""
+
+    def repeats(self, call: Callable[[], Any]) -> int:
+        start = time.perf_counter()
+        call()
+        once = max(time.perf_counter() - start, 1e-7)
+        return max(1, math.ceil(MIN_SAMPLE / once))
+
+    def sample(self, call: Callable[[], Any], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+    def cold(self, call: Callable[[], Any]) -> float:
+        """Not measured on a CPU: its caches hold less than one weight tile of the heads here, every call is cold."""
+        return math.nan
+
+
+class CudaClock:
+    """Time on the device between two events."""
+
+    def __init__(self) -> None:
+        size = 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.flush = torch.empty(max(size, 1 << 26), dtype=torch.int8, device="cuda")
+
+    def repeats(self, call: Callable[[], Any]) -> int:
+        return max(1, math.ceil(MIN_SAMPLE / max(self.sample(call, 1), 1e-6)))
+
+    def sample(self, call: Callable[[], Any], repeats: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+
+    def cold(self, call: Callable[[], Any]) -> float:
+        self.flush.zero_()
+        return self.sample(call, 1)
+
+
+Clock = CpuClock | CudaClock
+
+
+def clock_for(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else CpuClock()
+
+
+@dataclass(slots=True)
+class Samples:
+    """Times of one participant, and its quotients with the floor of the same round."""
+
+    seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    cold: list[float] = field(default_factory=list)
+    cold_ratios: list[float] = field(default_factory=list)
+    spent: float = 0.0
+
+    def done(self, effort: Effort) -> bool:
+        count = len(self.seconds)
+        return count >= effort.samples or (count >= effort.least and self.spent >= effort.seconds)
+
+
+def interleave(
+    floor: Callable[[], Any], calls: Sequence[Callable[[], Any]], effort: Effort, clock: Clock
+) -> tuple[Samples, list[Samples]]:
+    """Times all calls in turns, see above. Returns the floor's samples and each call's."""
+    floor()  # warm-up; the calls had theirs when they were checked
+    floor_repeats = clock.repeats(floor)
+    repeats = [clock.repeats(call) for call in calls]
+    floor_samples, results = Samples(), [Samples() for _ in calls]
+    turn = 0
+    while not all(samples.done(effort) for samples in results):
+        bare = clock.sample(floor, floor_repeats)
+        bare_cold = clock.cold(floor)
+        floor_samples.seconds.append(bare)
+        floor_samples.cold.append(bare_cold)
+        for step in range(len(calls)):
+            index = (turn + step) % len(calls)
+            samples = results[index]
+            if samples.done(effort):
+                continue
+            start = time.perf_counter()
+            seconds = clock.sample(calls[index], repeats[index])
+            cold = clock.cold(calls[index])
+            samples.spent += time.perf_counter() - start
+            samples.seconds.append(seconds)
+            samples.ratios.append(seconds / bare)
+            samples.cold.append(cold)
+            samples.cold_ratios.append(cold / bare_cold)
+        turn += 1
+    return floor_samples, results
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+MIB = float(1 << 20)
+
+
+def extra_memory(call: Call, device: str) -> tuple[Result, float]:
+    """``call()`` and its peak extra memory in MiB, beyond inputs and results; NaN where it cannot be measured."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    elif STATUS.exists():
+        trim_heap()
+        reset = reset_resident_peak()
+        before = resident("VmRSS")
+        if reset:
+            result = call()
+            peak = resident("VmHWM")
+        else:
+            result, peak = watched(call)
+    else:
+        return call(), math.nan
+    return result, max(0.0, (peak - before - live_bytes(result)) / MIB)
+
+
+def resident(name: str) -> int:
+    """A size of this process that the kernel keeps, in bytes: VmRSS now, VmHWM the peak."""
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def reset_resident_peak() -> bool:
+    """Whether the kernel lets this process reset its peak; a hardened container may not."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def trim_heap() -> None:
+    """Gives freed heap back, so that a call cannot hide its peak in what an earlier one left behind."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # not glibc: its allocator decides, and the figure may be too small
+
+
+def watched(call: Call) -> tuple[Result, int]:
+    """The call, and the largest resident size that a thread saw every millisecond meanwhile."""
+    peak, over = resident("VmRSS"), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(1e-3):
+            peak = max(peak, resident("VmRSS"))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        result = call()
+    finally:
+        over.set()
+        thread.join()
+    return result, max(peak, resident("VmRSS"))
