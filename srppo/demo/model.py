@@ -147,18 +147,14 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless shuffled batches of ``(inputs, labels)``, padded on the right; labels are -100 on prompts and padding.
 
-    Lines are sorted by length within a few batches' worth of them, which halves the padding.
+    Lines are not grouped by length, though that would halve the padding: a batch of short lines only, with a loss per
+    token, weighs each of its tokens more, and the shortest way to answer would be learnt to be the most frequent.
     """
     order = list(range(len(lines)))
-    group = 8 * batch_size
     while True:
         rng.shuffle(order)
-        batches = []
-        for start in range(0, len(order), group):
-            chunk = sorted(order[start : start + group], key=lambda i: len(lines[i][0]) + len(lines[i][1]))
-            batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-        rng.shuffle(batches)
-        for batch in batches:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
             width = max(len(prompt) + len(completion) for prompt, completion in (lines[i] for i in batch))
             inputs = torch.full((len(batch), width), pad_token_id)
             labels = torch.full((len(batch), width), -100)
