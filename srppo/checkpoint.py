@@ -7,8 +7,10 @@ that is loaded can run code.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from srppo.errors import UserError
 from srppo.models import is_peft
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATE_FILE = "training_state.pt"
+STATE_KEYS = {"policy", "critic", "optimizers", "schedulers", "sampler", "moments", "generator", "rng", "cuda_rng",
+              "step", "episode", "num_tokens", "log_history"}  # fmt: skip
 
 
 def sync(path: Path) -> None:
@@ -49,15 +54,32 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``target`` all at once if the block ends well."""
-    with temporary_folder(target.parent) as folder:
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes ``target`` all at once if the block ends well; ``target`` must be new or empty,
+    or with ``replace`` what was there goes."""
+    with temporary_folder(target.parent) as folder, temporary_folder(target.parent) as old:
         yield folder
         for path in folder.rglob("*"):
             sync(path)
         os.chmod(folder, 0o755)
+        if replace and target.is_dir():
+            os.replace(target, old / target.name)
         os.replace(folder, target)
         sync(target.parent)
+
+
+@contextmanager
+def failed_writes(folder: Path) -> Iterator[None]:
+    """Turns what safetensors and torch raise when a write fails into the ``OSError`` that it was."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        told = re.search(r"os error (\d+)", str(error))
+        if told is None and not (isinstance(error, RuntimeError) and "inline_container" in str(error)):
+            raise
+        # torch's zip writer notices a short write and keeps the reason to itself: nearly always the disk is full
+        number = int(told.group(1)) if told else errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,7 +131,7 @@ def save_model(role: Role, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     """Writes a role as ``PeftModel`` or ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it."""
     if is_peft(role.model):
         assert role.adapter is not None, "a role with its adapter off has nothing to save"
-        with temporary_folder(folder.parent) as scratch:
+        with temporary_folder(folder.parent) as scratch, failed_writes(folder):
             role.model.save_pretrained(  # type: ignore[operator]
                 str(scratch), selected_adapters=[role.adapter], save_embedding_layers=False
             )
@@ -118,7 +140,8 @@ def save_model(role: Role, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
                 if path.name != "README.md":  # peft's empty model card; ours says what was trained
                     os.replace(path, folder / path.name)
     else:
-        role.causal_lm.save_pretrained(str(folder))
+        with failed_writes(folder):
+            role.causal_lm.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
@@ -135,9 +158,10 @@ def save_checkpoint(
     folder: Path, policy: Role, tokenizer: PreTrainedTokenizerBase, tensors: Mapping[str, Any], state: Mapping[str, Any]
 ) -> None:
     """``checkpoint-N``: the policy as a model of its own, and everything that resuming needs."""
-    with atomic_folder(folder) as writing:
+    with atomic_folder(folder, replace=True) as writing:  # a resumed run comes by its later checkpoints again
         save_model(policy, tokenizer, writing)
-        torch.save(dict(tensors), writing / STATE_FILE)
+        with failed_writes(folder):
+            torch.save(dict(tensors), writing / STATE_FILE)
         (writing / "trainer_state.json").write_text(to_json(state), encoding="utf-8")
 
 
@@ -146,9 +170,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         tensors = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        missing = STATE_KEYS - {*tensors, *state}
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:  # torch.load raises whatever its readers raise
         others = ", ".join(path.name for path in checkpoints(folder.parent) if path != folder)
-        reason = str(error).strip().split("\n", 1)[0]
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise UserError(f"checkpoint {folder} cannot be read ({reason}); others: {others or 'none'}") from None
     return tensors, state
 
@@ -159,8 +186,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def keep_newest(output_dir: Path, limit: int | None) -> None:
-    """Removes the oldest checkpoints beyond ``limit``."""
+def keep_newest(output_dir: Path, limit: int | None, step: int) -> None:
+    """Removes the oldest checkpoints beyond ``limit``, just after that of ``step`` was written; those of later steps
+    are left from before the run was resumed, and older still."""
     if limit is not None:
-        for path in checkpoints(output_dir)[:-limit]:
+        found = checkpoints(output_dir)
+        stale = [path for path in found if int(path.name.rpartition("-")[2]) > step]
+        for path in [*stale, *(path for path in found if path not in stale)][:-limit]:
             shutil.rmtree(path)

@@ -129,10 +129,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        if error.errno == errno.ENOSPC:
-            return complain("the disk is full: make room or choose another output folder; nothing is half-written", 1)
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return complain(f"no permission to write {error.filename}: choose another output folder", 1)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return complain(
+                f"the disk is full ({error.strerror}): make room or choose another output folder; nothing is "
+                "half-written",
+                1,
+            )
+        if error.filename is not None:
+            return complain(f"cannot use {error.filename}: {error.strerror}", 1)
         raise
 
 

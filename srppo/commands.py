@@ -13,7 +13,7 @@ from srppo.config import SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, load_rows, prepare, stop_tokens
 from srppo.errors import UserError
-from srppo.models import load_tokenizer
+from srppo.models import check_positions, load_tokenizer
 from srppo.roles import frozen_roles, policy_to_judge
 
 if TYPE_CHECKING:
@@ -103,7 +103,9 @@ def train(args: SRPPOConfig, options: argparse.Namespace) -> None:
     model = args.sft_model_name_or_path
     if model is None:
         model = str(Path(args.output_dir) / "sft")
-        if args.resume_from_checkpoint is None:
+        if args.resume_from_checkpoint is not None:
+            model = str(Path(args.resume_from_checkpoint).parent / "sft")
+        else:
             run_sft(args, train_dataset=train_examples, eval_dataset=held_out, output_dir=model,
                     tokenizer=tokenizer, console=console)  # fmt: skip
     assert args.base_model_name_or_path is not None
@@ -116,9 +118,12 @@ def train(args: SRPPOConfig, options: argparse.Namespace) -> None:
         from srppo.checkpoint import checkpoints
 
         saved = checkpoints(trainer.output_dir)
-        resume = (
-            f"resume with --resume_from_checkpoint {saved[-1]}" if saved else "no checkpoint was due yet (save_steps)"
-        )
+        if saved:
+            resume = f"resume with --resume_from_checkpoint {saved[-1]}"
+        else:
+            resume = "no checkpoint was due yet (save_steps)"
+            if args.sft_model_name_or_path is None:
+                resume += f"; start from its SFT model with --sft_model_name_or_path {model} and a new output_dir"
         console.note(
             f"stopped after iteration {trainer.step}: metrics up to there are in {trainer.output_dir}; {resume}"
         )
@@ -141,6 +146,7 @@ def score(args: SRPPOConfig, options: argparse.Namespace) -> None:
     if missing is not None:
         raise UserError(f"{missing.where}: there is no completion to score")
     base, sft_model = frozen_roles(args, args.base_model_name_or_path, args.sft_model_name_or_path)
+    check_positions(base.causal_lm, max((len(r.prompt_ids) + len(r.completion_ids or ()) for r in rows), default=0))
     results: list[dict[str, Any]] = []
     with console.progress("scoring", len(rows)) as progress:
         for start in range(0, len(rows), args.per_device_train_batch_size):
@@ -196,6 +202,7 @@ def eval(args: SRPPOConfig, options: argparse.Namespace) -> None:
     policy = sft_model
     if options.model_name_or_path is not None:
         base, sft_model, policy = policy_to_judge(args, base, sft_model, options.model_name_or_path)
+    check_positions(policy.causal_lm, max(len(row.prompt_ids) for row in rows) + args.max_completion_length)
     with console.progress("sampling", len(rows)) as progress:
         metrics, completions = evaluate_policy(
             policy, sft_model, base, rows, args, tokenizer,

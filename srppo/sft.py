@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from srppo.checkpoint import atomic_folder, save_model, write_text
+from srppo.checkpoint import atomic_folder, require_new_folder, save_model, write_text
 from srppo.config import SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, stop_tokens
@@ -76,6 +76,7 @@ def run_sft(
     """
     console = console or Console()
     target = Path(output_dir)
+    require_new_folder(target)
     train = [example for example in train_dataset if example.completion_ids is not None]
     held_out = [example for example in eval_dataset if example.completion_ids is not None]
     if not train:

@@ -110,7 +110,10 @@ class SRPPOTrainer:
         """Runs all iterations and writes the result to ``args.output_dir``; returns the last metrics."""
         args = self.args
         if args.resume_from_checkpoint:
-            self.load_checkpoint(Path(args.resume_from_checkpoint))
+            source = Path(args.resume_from_checkpoint)
+            if source.resolve().parent != self.output_dir.resolve():
+                checkpoint.require_new_folder(self.output_dir)
+            self.load_checkpoint(source)
         else:
             self.require_fresh_output()
         checkpoint.require_space(self.output_dir, 2 * checkpoint.model_bytes(self.roles.policy) + 2**20)
@@ -344,18 +347,18 @@ class SRPPOTrainer:
         }
         folder = self.output_dir / f"checkpoint-{self.step}"
         checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state())
-        checkpoint.keep_newest(self.output_dir, self.args.save_total_limit)
+        checkpoint.keep_newest(self.output_dir, self.args.save_total_limit, self.step)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Goes on where a checkpoint was written."""
         tensors, state = checkpoint.load_checkpoint(folder)
         for role in (self.roles.policy, self.roles.critic):
-            own = dict(role.parameters())
-            if own.keys() != tensors[role.name].keys():
+            own, saved = dict(role.parameters()), tensors[role.name]
+            if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
                 raise UserError(f"checkpoint {folder} is of another model: its {role.name} has other parameters")
             with torch.no_grad():
                 for name, parameter in own.items():
-                    parameter.copy_(tensors[role.name][name])
+                    parameter.copy_(saved[name])
         for learner, optimizer, scheduler in zip(
             (self.policy, self.critic), tensors["optimizers"], tensors["schedulers"], strict=True
         ):

@@ -267,10 +267,10 @@ def test_a_head_transform_that_nobody_knows_is_refused():
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 def test_training_runs_with_tied_heads_and_other_module_names(tmp_path, kind):
     for use_peft in (False, True):
+        args = config(tmp_path / str(use_peft), max_steps=1, use_peft=use_peft)
         run = SRPPOTrainer(
-            tiny_model(kind, seed=1), tiny_model(kind), config(tmp_path / str(use_peft), max_steps=1, use_peft=use_peft),
-            ROWS[:3], processing_class=tiny_tokenizer(), console=QUIET,
-        )  # fmt: skip
+            tiny_model(kind, seed=1), tiny_model(kind), args, ROWS[:3], processing_class=tiny_tokenizer(), console=QUIET
+        )
         run.train()
         head, embedding = run.roles.policy.head.weight, run.roles.policy.causal_lm.get_input_embeddings().weight
         assert head is embedding
@@ -404,7 +404,7 @@ def test_missing_and_damaged_models_are_named(tiny_models, tmp_path):
     broken = Path(shutil.copytree(tiny_models.sft, tmp_path / "broken"))
     weights = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(UserError, match="no causal language model could be loaded from .*broken"):
+    with pytest.raises(UserError, match=r"no causal language model could be loaded from .*broken"):
         build(tmp_path, tiny_models.base, str(broken))
 
 

@@ -1,0 +1,256 @@
+"""Checkpoints: resuming is as if nothing had happened, damage is named, and nothing that is loaded can run code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from srppo import UserError, checkpoint
+
+TIMES = ("time", "per_second", "perf/")
+
+
+def without_times(history: list[dict]) -> list[dict]:
+    return [{k: v for k, v in entry.items() if not any(part in k for part in TIMES)} for entry in history]
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return {
+        f"{role.name}.{name}": p.detach().clone()
+        for role in (run.roles.policy, run.roles.critic)
+        for name, p in role.parameters()
+    }
+
+
+SETTINGS = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "reward_normalization": "running",
+    "num_mini_batches": 2,
+    "gradient_accumulation_steps": 1,
+    "warmup_ratio": 0.25,
+    "lr_scheduler_type": "cosine",
+}
+
+
+@pytest.fixture(scope="module", params=["sft", "adapter"])
+def straight(request, tiny_models, tmp_path_factory):
+    """A run of four iterations with checkpoints after two and four, and its final weights."""
+    folder = tmp_path_factory.mktemp("straight")
+    run = trainer(tiny_models, folder, kind=request.param, **SETTINGS)
+    run.train()
+    return request.param, folder, run.history, weights(run)
+
+
+def resume(tiny_models, folder: Path, source: Path, kind: str, **settings):
+    return trainer(tiny_models, folder, kind=kind, resume_from_checkpoint=str(source), **{**SETTINGS, **settings})
+
+
+def test_two_iterations_and_two_resumed_ones_equal_four_bit_for_bit(tiny_models, tmp_path, straight):
+    kind, folder, history, final = straight
+    torch.manual_seed(999)  # what the resuming process did before must not matter
+    run = resume(tiny_models, tmp_path, folder / "run" / "checkpoint-2", kind)
+    run.train()
+    assert without_times(run.history) == without_times(history)
+    assert len(run.history) == 4
+    got = weights(run)
+    assert got.keys() == final.keys()
+    for name, value in got.items():
+        assert torch.equal(value, final[name]), name
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_resumed_iterations_are_not_the_first_ones_again(straight):
+    """The comparison above could not tell if all iterations were alike."""
+    _, _, history, _ = straight
+    rewards = [entry["objective/scores"] for entry in history]
+    assert len(set(rewards)) == 4
+
+
+def test_a_checkpoint_is_a_model_that_loads_alone(straight):
+    kind, folder, _, _ = straight
+    saved = folder / "run" / "checkpoint-4"
+    name = {"sft": "model.safetensors", "adapter": "adapter_model.safetensors"}[kind]
+    final, last = load_file(folder / "run" / name), load_file(saved / name)
+    assert final.keys() == last.keys()
+    assert all(torch.equal(value, last[key]) for key, value in final.items())
+    AutoTokenizer.from_pretrained(saved)
+    if kind == "sft":
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_resuming_in_place_writes_over_the_later_checkpoints_and_over_nothing_else(tiny_models, tmp_path):
+    first = trainer(tiny_models, tmp_path, **SETTINGS)
+    first.train()
+    final, run_folder = weights(first), tmp_path / "run"
+    (run_folder / "checkpoint-4" / "left-over").write_text("from the first time")
+    (run_folder / "notes.txt").write_text("the user's")
+    again = resume(tiny_models, tmp_path, run_folder / "checkpoint-2", "sft")
+    again.train()
+    assert all(torch.equal(value, final[name]) for name, value in weights(again).items())
+    assert not (run_folder / "checkpoint-4" / "left-over").exists()
+    assert (run_folder / "notes.txt").exists()
+    assert not list(run_folder.glob(".writing-*"))
+    third = resume(tiny_models, tmp_path, run_folder / "checkpoint-4", "sft")
+    assert third.train()["step"] == 4  # nothing left to do
+
+
+def test_resuming_into_another_runs_folder_is_refused_and_leaves_it_alone(tiny_models, tmp_path, straight):
+    kind, folder, _, _ = straight
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text("precious\n")
+    run = resume(tiny_models, tmp_path, folder / "run" / "checkpoint-2", kind)
+    with pytest.raises(UserError, match="exists and is not empty"):
+        run.train()
+    assert [p.name for p in other.iterdir()] == ["metrics.jsonl"]
+    assert (other / "metrics.jsonl").read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "no state", "no tensors", "bad json", "another dict"])
+def test_a_damaged_checkpoint_is_named_and_the_others_are_listed(tiny_models, tmp_path, straight, damage):
+    kind, folder, _, _ = straight
+    run_folder = tmp_path / "run"
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (run_folder / name).mkdir(parents=True)
+        for file in (checkpoint.STATE_FILE, "trainer_state.json"):
+            (run_folder / name / file).write_bytes((folder / "run" / name / file).read_bytes())
+    broken = run_folder / "checkpoint-4"
+    state, metrics = broken / checkpoint.STATE_FILE, broken / "trainer_state.json"
+    if damage == "cut":
+        state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    elif damage == "empty":
+        state.write_bytes(b"")
+    elif damage == "no state":
+        metrics.unlink()
+    elif damage == "no tensors":
+        state.unlink()
+    elif damage == "bad json":
+        metrics.write_text(metrics.read_text()[:-20])
+    else:
+        torch.save({"policy": {}}, state)
+    with pytest.raises(UserError, match=r"checkpoint .*checkpoint-4 cannot be read \(.+\); others: checkpoint-2"):
+        resume(tiny_models, tmp_path, broken, kind).train()
+
+
+class Payload:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, writer):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    with (folder / checkpoint.STATE_FILE).open("wb") as file:
+        (torch.save if writer == "torch" else pickle.dump)({"policy": Payload(tmp_path / "pwned")}, file)
+    with pytest.raises(UserError, match="checkpoint-1 cannot be read"):
+        checkpoint.load_checkpoint(folder)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_models, tmp_path, straight):
+    kind, folder, _, _ = straight
+    other = {"sft": "adapter", "adapter": "sft"}[kind]
+    with pytest.raises(UserError, match="is of another model"):
+        resume(tiny_models, tmp_path, folder / "run" / "checkpoint-2", other).train()
+
+
+def test_a_checkpoint_with_parameters_of_another_shape_is_refused(tiny_models, tmp_path):
+    """Copying a smaller tensor could broadcast, in silence."""
+    first = trainer(tiny_models, tmp_path / "a", kind="sft", use_peft=True, lora_r=2, max_steps=1, save_steps=1)
+    first.train()
+    second = trainer(
+        tiny_models, tmp_path / "b", kind="sft", use_peft=True, lora_r=1,
+        resume_from_checkpoint=str(tmp_path / "a" / "run" / "checkpoint-1"),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="is of another model"):
+        second.train()
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoint.checkpoints(folder)]
+
+
+def test_save_total_limit_keeps_the_newest(tiny_models, tmp_path):
+    run = trainer(tiny_models, tmp_path, max_steps=4, save_steps=1, save_total_limit=2, num_ppo_epochs=1)
+    run.train()
+    assert names(tmp_path / "run") == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, [2, 4, 6, 9, 10]), (1, [4]), (2, [2, 4]), (3, [2, 4, 10])])
+def test_checkpoints_left_from_before_a_resume_count_as_the_oldest(tmp_path, limit, kept):
+    for step in (2, 4, 6, 9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.keep_newest(tmp_path, limit, step=4)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in kept]
+
+
+def test_checkpoints_are_ordered_by_number_and_others_folders_are_none(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-best", "checkpoint-"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-3").write_text("a file")
+    assert names(tmp_path) == ["checkpoint-9", "checkpoint-10"]
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+
+    def interrupted() -> None:
+        with checkpoint.atomic_folder(target) as folder:
+            (folder / "half").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    with checkpoint.atomic_folder(target) as folder:
+        (folder / "whole").write_text("x")
+        assert not target.exists()
+    assert [p.name for p in target.iterdir()] == ["whole"]
+    with pytest.raises(OSError, match="not empty"), checkpoint.atomic_folder(target) as folder:
+        (folder / "other").write_text("y")
+    assert [p.name for p in target.iterdir()] == ["whole"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    with checkpoint.atomic_folder(target, replace=True) as folder:
+        (folder / "other").write_text("y")
+    assert [p.name for p in target.iterdir()] == ["other"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_text_file_is_replaced_all_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    checkpoint.write_text(path, "old")
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "sync", fails)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_too_little_disk_space_is_found_before_training(tiny_models, tmp_path, monkeypatch):
+    run = trainer(tiny_models, tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match=r"writes about \d+ MiB and 0 MiB are free"):
+        run.train()
+    assert run.step == 0
+    assert not (tmp_path / "run").exists()

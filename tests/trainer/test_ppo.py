@@ -1,0 +1,447 @@
+"""The details that decide PPO: ratios, masks, normalisers, whitening, truncation, warm-up and bad gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny_runs import config, full_roles, learners, rollout, snapshot, trainer, widened
+from torch import Tensor
+
+from srppo import UserError, ppo
+from srppo.metrics import iteration_metrics
+from srppo.roles import Roles, build_roles
+from srppo.rollout import Rollout, collate
+
+STEP = ppo.Learner.step
+
+
+def one_update(roles: Roles, args, given: Rollout, *, mini_batches=None, reward_fn=None):
+    """score, advantages and update on one rollout, as the trainer does."""
+    mini_batches = mini_batches or ppo.split_rows(len(given), args, torch.Generator().manual_seed(3))
+    scores = ppo.score(roles, given, args, [rows for mini in mini_batches for rows in mini])
+    targets = ppo.advantages(given, scores, args, reward_fn=reward_fn)
+    result = ppo.update(
+        *learners(roles, args), given, scores, targets, args, mini_batches, generator=torch.Generator().manual_seed(4)
+    )
+    return scores, targets, result
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """Collects what every optimizer step would have used, and steps nothing."""
+    collected: list[list[Tensor]] = []
+
+    def record(self: ppo.Learner, max_grad_norm: float | None) -> float:
+        collected.append([p.grad.clone() for p in self.parameters if p.grad is not None])
+        self.optimizer.zero_grad(set_to_none=True)
+        return 1.0
+
+    monkeypatch.setattr(ppo.Learner, "step", record)
+    return collected
+
+
+def rows(*groups) -> list[list[Tensor]]:
+    """One mini-batch of the given micro-batches."""
+    return [[torch.tensor(group) for group in groups]]
+
+
+def assert_same_gradients(one: list[list[Tensor]], other: list[list[Tensor]]) -> None:
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert len(a) == len(b) > 0
+        scale = max(x.abs().max() for x in a)
+        assert scale > 1e-5
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5 * scale.item(), rtol=1e-3)
+
+
+def trained_head(roles: Roles) -> Roles:
+    """With a value head that is not 0, so that the critic's trunk has a gradient."""
+    with torch.no_grad():
+        roles.critic.value_head.weight.fill_(0.1)
+    return roles
+
+
+# -- ratio ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("kind", "use_peft"), [("sft", False), ("adapter", True), ("sft", True)])
+def test_first_mini_batch_has_ratio_exactly_one(tiny_models, tmp_path, kind, use_peft, checkpointing):
+    args = config(
+        tmp_path, use_peft=use_peft, gradient_checkpointing=checkpointing, num_mini_batches=2,
+        gradient_accumulation_steps=1, temperature=0.8,
+    )  # fmt: skip
+    sft = {"sft": tiny_models.sft, "adapter": tiny_models.adapter}[kind]
+    _, _, result = one_update(build_roles(args, tiny_models.base, sft), args, rollout())
+    assert result.first.ratio_max == 1
+    assert result.first.ratio_mean == 1
+    assert result.first.ratio_var == 0
+    assert result.policy.ratio_var > 0  # later mini-batches have moved
+
+
+def test_training_stops_when_the_first_ratio_is_not_one(tiny_models, tmp_path, monkeypatch):
+    run = trainer(tiny_models, tmp_path)
+    honest = ppo.score
+    monkeypatch.setattr(
+        ppo, "score", lambda *a: (s := honest(*a)) and dataclasses.replace(s, policy=s.policy + 0.01, sft=s.sft + 0.01)
+    )
+    with pytest.raises(UserError, match="ratio on the first mini-batch is off 1 by"):
+        run.train()
+
+
+# -- invariances ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [([0], [1], [2], [3]), ([0, 1, 2], [3]), ([1, 3], [0, 2])])
+def test_gradients_loss_and_statistics_do_not_depend_on_micro_batches(tmp_path, gradients, split):
+    args = config(tmp_path, num_ppo_epochs=1, entropy_coef=0.1)
+    roles = trained_head(full_roles(args))
+    _, _, whole = one_update(roles, args, rollout(), mini_batches=rows([0, 1, 2, 3]))
+    expected = list(gradients)
+    gradients.clear()
+    _, _, parts = one_update(roles, args, rollout(), mini_batches=rows(*split))
+    assert_same_gradients(expected, gradients)
+    assert parts.policy_loss == pytest.approx(whole.policy_loss, abs=1e-6)
+    assert parts.value_loss == pytest.approx(whole.value_loss, rel=1e-5)
+    for name in ("entropy", "ratio_mean", "count", "approx_kl"):
+        torch.testing.assert_close(getattr(parts.policy, name), getattr(whole.policy, name), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 6), (3, 4)])
+def test_nothing_depends_on_further_padding(tmp_path, gradients, left, right):
+    args = config(tmp_path, num_ppo_epochs=1, missing_eos_penalty=1.0, whiten_rewards=True)
+    roles = trained_head(full_roles(args))
+    metrics = []
+    for given in (rollout(), widened(rollout(), left, right)):
+        outcome = one_update(roles, args, given, mini_batches=rows([0, 1], [2, 3]))
+        metrics.append(iteration_metrics(given, *outcome))
+    assert_same_gradients(gradients[:2], gradients[2:])
+    assert metrics[0].keys() == metrics[1].keys()
+    for name, value in metrics[0].items():
+        assert metrics[1][name] == pytest.approx(value, abs=1e-5, rel=1e-5, nan_ok=True), name
+
+
+def test_filler_tokens_are_never_read(tmp_path, gradients):
+    """Padding with a stop token, with an ordinary token and with the pad token: the same, to the last bit."""
+    args = config(tmp_path, num_ppo_epochs=1)
+    roles = trained_head(full_roles(args))
+    outcomes = [one_update(roles, args, widened(rollout(), 2, 3, filler=filler)) for filler in (0, 7, 1)]
+    for scores, targets, _ in outcomes[1:]:
+        assert torch.equal(scores.policy, outcomes[0][0].policy)
+        assert torch.equal(targets.advantages, outcomes[0][1].advantages)
+    for a, b in zip(gradients[:2], gradients[2:4], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_batch_order_does_not_matter(tmp_path, gradients):
+    args = config(tmp_path, num_ppo_epochs=1)
+    roles = trained_head(full_roles(args))
+    given = rollout()
+    one_update(roles, args, given, mini_batches=rows([0, 1, 2, 3]))
+    one_update(roles, args, given.select([2, 0, 3, 1]), mini_batches=rows([0, 1, 2, 3]))
+    assert_same_gradients(gradients[:2], gradients[2:])
+
+
+def test_prompts_of_different_lengths_score_as_they_do_alone(tmp_path):
+    args = config(tmp_path)
+    roles = full_roles(args)
+    given = rollout()
+    together = ppo.score(roles, given, args)
+    for row in range(len(given)):
+        alone = ppo.score(roles, given.select([row]), args)
+        width = alone.policy.shape[1]
+        for name in ("policy", "sft", "base", "entropy"):
+            torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[row, :width], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_score_is_the_same_for_every_micro_batch_size(tmp_path, size):
+    args = config(tmp_path)
+    roles = full_roles(args)
+    expected = ppo.score(roles, rollout(), args)
+    got = ppo.score(roles, rollout(), config(tmp_path, per_device_train_batch_size=size))
+    for name in ("policy", "reference", "sft", "base", "entropy", "values"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-5, rtol=0)
+
+
+# -- rewards and advantages -------------------------------------------------------------------------------------------
+
+
+def made_up_scores(given: Rollout, seed: int = 0) -> ppo.Scores:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: -torch.rand(given.completion_mask.shape, generator=generator) * given.completion_mask  # noqa: E731
+    return ppo.Scores(*(draw() for _ in ppo.Scores.__dataclass_fields__))
+
+
+def by_hand(given: Rollout, scores: ppo.Scores, args, extra=(0.0,) * 4) -> tuple[list[float], list[list[float]]]:
+    """Scores as they enter the reward, and GAE's advantages, in plain Python."""
+    shaped, advantages = [], []
+    for row in range(len(given)):
+        length = int(given.lengths[row])
+        take = lambda x, row=row, length=length: x[row, :length].double().tolist()  # noqa: E731
+        ratios = [s - b for s, b in zip(take(scores.sft), take(scores.base), strict=True)]
+        if args.reward_placement == "eos":
+            ratios = [0.0] * (length - 1) + [sum(ratios)]
+        if args.reward_normalization == "length":
+            ratios = [x / length for x in ratios]
+        clip = args.reward_clip if args.reward_clip is not None else math.inf
+        rewards = [min(max(x * args.reward_scale, -clip), clip) for x in ratios]
+        rewards[-1] += extra[row]
+        if given.truncated[row] and args.missing_eos_penalty is not None:
+            rewards[-1] -= args.missing_eos_penalty
+        shaped.append(sum(rewards))
+        differences = [p - r for p, r in zip(take(scores.policy), take(scores.reference), strict=True)]
+        estimate = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d}
+        rewards = [x - args.kl_coef * estimate[args.kl_estimator](d) for x, d in zip(rewards, differences, strict=True)]
+        values, running, mine = [*take(scores.values), 0.0], 0.0, []
+        for t in reversed(range(length)):
+            delta = rewards[t] + args.gamma * values[t + 1] - values[t]
+            running = delta + args.gamma * args.lam * running
+            mine.append(running)
+        advantages.append(mine[::-1])
+    return shaped, advantages
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reward_placement": "token", "kl_estimator": "k3"},
+        {"kl_estimator": "k2", "kl_coef": 0.3, "gamma": 0.9, "lam": 0.8},
+        {"reward_normalization": "length", "reward_scale": 3.0, "missing_eos_penalty": 0.7},
+        {"reward_clip": 0.05, "kl_coef": 0.0},
+        {"reward_clip": 0.05, "reward_placement": "token", "missing_eos_penalty": 0.7},
+    ],
+)
+def test_advantages_are_what_plain_python_gives(tmp_path, settings):
+    args = config(tmp_path, whiten_advantages=False, **settings)
+    given = rollout()
+    scores = made_up_scores(given)
+    got = ppo.advantages(given, scores, args, reward_fn=lambda prompts, completions: [len(c) for c in completions])
+    shaped, expected = by_hand(given, scores, args, extra=(3.0, 1.0, 4.0, 2.0))
+    torch.testing.assert_close(got.shaped_scores.double(), torch.tensor(shaped, dtype=torch.float64), atol=1e-5, rtol=0)
+    for row, mine in enumerate(expected):
+        torch.testing.assert_close(
+            got.advantages[row, : len(mine)].double(), torch.tensor(mine, dtype=torch.float64), atol=1e-5, rtol=1e-5
+        )
+    assert got.advantages.masked_select(~given.completion_mask).abs().sum() == 0
+    torch.testing.assert_close(got.returns, (got.advantages + scores.values) * given.completion_mask)
+
+
+def test_advantages_are_whitened_over_the_whole_batch_and_only_over_its_tokens(tmp_path):
+    given = widened(rollout(), 0, 5)
+    scores = made_up_scores(given)
+    raw = ppo.advantages(given, scores, config(tmp_path, whiten_advantages=False)).advantages
+    white = ppo.advantages(given, scores, config(tmp_path)).advantages
+    tokens = raw[given.completion_mask].double()
+    expected = (tokens - tokens.mean()) / tokens.std()
+    torch.testing.assert_close(white[given.completion_mask].double(), expected, atol=1e-5, rtol=1e-5)
+    assert white[given.completion_mask].var().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_missing_eos_penalty_hits_the_cut_completion_alone(tmp_path):
+    given = rollout()
+    assert given.truncated.tolist() == [False, False, True, False]
+    scores = made_up_scores(given)
+    without, with_it = (
+        ppo.advantages(given, scores, config(tmp_path, missing_eos_penalty=p)).shaped_scores for p in (None, 2.5)
+    )
+    torch.testing.assert_close(without - with_it, torch.tensor([0.0, 0.0, 2.5, 0.0]))
+
+
+def test_running_normalisation_divides_by_the_deviation_of_all_scores_so_far(tmp_path):
+    args = config(tmp_path, reward_normalization="running", kl_coef=0.0)
+    given, moments, seen = rollout(), ppo.RunningMoments(), []
+    for seed in range(3):
+        scores = made_up_scores(given, seed)
+        got = ppo.advantages(given, scores, args, moments=moments)
+        seen += got.scores.double().tolist()
+        expected = got.scores.double() / torch.tensor(seen, dtype=torch.float64).std()
+        torch.testing.assert_close(got.shaped_scores.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_running_normalisation_leaves_a_score_alone_that_has_nothing_to_be_compared_with(tmp_path):
+    args = config(tmp_path, reward_normalization="running", kl_coef=0.0)
+    one = rollout().select([0])
+    got = ppo.advantages(one, made_up_scores(one), args, moments=ppo.RunningMoments())
+    torch.testing.assert_close(got.shaped_scores, got.scores)
+
+
+def test_reward_fn_gets_token_ids_without_padding(tmp_path):
+    seen = {}
+
+    def reward(prompts, completions):
+        seen.update(prompts=prompts, completions=completions)
+        return [0.0] * len(prompts)
+
+    given = widened(rollout(), 2, 2)
+    ppo.advantages(given, made_up_scores(given), config(tmp_path), reward_fn=reward)
+    assert seen["prompts"] == [[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]]
+    assert seen["completions"] == [[30, 31, 0], [0], [32, 33, 34, 35], [36, 0]]
+
+
+@pytest.mark.parametrize("bad", [[1.0], [1.0, 2.0, 3.0, math.nan], [math.inf] * 4])
+def test_reward_fn_that_gives_something_else_is_refused(tmp_path, bad):
+    with pytest.raises(UserError, match="reward_fn must give a finite number per sequence"):
+        ppo.advantages(rollout(), made_up_scores(rollout()), config(tmp_path), reward_fn=lambda *_: bad)
+
+
+# -- edge cases -------------------------------------------------------------------------------------------------------
+
+
+def test_pad_token_that_is_the_stop_token_changes_nothing(tmp_path, gradients):
+    args = config(tmp_path, num_ppo_epochs=1)
+    roles = trained_head(full_roles(args))
+    prompts, completions = [[10, 11], [12]], [[30, 0], [31, 32, 33]]
+    for pad in (0, 1):
+        given = collate(prompts, completions, pad_token_id=pad, stop_token_ids=[0])
+        assert given.lengths.tolist() == [2, 3]
+        assert given.truncated.tolist() == [False, True]
+        one_update(roles, args, given, mini_batches=rows([0, 1]))
+    for a, b in zip(gradients[:2], gradients[2:], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_rollout_of_one_token_completions_learns(tmp_path):
+    args = config(tmp_path, missing_eos_penalty=1.0)
+    given = collate([[10], [11, 12], [13], [14]], [[0], [30], [0], [31]], pad_token_id=1, stop_token_ids=[0])
+    assert given.completions.shape == (4, 1)
+    roles = full_roles(args)
+    before = snapshot(roles.policy.model)
+    _, targets, result = one_update(roles, args, given)
+    assert targets.advantages.isfinite().all()
+    assert result.skipped_steps == 0 and result.grad_norm > 0
+    assert any(not torch.equal(v, before[k]) for k, v in roles.policy.model.state_dict().items())
+
+
+def test_a_single_token_in_the_whole_batch_gives_no_gradient_and_no_nan(tmp_path):
+    """Whitening one advantage gives 0: nothing can be learnt, and nothing may break."""
+    args = config(tmp_path)
+    given = collate([[10]], [[0]], pad_token_id=1, stop_token_ids=[0])
+    _, targets, result = one_update(full_roles(args), args, given)
+    assert targets.advantages.item() == 0
+    assert result.grad_norm == 0 and result.skipped_steps == 0
+
+
+def test_target_kl_ends_the_epochs(tmp_path):
+    args = config(tmp_path, num_ppo_epochs=8, learning_rate=1e-2)
+    assert one_update(full_roles(args), args, rollout())[2].epochs == 8
+    stopped = config(tmp_path, num_ppo_epochs=8, learning_rate=1e-2, target_kl=1e-3)
+    result = one_update(full_roles(stopped), stopped, rollout())[2]
+    assert 2 <= result.epochs < 8  # the first epoch's KL is 0 as nothing has moved
+    assert result.policy.approx_kl > 0
+
+
+def test_gradient_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_on(tiny_models, tmp_path, monkeypatch):
+    run = trainer(tiny_models, tmp_path, max_steps=3, num_ppo_epochs=1)
+    backward, policies = ppo.policy_backward, []
+
+    def poisoned(*arguments):
+        outcome = backward(*arguments)
+        if run.step == 1:
+            run.policy.parameters[0].grad[0] = math.nan
+        policies.append(run.step)
+        return outcome
+
+    monkeypatch.setattr(ppo, "policy_backward", poisoned)
+    weights = []
+    run.callbacks = [lambda t, step, m: weights.append(snapshot(t.roles.policy.model))]
+    run.train()
+    assert [entry["skipped_steps"] for entry in run.history] == [0, 1, 0]
+    assert all(torch.equal(value, weights[0][name]) for name, value in weights[1].items())
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[2].items())
+    assert all(value.isfinite().all() for value in weights[2].values())
+
+
+def test_the_critic_goes_on_where_the_policys_gradient_is_not_finite(tmp_path, monkeypatch):
+    args = config(tmp_path, num_ppo_epochs=1)
+    roles = full_roles(args)
+    backward = ppo.policy_backward
+
+    def poisoned(*arguments):
+        outcome = backward(*arguments)
+        roles.policy.parameters()[0][1].grad.fill_(math.inf)
+        return outcome
+
+    monkeypatch.setattr(ppo, "policy_backward", poisoned)
+    before = snapshot(roles.critic.value_head)
+    result = one_update(roles, args, rollout())[2]
+    assert result.skipped_steps == 1 and math.isnan(result.grad_norm) and result.value_grad_norm > 0
+    assert not torch.equal(roles.critic.value_head.weight, before["weight"])
+
+
+@pytest.mark.parametrize("kind", ["sft", "adapter"])
+def test_value_warm_up_leaves_the_policys_bits_and_trains_the_critic(tiny_models, tmp_path, kind):
+    run = trainer(tiny_models, tmp_path, kind=kind, value_warmup_steps=2, max_steps=3)
+    start = [p.detach().clone() for _, p in run.roles.policy.parameters()]
+    states = []
+
+    def keep(t, step, metrics):
+        states.append((
+            [p.detach().clone() for _, p in t.roles.policy.parameters()],
+            t.roles.critic.value_head.weight.detach().clone(),
+            metrics,
+        ))  # fmt: skip
+
+    run.callbacks = [keep]
+    run.train()
+    for policy, _, metrics in states[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(start, policy, strict=True))
+        assert metrics["val/ratio"] == 1 and metrics["objective/kl"] == 0
+    assert any(not torch.equal(a, b) for a, b in zip(start, states[2][0], strict=True))
+    heads = [head for _, head, _ in states]
+    assert heads[0].abs().max() > 0 and not torch.equal(heads[0], heads[1])
+
+
+def test_clipping_bounds_the_gradient_norm_and_reports_what_it_was(tmp_path, monkeypatch):
+    norms = []
+
+    def watched(self, max_grad_norm):
+        returned = STEP(self, max_grad_norm)
+        norms.append((max_grad_norm, returned))
+        return returned
+
+    taken = []
+    real = torch.optim.AdamW.step
+
+    def adamw(self, *a, **k):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        taken.append(torch.stack([g.norm() for g in grads]).norm().item())
+        return real(self, *a, **k)
+
+    monkeypatch.setattr(ppo.Learner, "step", watched)
+    monkeypatch.setattr(torch.optim.AdamW, "step", adamw)
+    for limit in (1e-3, None, 0.0):
+        args = config(tmp_path, max_grad_norm=limit, num_ppo_epochs=1)
+        one_update(full_roles(args), args, rollout())
+    assert [limit for limit, _ in norms[::2]] == [1e-3, None, 0.0]
+    before = [norm for _, norm in norms]
+    assert before[0] == pytest.approx(before[2]) and before[0] > 1e-2
+    assert taken[0] == pytest.approx(1e-3, rel=1e-3)
+    assert taken[2] == pytest.approx(before[2], rel=1e-5)
+    assert taken[4] == pytest.approx(before[4], rel=1e-5)  # 0 means off, as in transformers
+
+
+def test_split_rows_is_a_partition_into_mini_batches_of_micro_batches(tmp_path):
+    args = config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, num_mini_batches=2)
+    parts = ppo.split_rows(args.batch_size, args, torch.Generator().manual_seed(0))
+    assert [[len(rows) for rows in mini] for mini in parts] == [[2, 2, 2], [2, 2, 2]]
+    assert sorted(torch.cat([rows for mini in parts for rows in mini]).tolist()) == list(range(12))
+    other = ppo.split_rows(args.batch_size, args, torch.Generator().manual_seed(1))
+    assert not torch.equal(torch.cat(parts[0]), torch.cat(other[0]))
+
+
+def test_loss_is_divided_by_the_mini_batchs_tokens_and_not_by_its_sequences(tmp_path):
+    """A mini-batch of one long and one short completion weighs every token alike."""
+    args = config(tmp_path, num_ppo_epochs=1, entropy_coef=0.0, whiten_advantages=False)
+    roles = full_roles(args)
+    given = rollout()
+    _, targets, result = one_update(roles, args, given, mini_batches=rows([0, 1, 2, 3]))
+    tokens = targets.advantages[given.completion_mask]
+    assert result.policy_loss == pytest.approx(-tokens.mean().item(), abs=1e-5)  # ratio 1: the loss is -A
+    returns = targets.returns[given.completion_mask]
+    assert result.value_loss == pytest.approx(0.5 * returns.square().mean().item(), rel=1e-5)  # V = 0
