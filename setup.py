@@ -54,6 +54,14 @@ def nvcc_command(nvcc, source, output, include_dirs):
     return [nvcc, *flags, *includes, "-c", source, "-o", str(output)]
 
 
+def toolkit_of(nvcc):
+    """The toolkit that `nvcc` belongs to: it may be a wrapper on PATH, so it is asked."""
+    command = [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null"]
+    plan = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    top = next(line.split("TOP=", 1)[1] for line in plan.splitlines() if "TOP=" in line)
+    return Path(top.strip()).resolve()
+
+
 def torch_include_dirs():
     from torch.utils.cpp_extension import include_paths
 
@@ -134,7 +142,7 @@ def extension_arguments():
                 subprocess.run(nvcc_command(nvcc, source, output, torch_include_dirs()), check=True, cwd=ROOT)
                 self.extensions[0].extra_objects.append(str(output))
             # The runtime is linked statically: the wheel then needs torch's driver and no other CUDA library.
-            toolkit = Path(nvcc).resolve().parent.parent
+            toolkit = toolkit_of(nvcc)
             self.extensions[0].library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]
             self.extensions[0].libraries += ["cudart_static", "rt", "dl", "pthread"]
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 __all__ = ["available", "build_info", "cpu_level", "cpu_levels", "native_input", "resolve", "why"]
 
+# Ops with a CUDA C++ kernel. These compile but have not run on a device yet, so "auto" leaves them alone.
+CUDA_OPS = frozenset({"gae", "ppo_loss", "value_loss"})
 CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 _module: ModuleType | None = None
@@ -81,7 +83,7 @@ def cpu_level(name: str) -> Iterator[None]:
 
 
 def native_input(tensor: Tensor) -> Tensor:
-    """What a native CPU kernel reads: contiguous, float32 where it is floating point."""
+    """What a native kernel reads: contiguous, float32 where it is floating point."""
     return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
 
 
@@ -94,11 +96,13 @@ def _warn_once(key: str, text: str) -> None:
 def resolve(op: str, backend: str, like: Tensor, dtype: torch.dtype) -> str:
     """The backend that runs `op` for inputs like `like` in compute dtype `dtype`: "native" or "reference".
 
-    "auto" takes the native kernel where it can run, and says once if the extension is missing; an explicit "native"
+    "auto" takes the native CPU kernel where it can run, and says once if the extension is missing; an explicit "native"
     that cannot run falls back to the reference with one warning that says why.
     """
     if backend == "reference":
         return "reference"
+    if like.device.type == "cuda" and dtype == torch.float32 and op in CUDA_OPS and build_info().get("cuda"):
+        return "native" if backend == "native" else "reference"
     if like.device.type != "cpu":
         obstacle = f"it has no kernel for device {like.device.type!r}"
     elif dtype != torch.float32:

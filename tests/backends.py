@@ -1,7 +1,11 @@
 """The backends that a test runs an op on: the reference, and the native kernels at every instruction level here."""
 
+import ctypes
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +74,19 @@ def poison(x: Tensor, mask: Tensor) -> Tensor:
     bad = torch.tensor([float("nan"), float("inf"), float("-inf")], dtype=x.dtype)
     filled = torch.where(mask, x.detach(), bad[torch.arange(x.numel()).reshape(x.shape) % 3])
     return filled.requires_grad_(x.requires_grad)
+
+
+def compile_host(source: str, folder: Path) -> ctypes.CDLL:
+    """Compile C++ that includes headers of csrc/ as plain scalar host code, and load it."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler on this machine")
+    (folder / "host.cpp").write_text(source)
+    root = Path(__file__).parent.parent
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{root}"]
+    subprocess.run([compiler, *flags, str(folder / "host.cpp"), "-o", str(folder / "host.so")], check=True)
+    return ctypes.CDLL(str(folder / "host.so"))
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -72,7 +72,8 @@ with warnings.catch_warnings(record=True) as caught:
     from srppo_kernels import _extension, gae, log_ratio_reward, ppo_loss, value_loss, whiten
     x, mask = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
     for _ in range(2):
-        gae(x, x, mask); whiten(x, mask); ppo_loss(x, x, x, mask); value_loss(x, x, x, mask); log_ratio_reward(x, x, mask)
+        gae(x, x, mask), whiten(x, mask), ppo_loss(x, x, x, mask), value_loss(x, x, x, mask)
+        log_ratio_reward(x, x, mask)
 ours = [str(w.message) for w in caught if "srppo" in str(w.message)]
 assert not _extension.available() and _extension.cpu_levels() == () and _extension.build_info() == {}
 assert len(ours) == 1 and "running on plain torch" in ours[0], ours

@@ -17,9 +17,9 @@ Value (PPO's reference code, TRL): `0.5 max((V - R)^2, (clip(V, V_old - c, V_old
 the first is the larger or the clip is not active, else 0.
 
 Divisors: `token_mean` the number of valid tokens; `sequence_mean` averages the sequences' token means over those
-sequences that have tokens; `sum` 1; `constant_length` B T, padding included (Dr.GRPO, arXiv 2503.20783). A caller's normalizer
-replaces the divisor (for sequence_mean the number of sequences). A divisor of 0, the caller's too, counts as 1: a batch
-without valid tokens has loss 0 and gradient 0.
+sequences that have tokens; `sum` 1; `constant_length` B T, padding included (Dr.GRPO, arXiv 2503.20783). A caller's
+normalizer replaces the divisor (for sequence_mean the number of sequences). A divisor of 0, the caller's too, counts as
+1: a batch without valid tokens has loss 0 and gradient 0.
 """
 
 import torch

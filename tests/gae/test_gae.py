@@ -96,7 +96,7 @@ def test_lambda_one_is_monte_carlo_minus_value(backend):
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (1.0, 1.0), (0.999, 0.99)])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0), (0.999, 0.99)])
 def test_a_row_of_131072_tokens(backend, gamma, lam):
     rewards, values, mask, end = inputs(2, 131072, "gaps", seed=2)
     rewards = rewards.abs() * 1e-3  # of one sign: with gamma = lambda = 1 an advantage is a plain sum of all of them

@@ -145,7 +145,7 @@ def test_over_a_process_group():
 
 def test_bad_input():
     x, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(TypeError, match="mask has dtype torch.int64; pass a bool tensor"):
+    with pytest.raises(TypeError, match=r"mask has dtype torch\.int64; pass a bool tensor"):
         whiten(x, mask.long())
     with pytest.raises(ValueError, match=r"mask has shape \(2, 2\)"):
         whiten(x, mask[:, :2])

@@ -1,4 +1,4 @@
-"""The self-reward against its definition, on every backend and instruction level, and the identities of the algorithm."""
+"""The self-reward against its definition, on every backend, and against the identities of the algorithm."""
 
 import math
 

@@ -190,7 +190,7 @@ def test_bad_input():
     x, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="returns has shape"):
         value_loss(x, x, x[:1], mask)
-    with pytest.raises(TypeError, match="mask has dtype torch.uint8"):
+    with pytest.raises(TypeError, match=r"mask has dtype torch\.uint8"):
         value_loss(x, x, x, mask.byte())
     with pytest.raises(ValueError, match="clip=-1 must not be negative; pass None"):
         value_loss(x, x, x, mask, clip=-1)
