@@ -121,7 +121,6 @@ class Provider:
     plans: tuple[str, ...] = (NO_PLAN,)  # run by default
     other_plans: tuple[str, ...] = ()  # run on request
     default: bool = True
-    compiles: bool = False  # its first call compiles: memory is measured on the next one
     applies: Callable[[Case], bool] = lambda case: True
     resolve: Callable[[Any, str], str] = lambda problem, plan: ""  # what "auto" came to
 

@@ -2,12 +2,12 @@
 
 Both loops run from the last step to the first, in Python, a few launches a step::
 
-    verl    delta_t = r_t + gamma V' - V_t        A = delta_t + gamma lambda A;  on a masked step V' and A stay as they were
+    verl    delta_t = r_t + gamma V' - V_t        A = delta_t + gamma lambda A;  a masked step leaves V' and A alone
     TRL     V is set to 0 on masked steps first   A = delta_t + gamma lambda A   on every step, masked ones too
 
 They are written here from these formulas (verl's ``compute_gae_advantage_return``, TRL's PPO trainer), without the
-whitening that both put behind them. Masks are right padding, where the two agree on valid tokens. The floor is a copy of
-the bytes that must move: two inputs and a mask in, two outputs out.
+whitening that both put behind them. Masks are right padding, where the two agree on valid tokens. The floor is a copy
+of the bytes that must move: two inputs and a mask in, two outputs out.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ OPS = (
         providers=(
             Provider("srppo", "this library", whiten_call(srppo_kernels.whiten)),
             Provider("torch", "masked mean and variance in plain torch", whiten_call(masked_whiten)),
-            Provider("torch-compile", "torch.compile of that", whiten_call(masked_whiten, True), compiles=True),
+            Provider("torch-compile", "torch.compile of that", whiten_call(masked_whiten, True)),
         ),
         defaults=lambda device: token_cases("whiten", SHAPES)(device)[:1],
         gross_error=1e-2,

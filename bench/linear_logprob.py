@@ -160,7 +160,7 @@ def compiled(problem: HeadProblem, plan: str) -> Call:
     )
 
 
-COMPILED = Provider("torch-compile", "torch.compile of logits, log_softmax, gather and loss", compiled, compiles=True)
+COMPILED = Provider("torch-compile", "torch.compile of logits, log_softmax, gather and loss", compiled)
 
 
 # -- srppo ------------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ OPS = (
         providers=(
             Provider("srppo", "this library", ratio_call(our_ratio)),
             Provider("torch", "two naive log-probs", ratio_call(plain_ratio)),
-            Provider("torch-compile", "torch.compile of that", ratio_call(plain_ratio, True), compiles=True),
+            Provider("torch-compile", "torch.compile of that", ratio_call(plain_ratio, True)),
         ),
         defaults=cases("linear_log_ratio", (FIRST,)),
         gross_error=GROSS,
@@ -176,7 +176,7 @@ OPS = (
         providers=(
             Provider("srppo", "this library", reward_call(our_reward)),
             Provider("torch", "plain torch", reward_call(plain_reward)),
-            Provider("torch-compile", "torch.compile of that", reward_call(plain_reward, True), compiles=True),
+            Provider("torch-compile", "torch.compile of that", reward_call(plain_reward, True)),
         ),
         defaults=lambda device: token_cases("log_ratio_reward", REWARD_SHAPES)(device)[:1],
         gross_error=1e-2,

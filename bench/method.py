@@ -30,6 +30,7 @@ import torch
 from bench.core import Call, Result, live_bytes
 
 MIN_SAMPLE = 2e-3  # seconds
+LONG = 0.05  # seconds
 NOISE_LIMIT = 0.10  # a row whose p80 is further than this above its p20 is marked noisy
 
 
@@ -137,12 +138,21 @@ class Samples:
 
 
 def interleave(
-    floor: Callable[[], Any], calls: Sequence[Callable[[], Any]], effort: Effort, clock: Clock
+    floor: Callable[[], Any],
+    calls: Sequence[Callable[[], Any]],
+    effort: Effort,
+    clock: Clock,
+    known: Sequence[float] = (),
 ) -> tuple[Samples, list[Samples]]:
-    """Times all calls in turns, see above. Returns the floor's samples and each call's."""
-    floor()  # warm-up; the calls had theirs when they were checked
+    """Times all calls in turns, see above. Returns the floor's samples and each call's.
+
+    Args:
+        known: seconds that each call took before, which had its warm-up then; a long one is not run once more to be sized.
+    """
+    floor()
     floor_repeats = clock.repeats(floor)
-    repeats = [clock.repeats(call) for call in calls]
+    known = known or [0.0] * len(calls)
+    repeats = [1 if seconds > LONG else clock.repeats(call) for call, seconds in zip(calls, known, strict=True)]
     floor_samples, results = Samples(), [Samples() for _ in calls]
     turn = 0
     while not all(samples.done(effort) for samples in results):

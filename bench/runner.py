@@ -16,6 +16,7 @@ from bench.method import Clock, Effort, Samples, Spread, clock_for, extra_memory
 from bench.record import Row
 
 Notify = Callable[[str], None]
+SLOW = 4.0  # seconds of a first call beyond which its memory is taken as it is, instead of from a second one
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Checked:
 
     row: Row
     call: Call | None = None
+    seconds: float = 0.0  # of the last call made while checking
 
 
 class Deadline:
@@ -104,9 +106,15 @@ def check(op: Op, problem: Problem, entry: Entry, deadline: Deadline) -> Checked
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peers' deprecations; a provider that misbehaves shows in its error
             call = provider.prepare(problem, entry.plan)
-            if provider.compiles:
-                call()
+            start = time.perf_counter()
             result, row.extra_mib = extra_memory(call, case.device)
+            seconds = time.perf_counter() - start
+            if seconds < SLOW or provider.name.endswith("compile"):
+                # The first call also compiles, loads libraries and fills their caches: that is not the call's memory.
+                del result
+                start = time.perf_counter()
+                result, row.extra_mib = extra_memory(call, case.device)
+                seconds = time.perf_counter() - start
             errors = problem.errors(result)
             del result
     except Unavailable as reason:
@@ -117,7 +125,7 @@ def check(op: Op, problem: Problem, entry: Entry, deadline: Deadline) -> Checked
     if is_wrong(errors, op.gross_error):
         return Checked(finished(row, "wrong", f"its {op.error_of} is {errors.value:.2g} against fp64; not timed"))
     row.resolved = provider.resolve(problem, entry.plan)
-    return Checked(row, call)
+    return Checked(row, call, seconds)
 
 
 def is_wrong(errors: Errors, gross: float) -> bool:
@@ -129,7 +137,7 @@ def measure(problem: Problem, checked: Sequence[Checked], effort: Effort, clock:
     """Times the entries in turns with the floor and fills in their rows."""
     floor = problem.floor()
     calls = [entry.call for entry in checked if entry.call is not None]
-    bare, samples = interleave(floor.call, calls, effort, clock)
+    bare, samples = interleave(floor.call, calls, effort, clock, [entry.seconds for entry in checked])
     floor_ms = Spread.of(bare.seconds).median * 1e3
     for entry, own in zip(checked, samples, strict=True):
         fill(entry.row, problem, own)

@@ -1,0 +1,133 @@
+"""Pictures of rows: ratio to the floor, peak extra memory, and error, by case and provider."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.record import Row
+from bench.report import case_text
+
+OURS_COLOUR = "#d1495b"
+COLOURS = ("#30638e", "#00798c", "#edae49", "#8d96a3", "#6a4c93", "#8ac926", "#b08968", "#222222", "#c77dff", "#5fa8d3")
+LONGEST = 46  # characters of a case's label on one line
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One kind of plot."""
+
+    name: str
+    label: Callable[[Row], str]
+    value: Callable[[Row], float]
+    spread: Callable[[Row], tuple[float, float]] | None = None
+    least: float = 0.0  # values below it are drawn at it: a logarithmic axis has no 0
+    line_at: float | None = None
+
+
+PICTURES = (
+    Picture(
+        "ratio",
+        lambda row: f"time / {row.floor}",
+        lambda row: row.ratio,
+        lambda row: (row.ratio_p20, row.ratio_p80),
+        line_at=1.0,
+    ),
+    Picture("memory", lambda row: "peak memory beyond inputs and results, MiB", lambda row: row.extra_mib, least=0.1),
+    Picture("error", lambda row: f"{row.error_of} (against fp64)", lambda row: row.max_error, least=1e-10),
+    Picture("gradient_error", lambda row: "relative gradient error (worst row, against fp64)",
+            lambda row: row.grad_error, least=1e-10),
+)  # fmt: skip
+
+
+def draw(rows: Sequence[Row], folder: Path, stem: str = "") -> list[Path]:
+    """``<stem><op>-<picture>.png`` for every op and picture that has at least two values; returns the files."""
+    written = []
+    for op in dict.fromkeys(row.op for row in rows):
+        own = [row for row in rows if row.op == op and row.status == "ok"]
+        for picture in PICTURES:
+            shown = [row for row in own if not math.isnan(picture.value(row))]
+            if len(shown) < 2:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{stem}{op}-{picture.name}.png"
+            draw_one(op, shown, picture, path)
+            written.append(path)
+    return written
+
+
+def provider_name(row: Row) -> str:
+    return row.provider if row.plan in ("-", "auto") else f"{row.provider} ({row.plan})"
+
+
+def draw_one(op: str, rows: Sequence[Row], picture: Picture, path: Path) -> None:
+    """Horizontal bars, a group for each case, the provider's name and the figure beside its bar."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(case_text(row), []).append(row)
+    names = list(dict.fromkeys(provider_name(row) for row in rows))
+    colours = dict(zip((n for n in names if not n.startswith("srppo")), COLOURS * 3, strict=False))
+    count = len(rows) + 1.6 * len(groups)
+    figure = Figure(figsize=(8.4, 1.3 + 0.23 * count), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    position = 0.0
+    ticks: list[tuple[float, str]] = []
+    values = [max(picture.value(row), picture.least) for row in rows]
+    logarithmic = max(values) > 8 * max(min(values), 1e-300)
+    for case, members in groups.items():
+        axes.text(0.0, position + 0.1, f" {case}", transform=axes.get_yaxis_transform(), fontsize=8, weight="bold",
+                  va="center")  # fmt: skip
+        position += 1
+        for row in members:
+            name = provider_name(row)
+            value = max(picture.value(row), picture.least)
+            colour = OURS_COLOUR if name.startswith("srppo") else colours[name]
+            axes.barh(position, value, height=0.78, color=colour, xerr=error_bar(row, value, picture),
+                      error_kw={"elinewidth": 0.8, "ecolor": "#555555"})  # fmt: skip
+            end = picture.spread(row)[1] if picture.spread else value
+            axes.annotate(figure_text(picture.value(row)), (max(end, value), position), xytext=(3, 0),
+                          textcoords="offset points", va="center", fontsize=7)  # fmt: skip
+            ticks.append((position, name))
+            position += 1
+        position += 0.6
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=7.5)
+    axes.set_ylim(position - 0.6, -0.7)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.set_xlim(min(values) / 2, max(values) * 2.5)
+    else:
+        axes.set_xlim(0, max(values) * 1.18)
+    if picture.line_at is not None:
+        axes.axvline(picture.line_at, color="#444444", linewidth=0.9, linestyle="--")
+    decorate(axes, op, picture.label(rows[0]) + (", logarithmic" if logarithmic else ""))
+    figure.savefig(path, dpi=130)
+
+
+def decorate(axes: Any, op: str, label: str) -> None:
+    axes.set_xlabel(label, fontsize=8.5)
+    axes.set_title(op, fontsize=10, loc="left")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def error_bar(row: Row, value: float, picture: Picture) -> list[list[float]] | None:
+    if picture.spread is None:
+        return None
+    low, high = picture.spread(row)
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+
+
+def figure_text(value: float) -> str:
+    if value == 0:
+        return "0"
+    return f"{value:.1e}" if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.3g}"

@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Every kernel against its peers and against the hardware's floor.
+
+    python bench/run.py                                   all ops on their default cases, within five minutes
+    python bench/run.py --list                            ops, shapes, providers
+    python bench/run.py --op linear_logprob --shape 1024xllama3.2-1b --mask-density 1 0.5
+    python bench/run.py --op linear_ppo_loss --provider srppo torch --rows peaked --dtype float32
+
+Every result is checked against fp64 before it is timed; the error is printed. Figures are ratios to bare GEMMs, or to a
+bare copy of the bytes that must move, timed in turns in the same process. Writes a CSV file and PNG plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    # The folder of this script holds modules that are called like the ops. The checkout comes last: where srppo is
+    # installed, that is what is measured.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+
+from bench import gae, linear_logprob, log_ratio, plots, ppo_loss, record, report, runner, training_step
+from bench.choose import DENSITIES, Selection, choose, device_of
+from bench.core import DTYPES, HEADS, PLANS, ROWS, Case, Op, SelectionError
+from bench.method import Effort
+
+OPS: tuple[Op, ...] = (*linear_logprob.OPS, *log_ratio.OPS, *gae.OPS, *ppo_loss.OPS, *training_step.OPS)
+OURS = {op.name: op.ours for op in OPS}
+BUDGET = 240.0  # seconds of the default set after which no further provider is started: it ends well within 300
+QUICK = Effort(seconds=0.1, least=3, samples=10)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = result.add_argument
+    add("--op", nargs="+", default=[], metavar="OP", help=f"of: {', '.join(op.name for op in OPS)}")
+    add(
+        "--shape",
+        nargs="+",
+        default=[],
+        metavar="SHAPE",
+        help=f"1024x576x49152 (tokens, hidden, vocabulary), 1024x<head>, 64x4096; heads: {', '.join(HEADS)}",
+    )
+    add("--dtype", nargs="+", default=[], metavar="DTYPE", help=f"of: {', '.join(DTYPES)}")
+    add("--provider", nargs="+", default=[], metavar="NAME", help="--list shows each op's")
+    add(
+        "--mask-density",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="X",
+        help=f"fractions of live tokens, usually {', '.join(f'{d:g}' for d in DENSITIES)}",
+    )
+    add("--rows", nargs="+", default=[], metavar="KIND", help=f"of: {', '.join(ROWS)}")
+    add("--plan", nargs="+", default=[], metavar="PLAN", help=f"of srppo's ops: {', '.join(PLANS)}")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--threads", type=int, help="torch's thread count; absent: torch's own choice")
+    add(
+        "--seconds",
+        type=float,
+        default=Effort().seconds,
+        help="time for each provider on each case, at least 3 samples",
+    )
+    add(
+        "--budget",
+        type=float,
+        help=f"seconds for the whole run, 0 for no limit; absent: {BUDGET:g} for the default set",
+    )
+    add("--quick", action="store_true", help="one case an op, few samples")
+    add("--out", type=Path, help="CSV file; absent: bench/results/<device>-<date>.csv")
+    add("--plot", type=Path, help="folder of the plots; absent: that of the CSV file")
+    add("--no-plot", action="store_true", help="no plots")
+    add("--list", action="store_true", help="show what there is, and end")
+    return result  # fmt: skip
+
+
+def in_order(chosen: Sequence[tuple[Op, list[Case]]]) -> list[tuple[Op, Case]]:
+    """The first case of every op first, so that a slow machine leaves out variants and not whole ops; the training
+    step, which is no op of its own, last. Cases that share inputs stay together."""
+    pairs = [(index, op, case) for op, cases in chosen for index, case in enumerate(cases)]
+    order = {
+        key: n for n, key in enumerate(dict.fromkeys((c.shape, c.dtype, c.mask_density, c.rows) for _, _, c in pairs))
+    }
+    step = training_step.OPS[0].name
+    pairs.sort(key=lambda p: (
+        p[1].name == step, p[0] > 0, order[p[2].shape, p[2].dtype, p[2].mask_density, p[2].rows]
+    ))  # fmt: skip
+    return [(op, case) for _, op, case in pairs]
+
+
+def run(arguments: argparse.Namespace, console: Console) -> list[record.Row]:
+    """All rows of a run; tables go to ``console``, files to where the arguments say.
+
+    Raises:
+        SelectionError: a name that does not exist, or nothing to run.
+    """
+    selection = Selection(
+        ops=tuple(arguments.op), shapes=tuple(arguments.shape), dtypes=tuple(arguments.dtype),
+        providers=tuple(arguments.provider), densities=tuple(arguments.mask_density), rows=tuple(arguments.rows),
+        plans=tuple(arguments.plan), device=arguments.device, quick=arguments.quick,
+    )  # fmt: skip
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise SelectionError(f"--threads {arguments.threads}: at least 1")
+        torch.set_num_threads(arguments.threads)
+    chosen = choose(selection, OPS)
+    about = record.Run.here(device_of(selection.device))
+    report.header(console, about)
+    effort = QUICK if arguments.quick else Effort(seconds=arguments.seconds)
+    budget = arguments.budget if arguments.budget is not None else BUDGET if selection.is_default else 0.0
+    deadline = runner.Deadline(budget or float("inf"))
+    rows: list[record.Row] = []
+    with console.status("starting") as status:
+        for op, case in in_order(chosen):
+            work = list(runner.entries(op, case, selection.providers, selection.plans))
+            rows += runner.run_case(op, case, work, effort, deadline, status.update)
+    record.set_against_ours(rows, OURS)
+    rows = [about.stamp(row) for row in rows]
+    report.tables(console, rows, OPS)
+    path = arguments.out or record.RESULTS / about.file_name
+    record.write(rows, path)
+    console.print(f"{len(rows)} rows in {path}", markup=False, highlight=False, soft_wrap=True)
+    if not arguments.no_plot:
+        drawn = plots.draw(rows, arguments.plot or path.parent, "" if arguments.plot else f"{path.stem}-")
+        console.print(f"{len(drawn)} plots in {arguments.plot or path.parent}", markup=False, soft_wrap=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; 2 for a wrong selection; 1 where a provider of ours gave a wrong or no result."""
+    arguments = parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 170)  # a file has room, and no width to be asked
+    try:
+        if arguments.list:
+            report.listing(console, OPS, device_of(arguments.device))
+            return 0
+        rows = run(arguments, console)
+    except SelectionError as error:
+        Console(stderr=True).print(f"bench/run.py: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return int(any(row.provider == OURS[row.op] and row.status in ("wrong", "failed") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
