@@ -165,7 +165,7 @@ def run_demo(
     for row, (name, _) in sft_rows.items():
         candidates.append(Candidate(row, sft if name == "sft" else Role(name, load_model(folder / name, args))))
     for beta in settings.extrapolation_betas:
-        candidates.append(Candidate(f"SFT extrapolated, beta {beta:.2g}", sft, beta))
+        candidates.append(Candidate(f"extrapolated β={beta:.2g}", sft, beta))
     # Loaded from its folder, as a user would: what is judged is what was written.
     candidates.append(Candidate("SRPPO", Role("policy", load_model(folder / "srppo", args))))
     with stopwatch.time("evaluation"):
@@ -347,7 +347,7 @@ def shown_row(row: dict[str, Any]) -> dict[str, str]:
     return {
         "model": row["model"],
         "score": pair("score", 2),
-        "reward": pair("reward", 2),
+        "reward": pair("reward", 1),
         "KL to SFT": pair("kl_to_sft", 2),
         "length": pair("length", 1),
     }
@@ -373,7 +373,7 @@ def report(
         f"score: share of {settings.held_out_per_task} held-out prompts per task answered right, then stopped. In "
         f"domain is '{world.DEMONSTRATED_TASK}', the task of the {settings.demonstrations} demonstrations; out of "
         "domain are the five others. Reward (log pi_sft - log pi_base) and KL to SFT are in nats per completion, "
-        "length in tokens. Extrapolated: decoding from (1 + 1/beta) log pi_sft - 1/beta log pi_base, with no training."
+        "length in tokens. Extrapolated: the SFT model, decoded from (1 + 1/β) log pi_sft - 1/β log pi_base."
     )
     console.note(f"Models, plots (scores.png, iterations.png) and every number (results.json) are in {folder}")
     total = sum(results["seconds"].values())

@@ -17,8 +17,8 @@ ROWS = [
     "SFT",
     "SFT, 4x as long",
     "SFT, 16x as long",
-    "SFT extrapolated, beta 1",
-    "SFT extrapolated, beta 0.33",
+    "extrapolated β=1",
+    "extrapolated β=0.33",
     "SRPPO",
 ]
 
