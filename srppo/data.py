@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import csv
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 
 from srppo.errors import UserError
 
@@ -105,6 +107,8 @@ def rows_from_hub(name: str, split: str, missing_split_ok: bool) -> list[tuple[s
 
 def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """All rows of one JSONL, Parquet or CSV file."""
+    if path.suffix not in FILE_KINDS:
+        raise UserError(f"{path} is of no known kind: name it {', '.join(FILE_KINDS[:-1])} or {FILE_KINDS[-1]}")
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -212,16 +216,17 @@ def tokenize_row(
     check_columns(where, row)
     prompt, completion = row.get("prompt"), row.get("completion")
     if row.get("messages") is not None:
+        if completion is not None:
+            raise UserError(f"{where}: messages hold the completion already; drop the completion, or give a prompt")
         prompt, completion = split_messages(where, row["messages"])
     if row.get("input_ids") is not None:
-        prompt_ids = [int(token) for token in row["input_ids"]]
-        bad = [token for token in prompt_ids if not 0 <= token < len(tokenizer)]
-        if bad:
-            raise UserError(f"{where}: input_ids has {bad[0]}, but the tokenizer has {len(tokenizer)} tokens")
+        prompt_ids = checked_ids(where, row["input_ids"], len(tokenizer))
     elif isinstance(prompt, str):
         prompt_ids = tokenizer(prompt, add_special_tokens=True)["input_ids"]
         if prompt and prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
-            prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with EOS; a completion must follow here
+            # some tokenizers end every text with EOS, and a completion must follow here; one that was written stays
+            written = [*tokenizer(prompt, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            prompt_ids = prompt_ids[:-1] if prompt_ids[-len(written) :] == written else prompt_ids
     elif isinstance(prompt, list):
         return tokenize_chat(where, prompt, completion, tokenizer, stop_token_ids)
     else:
@@ -231,6 +236,17 @@ def tokenize_row(
     if not isinstance(completion, str):
         raise UserError(f"{where}: completion must be text, got {type(completion).__name__}")
     return prompt_ids, end_with_stop(tokenizer(completion, add_special_tokens=False)["input_ids"], stop_token_ids)
+
+
+def checked_ids(where: str, ids: Any, vocabulary: int) -> list[int]:
+    try:
+        tokens = [operator.index(token) for token in ids]
+    except TypeError:
+        raise UserError(f"{where}: input_ids must be a list of whole numbers, got {str(ids)[:40]!r}") from None
+    bad = [token for token in tokens if not 0 <= token < vocabulary]
+    if bad:
+        raise UserError(f"{where}: input_ids has {bad[0]}, but the tokenizer has {vocabulary} tokens")
+    return tokens
 
 
 def check_columns(where: str, row: Mapping[str, Any]) -> None:
@@ -284,11 +300,14 @@ def tokenize_chat(
     for part in (prompt, completion):
         if part is not None:
             check_messages(where, part)
-    rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    try:
+        rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = None if completion is None else tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"{where}: the chat template cannot render these messages: {error}") from None
     prompt_ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    if completion is None:
+    if whole is None:
         return prompt_ids, None
-    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
     if not whole.startswith(rendered):
         raise UserError(
             f"{where}: the chat template renders the prompt differently once the answer follows, so the two cannot be "

@@ -15,9 +15,11 @@ import torch
 
 from srppo.config import SRPPOConfig
 from srppo.data import Example
+from srppo.models import Head
 from srppo.ppo import logprobs
 from srppo.roles import Role
 from srppo.rollout import Rollout, collate_demonstrations, generate
+from srppo_kernels import linear_logprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 EVAL_METRICS = {
     "eval/objective/scores": "self-reward of sampled completions, summed over tokens, mean over sequences",
     "eval/objective/scores_per_token": "the same, summed over all tokens and divided by their number",
-    "eval/objective/kl": "log pi - log pi_sft of sampled completions, summed over tokens, mean over sequences",
+    "eval/objective/kl": "log pi - log pi_sft of sampled completions, summed over tokens, mean over sequences; pi is "
+    "the policy that sampled, extrapolated or not",
     "eval/completions/mean_length": "tokens, mean over sampled completions",
     "eval/completions/clipped_ratio": "part of the sampled completions that were cut at max_completion_length",
     "eval/demonstrations/logp": "log pi of held-out demonstrations, mean over their tokens",
@@ -80,9 +83,17 @@ def evaluate_policy(
     sft_logp = sequence_logprobs(sft, rollout, args.score_temperature, size)
     base_logp = sequence_logprobs(base, rollout, args.score_temperature, size)
     scores = sft_logp - base_logp
-    kl = sequence_logprobs(policy, rollout, args.temperature, size) - sequence_logprobs(
-        sft, rollout, args.temperature, size
-    )
+
+    def policy_logp(given: Rollout, temperature: float) -> torch.Tensor:
+        if extrapolate is None:
+            return sequence_logprobs(policy, given, temperature, size)
+        parts = torch.arange(len(given)).split(size)
+        return torch.cat([
+            extrapolated_logprobs(policy, base, extrapolate, given.select(rows), temperature).sum(-1).cpu()
+            for rows in parts
+        ])  # fmt: skip
+
+    kl = policy_logp(rollout, args.temperature) - sequence_logprobs(sft, rollout, args.temperature, size)
     lengths = rollout.lengths.cpu()
     metrics = {
         "eval/objective/scores": scores.mean().item(),
@@ -116,7 +127,7 @@ def evaluate_policy(
             demonstrations, pad_token_id=pad, stop_token_ids=stop_token_ids, device=policy.device
         )
         tokens = demos.completion_mask.sum().item()
-        metrics["eval/demonstrations/logp"] = sequence_logprobs(policy, demos, 1.0, size).sum().item() / tokens
+        metrics["eval/demonstrations/logp"] = policy_logp(demos, 1.0).sum().item() / tokens
         metrics["eval/demonstrations/logp_sft"] = sequence_logprobs(sft, demos, 1.0, size).sum().item() / tokens
     return metrics, rows
 
@@ -125,6 +136,40 @@ def sequence_logprobs(role: Role, rollout: Rollout, temperature: float, batch_si
     """Log-prob of each completion, summed over its tokens, ``[B]`` on the CPU."""
     parts = torch.arange(len(rollout)).split(batch_size)
     return torch.cat([logprobs(role, rollout.select(rows), temperature=temperature)[0].sum(-1).cpu() for rows in parts])
+
+
+@torch.no_grad()
+def extrapolated_logprobs(
+    policy: Role, base: Role, beta: float, rollout: Rollout, temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probs ``[B, T]`` under ``(1 + 1/beta) log pi - 1/beta log pi_base``, normalised, at a temperature.
+
+    The normalisers of the two cancel in the softmax, so this is one linear head over both hidden states side by side,
+    and the logits are not needed; with a softcap, which is not linear, they are, a micro-batch at a time.
+    """
+    sides = []
+    for role, factor in ((policy, 1 + 1 / beta), (base, -1 / beta)):
+        with role.active():
+            sides.append((role.hidden(rollout).float(), role.head, factor))
+    if any(head.softcap is not None for _, head, _ in sides):
+        logits = torch.stack([factor * capped_logits(hidden, head) for hidden, head, factor in sides]).sum(0)
+        logp = (logits / temperature).log_softmax(-1).gather(-1, rollout.completions[..., None]).squeeze(-1)
+        return logp.masked_fill(~rollout.completion_mask, 0.0)
+    biases = [head.bias.float() * head.logit_scale * factor for _, head, factor in sides if head.bias is not None]
+    return linear_logprob(
+        torch.cat([hidden for hidden, _, _ in sides], -1),
+        torch.cat([head.weight.float() * head.logit_scale * factor for _, head, factor in sides], -1),
+        rollout.completions,
+        bias=torch.stack(biases).sum(0) if biases else None,
+        mask=rollout.completion_mask,
+        temperature=temperature,
+    ).logprob
+
+
+def capped_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """The logits themselves, ``[B, T, V]`` fp32."""
+    logits = torch.nn.functional.linear(hidden, head.weight.float(), head.bias) * head.logit_scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def answers_match(completion: str, answer: str) -> bool:
