@@ -47,7 +47,9 @@ class _LinearLoss(torch.autograd.Function):
         mask: Tensor | None,
         *differentiable: Tensor,
     ) -> tuple[Tensor, ...]:
-        wanted = fused.Wanted(*ctx.needs_input_grad[1:4], wide_weight=call.head["grad_weight_out"] is not None)
+        _, need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
+        wide = call.head["grad_weight_out"] is not None
+        wanted = fused.Wanted(need_hidden, need_weight, need_bias, wide_weight=wide)
         head = Head(weight, bias, *(call.head[k] for k in ("row_temperature", "temperature", "logit_scale", "softcap")))
         x, y, live = prepare(hidden, targets, mask, call.head["ignore_index"], weight.shape[0], call.group)
         chunks = _ChunkLosses(call.loss_fn, call.args, differentiable, targets.shape, live)

@@ -82,7 +82,8 @@ def _linear_ppo_loss(
 
 @_linear_ppo_loss.register_fake
 def _(hidden, weight, targets, old_logprobs, advantages, mask, bias, *options):  # type: ignore[no-untyped-def]
-    wanted = fused.Wanted(*options[-3:], wide_weight=options[2] is not None)
+    need_hidden, need_weight, need_bias = options[-3:]
+    wanted = fused.Wanted(need_hidden, need_weight, need_bias, wide_weight=options[2] is not None)
     dtype = torch.float64 if torch.float64 in (hidden.dtype, old_logprobs.dtype, advantages.dtype) else torch.float32
     return (
         hidden.new_empty((), dtype=dtype),

@@ -24,8 +24,9 @@ def shard_range(vocab: int, group: str, device: torch.device) -> tuple[Tensor | 
         return 0, vocab
     process_group = _resolve(group)
     size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-    sizes = torch.empty(size, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.full((1,), vocab, dtype=torch.int64, device=device), group=process_group)
+    parts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(size)]
+    dist.all_gather(parts, torch.full((1,), vocab, dtype=torch.int64, device=device), group=process_group)
+    sizes = torch.cat(parts)
     return sizes[:rank].sum(), sizes.sum()
 
 
@@ -46,11 +47,11 @@ def merge_ranks(state: Tensor, group: str) -> Tensor:
         return state
     process_group = _resolve(group)
     size = dist.get_world_size(process_group)
-    parts = torch.empty((size * 4, state.shape[1]), dtype=state.dtype, device=state.device)
-    dist.all_gather_into_tensor(parts, state.contiguous(), group=process_group)
-    merged = parts[:4].clone()
-    for rank in range(1, size):
-        m_c, s_c, t_c, zy_c = parts[4 * rank : 4 * rank + 4]
+    state = state.contiguous()
+    parts = [torch.empty_like(state) for _ in range(size)]
+    dist.all_gather(parts, state, group=process_group)
+    merged = parts[0]
+    for m_c, s_c, t_c, zy_c in parts[1:]:
         merge_(merged, m_c, s_c, t_c)
         merged[3] += zy_c
     return merged

@@ -1,0 +1,249 @@
+"""The ops as PyTorch sees them: opcheck, torch.compile, errors, explain."""
+
+import shutil
+
+import pytest
+import torch
+from linear_logprob.head_problems import BACKENDS, make, relative
+
+from srppo_kernels import explain, linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
+
+BIG = 1 << 30
+
+
+def head_arguments(p, plan, backend, *, entropy=True, chunk=128):
+    return (
+        p.hidden, p.weight, p.targets, p.options.get("bias"), p.options.get("mask"), None, None, -100, 0.8, 1.5, 4.0,
+        entropy, plan, backend, chunk, "",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("plan", ["score", "recompute", "cache", "precompute"])
+def test_opcheck(plan, backend):
+    p = make(
+        "random", n=9, d=4, v=30, bias=plan != "precompute", grad=(plan != "score", plan in ("recompute", "cache"))
+    )
+    p.options["mask"] = torch.rand(9) > 0.3
+    arguments = head_arguments(p, plan, backend, entropy=plan != "precompute")
+    torch.library.opcheck(torch.ops.srppo.linear_logprob.default, arguments)
+    if plan == "score":
+        return
+    with torch.no_grad():
+        logprob, entropy, _, norm, kept, group_max = torch.ops.srppo.linear_logprob(*arguments)
+    hidden, weight, targets, bias, mask, *_ = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
+    train = plan != "precompute"
+    for out in (None, torch.zeros(30, 4)) if train else (None,):
+        torch.library.opcheck(
+            torch.ops.srppo.linear_logprob_backward.default,
+            (
+                torch.rand(9), torch.rand(9) if train else None, None, logprob, entropy, norm, kept, group_max, hidden,
+                weight, targets, bias, mask, None, out, -100, 0.8, 1.5, 4.0, plan, "", True, train and out is None,
+                train,
+            ),
+        )  # fmt: skip
+
+
+def test_opcheck_ppo():
+    p = make("random", n=9, d=4, v=30, bias=True)
+    mask = torch.rand(9) > 0.3
+    torch.library.opcheck(
+        torch.ops.srppo.linear_ppo_loss.default,
+        (
+            p.hidden, p.weight, p.targets, torch.full((9,), -3.0), torch.randn(9), mask, p.options["bias"], None, None,
+            None, -100, 0.8, 1.5, 4.0, 0.2, 0.2, None, 0.01, None, "torch", 128, "", True, True, True,
+        ),
+    )  # fmt: skip
+
+
+def compiled(f):
+    torch._dynamo.reset()
+    return torch.compile(f, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("plan", ["recompute", "cache", "precompute"])
+def test_compile_fullgraph(plan):
+    p = make("random", n=20, d=8, v=60, grad=(True, plan != "precompute"))
+    mask = torch.rand(20) > 0.3
+
+    def step(hidden, weight):
+        out = linear_logprob(
+            hidden * 2,
+            weight,
+            p.targets,
+            mask=mask,
+            entropy=plan != "precompute",
+            lse=True,
+            plan=plan,
+            workspace_bytes=BIG,
+        )
+        total = out.logprob.sum() + out.lse.sum()
+        return total if out.entropy is None else total + out.entropy.sum()
+
+    want = step(p.hidden, p.weight)
+    got = compiled(step)(p.hidden, p.weight)
+    assert torch.equal(want, got)
+    for a, b in zip(torch.autograd.grad(got, p.inputs()), torch.autograd.grad(want, p.inputs()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compile_losses():
+    """linear_ppo_loss compiles as itself; linear_loss as its loss on the per-token op, with the same values."""
+    p = make("random", n=20, d=8, v=60)
+    mask = torch.rand(20) > 0.3
+    old, advantages = torch.full((20,), -4.0), torch.randn(20)
+
+    def ppo(hidden, weight):
+        loss, stats = linear_ppo_loss(hidden, weight, p.targets, old, advantages, mask, entropy_coef=0.1)
+        return loss, stats.ratio_mean
+
+    def loss_fn(logprob, entropy, a):
+        return (a * logprob - 0.1 * entropy).sum(), {"a": a}
+
+    def any_loss(hidden, weight):
+        loss, aux = linear_loss(hidden, weight, p.targets, loss_fn, advantages, mask=mask)
+        return loss, aux["a"]
+
+    def ratio(hidden, weight):
+        r = linear_log_ratio(hidden, weight, hidden * 2, weight, p.targets, mask=mask)
+        return r.sum(), r
+
+    for f in (ppo, any_loss, ratio):
+        want, got = f(p.hidden, p.weight), compiled(f)(p.hidden, p.weight)
+        assert torch.allclose(want[0], got[0], rtol=1e-6)
+        assert torch.equal(want[1], got[1])
+        for a, b in zip(torch.autograd.grad(got[0], p.inputs()), torch.autograd.grad(want[0], p.inputs()), strict=True):
+            assert relative(a, b.double()) < 1e-6
+
+
+def test_compiled_grad_weight_out():
+    p = make("random", n=20, d=8, v=60)
+    buffers = [torch.zeros(60, 8), torch.zeros(60, 8)]
+
+    def step(hidden, weight, buffer):
+        return linear_logprob(hidden, weight, p.targets, grad_weight_out=buffer).logprob.sum()
+
+    step(p.hidden, p.weight, buffers[0]).backward()
+    compiled(step)(p.hidden, p.weight, buffers[1]).backward()
+    assert torch.equal(*buffers)
+    assert buffers[0].abs().sum() > 0
+    assert p.weight.grad is None
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile's default backend needs a C++ compiler")
+def test_inductor():
+    p = make("random", n=20, d=8, v=60)
+    torch._dynamo.reset()
+    step = torch.compile(lambda h, w: linear_logprob(h, w, p.targets).logprob.exp().sum(), fullgraph=True)
+    want = p.run().logprob.exp().sum()
+    got = step(p.hidden, p.weight)
+    assert torch.allclose(got, want)
+    for a, b in zip(torch.autograd.grad(got, p.inputs()), torch.autograd.grad(want, p.inputs()), strict=True):
+        assert relative(a, b.double()) < 1e-6
+
+
+def test_differentiable_once():
+    p = make("random", n=5, d=4, v=9)
+    (g,) = torch.autograd.grad(p.run().logprob.sum(), [p.hidden], create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(g.sum(), [p.hidden])
+
+
+@pytest.mark.parametrize("call", ["linear_logprob", "linear_ppo_loss", "linear_loss", "linear_log_ratio", "reference"])
+def test_bad_target_is_named(call):
+    p = make("random", n=6, d=4, v=9)
+    h, w = p.hidden.view(2, 3, 4), p.weight
+    y, zero, mask = p.targets.view(2, 3), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    calls = {
+        "linear_logprob": lambda: linear_logprob(h, w, y),
+        "reference": lambda: linear_logprob(h, w, y, backend="reference"),
+        "linear_ppo_loss": lambda: linear_ppo_loss(h, w, y, zero, zero, mask),
+        "linear_loss": lambda: linear_loss(h, w, y, lambda lp, e: (lp.sum(), {})),
+        "linear_log_ratio": lambda: linear_log_ratio(h, w, h, w, y),
+    }
+    for bad in (9, -1, 2**40):
+        y[1, 2] = bad
+        with pytest.raises(ValueError, match=rf"targets\[1, 2\] is {bad}, outside the vocabulary \[0, 9\)"):
+            calls[call]()
+        y[0, 1] = bad
+        with pytest.raises(ValueError, match=r"targets\[0, 1\]"):
+            calls[call]()
+        y[0, 1] = y[1, 2] = -100
+        calls[call]()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"weight": torch.zeros(9, 5)}, ValueError, "last dimensions"),
+        ({"weight": torch.zeros(36)}, ValueError, r"\[vocabulary, hidden size\]"),
+        ({"weight": torch.zeros(9, 4, dtype=torch.float64)}, TypeError, "float64 takes both or none"),
+        ({"hidden": torch.zeros(6, 4, dtype=torch.int64)}, TypeError, "hidden has dtype"),
+        ({"targets": torch.zeros(6)}, TypeError, "int64 or int32"),
+        ({"targets": torch.zeros(5, dtype=torch.int64)}, ValueError, "one target for every hidden state"),
+        ({"bias": torch.zeros(8)}, ValueError, "bias has shape"),
+        ({"mask": torch.ones(6)}, TypeError, "mask has dtype"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, "mask has shape"),
+        ({"temperature": 0.0}, ValueError, "temperature=0.0"),
+        ({"temperature": torch.ones(5)}, ValueError, "temperature has shape"),
+        ({"temperature": torch.ones(6, requires_grad=True)}, ValueError, "temperature.detach"),
+        ({"logit_scale": float("nan")}, ValueError, "logit_scale"),
+        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"plan": "fast"}, ValueError, "plan='fast' is unknown"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
+        ({"backend": "triton"}, ValueError, "backend='triton'"),
+        ({"workspace_bytes": -1}, ValueError, "workspace_bytes"),
+        ({"plan": "precompute"}, ValueError, "linear_loss"),
+        ({"plan": "cache", "workspace_bytes": 0}, ValueError, "workspace_bytes=216"),
+        ({"grad_weight_out": torch.zeros(9, 3)}, ValueError, "grad_weight_out has shape"),
+        ({"grad_weight_out": torch.zeros(9, 4), "weight": torch.zeros(9, 4)}, ValueError, "needs no gradient"),
+    ],
+)
+def test_bad_arguments(change, error, text):
+    p = make("random", n=6, d=4, v=9)
+    arguments = {"hidden": p.hidden, "weight": p.weight, "targets": p.targets, **change}
+    with pytest.raises(error, match=text):
+        linear_logprob(**arguments)
+    with pytest.raises(error, match=text):
+        explain(**arguments)
+
+
+def test_log_ratio_of_two_vocabularies_is_refused():
+    p, q = make("random", n=6, d=4, v=9), make("random", n=6, d=4, v=10)
+    with pytest.raises(ValueError, match="weight_base 10; a ratio needs one vocabulary"):
+        linear_log_ratio(p.hidden, p.weight, q.hidden, q.weight, p.targets)
+    with pytest.raises(ValueError, match="hidden_base"):
+        linear_log_ratio(p.hidden, p.weight, q.hidden[:, :3], p.weight, p.targets)
+
+
+def test_explain():
+    """GEMMs and plans as the design's table has them."""
+    n, d, v = 256, 64, 3000
+
+    def plan(hidden_grad=True, weight_grad=True, rows=n, **options):
+        p = make("random", n=rows, d=d, v=v, dtype=torch.bfloat16, grad=(hidden_grad, weight_grad))
+        return explain(p.hidden, p.weight, p.targets, **options)
+
+    def found(*a, **k):
+        result = plan(*a, **k)
+        return result.plan, result.gemms
+
+    assert found(False, False) == ("score", 1)
+    assert found(plan="score") == ("score", 1)
+    assert found(rows=128) == ("cache", 3)  # N = 2 D: bf16 exponentials are as large as an fp32 dweight
+    assert found(rows=129) == ("recompute", 4)
+    assert found(workspace_bytes=BIG) == ("cache", 3)
+    assert found(True, False) == ("precompute", 2)
+    assert found(True, False, entropy=True) == ("recompute", 3)
+    assert found(op="linear_ppo_loss") == ("precompute", 3)
+    assert found(True, False, op="linear_loss") == ("precompute", 2)
+    assert found(False, False, op="linear_loss") == ("score", 1)
+    assert found(op="linear_log_ratio", plan="score") == ("score", 1)
+    with torch.no_grad():
+        assert found() == ("score", 1)
+    text = str(plan(backend="torch", op="linear_ppo_loss"))
+    assert "torch backend, plan precompute: 3 GEMMs" in text
+    assert "because the loss is known" in text
+    assert plan(workspace_bytes=BIG).workspace_bytes > plan(workspace_bytes=0).workspace_bytes
+    with pytest.raises(ValueError, match="op='other'"):
+        plan(op="other")

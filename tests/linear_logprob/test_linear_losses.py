@@ -1,0 +1,180 @@
+"""linear_loss and linear_ppo_loss: equal to the same loss on the per-token op, at every chunk size and plan."""
+
+import pytest
+import torch
+from linear_logprob.head_problems import BACKENDS, make, relative
+
+from srppo_kernels import explain, linear_logprob, linear_loss, linear_ppo_loss, ppo_loss
+
+BIG = 1 << 30
+
+
+def ppo_inputs(p, spread=0.4):
+    n = p.targets.shape[0]
+    mask = torch.rand(n) > 0.3
+    old = p.double().oracle()[0].float() + spread * torch.randn(n)
+    advantages = torch.randn(n)
+    old[~mask], advantages[~mask] = torch.nan, torch.inf
+    return old.detach(), advantages, mask
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["random", "peaked"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
+def test_ppo_loss_equals_its_parts(kind, entropy_coef, backend):
+    p = make(kind, n=300, v=2100, bias=True)
+    old, advantages, mask = ppo_inputs(p)
+    twin = p.double()
+    p.options["mask"] = twin.options["mask"] = mask
+    logprob, entropy, _ = twin.oracle()
+    settings = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 3.0, "entropy_coef": entropy_coef}
+    want, want_stats = ppo_loss(logprob, old.double(), advantages.double(), mask, entropy=entropy, **settings)
+    want_gradients = torch.autograd.grad(want, twin.inputs())
+    for more in ({}, {"workspace_bytes": 0}, {"plan": "recompute"}, {"plan": "cache", "workspace_bytes": BIG}):
+        loss, stats = linear_ppo_loss(
+            p.hidden, p.weight, p.targets, old, advantages, mask, bias=p.options["bias"], backend=backend,
+            **settings, **more,
+        )  # fmt: skip
+        assert abs(loss - want) < 1e-5 * (1 + abs(want))
+        for name, a, b in zip(stats._fields, stats, want_stats, strict=True):
+            assert abs(a - b) < 2e-5 * (1 + abs(b)), name
+        for a, b in zip(torch.autograd.grad(2.5 * loss, p.inputs()), want_gradients, strict=True):
+            assert relative(a / 2.5, b) < 2e-5
+
+
+def test_loss_does_not_depend_on_the_split():
+    """Liger 1082, trl 6024: with a normalizer, micro-batches add up to the batch."""
+    p = make("random", n=200, v=300)
+    old, advantages, mask = ppo_inputs(p)
+    count = int(mask.sum())
+    whole, _ = linear_ppo_loss(p.hidden, p.weight, p.targets, old, advantages, mask)
+    want = torch.autograd.grad(whole, p.inputs())
+    pieces = [slice(0, 10), slice(10, 130), slice(130, 200)]
+    losses = [
+        linear_ppo_loss(p.hidden[s], p.weight, p.targets[s], old[s], advantages[s], mask[s], normalizer=n)[0]
+        for s, n in zip(pieces, (count, torch.tensor(count), float(count)), strict=True)
+    ]
+    assert abs(sum(losses) - whole) < 1e-6
+    for a, b in zip(torch.autograd.grad(sum(losses), p.inputs()), want, strict=True):
+        assert relative(a, b.double()) < 1e-6
+
+
+def test_value_does_not_depend_on_chunk_size():
+    """NeMo 3803: per-token terms have the same bits, whatever the chunk."""
+    p = make("random", n=400, v=2500)
+    rows = [
+        linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {"lp": lp, "h": h}), **more)[1]
+        for more in ({}, {"workspace_bytes": 0}, {"plan": "recompute"})
+    ]
+    for other in rows[1:]:
+        assert torch.equal(rows[0]["lp"], other["lp"])
+        assert torch.equal(rows[0]["h"], other["h"])
+    assert explain(p.hidden, p.weight, p.targets, op="linear_loss", workspace_bytes=0).rows_per_chunk == 128
+
+
+@pytest.mark.parametrize("more", [{}, {"workspace_bytes": 0}, {"plan": "recompute"}])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_any_loss(frozen, more):
+    """Chunked arguments, constants, gradients of arguments, aux summed and joined, leading dimensions."""
+    p = make("random", n=300, v=500, grad=(True, not frozen))
+    p.hidden = p.hidden.detach().view(3, 100, -1).requires_grad_()
+    p.targets = p.targets.view(3, 100)
+    mask = torch.rand(3, 100) > 0.3
+    weights = torch.rand(3, 100, requires_grad=True)
+    scale = torch.tensor([0.3, -0.2], requires_grad=True)
+
+    def loss_fn(logprob, entropy, w, s, name, m):
+        assert name == "constant"
+        assert logprob.shape == entropy.shape == w.shape == m.shape
+        terms = s[0] * w * logprob.exp() + s[1] * entropy * w.square()
+        return terms.sum(), {"count": m.sum(), "terms": terms, "pair": torch.stack([terms.sum(), m.sum() * 1.0])}
+
+    twin = p.double()
+    twin.options["mask"] = mask
+    lp, h, _ = (t.view(-1) for t in twin.oracle())
+    w2, s2 = (t.detach().double().requires_grad_() for t in (weights, scale))
+    want, want_aux = loss_fn(lp, h, torch.where(mask, w2, 0).view(-1), s2, "constant", mask.view(-1))
+    loss, aux = linear_loss(p.hidden, p.weight, p.targets, loss_fn, weights, scale, "constant", mask, mask=mask, **more)
+    assert abs(loss - want) < 1e-4
+    assert aux["count"] == mask.sum()
+    assert aux["terms"].shape == (3, 100)
+    assert (aux["terms"].view(-1) - want_aux["terms"]).abs().max() < 1e-5
+    assert (aux["pair"] - want_aux["pair"]).abs().max() < 1e-3
+    assert not any(a.requires_grad for a in aux.values())
+    ours = [*p.inputs(), weights, scale]
+    want_gradients = torch.autograd.grad(want, [*twin.inputs(), w2, s2])
+    first = torch.autograd.grad(loss, ours, retain_graph=True)
+    for a, b in zip(first, want_gradients, strict=True):
+        assert relative(a, b) < 1e-5
+    for a, b in zip(torch.autograd.grad(loss, ours), first, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_gradient_only_the_score_runs(monkeypatch):
+    from srppo_kernels.linear_logprob import fused
+
+    monkeypatch.setattr(fused.grads, "gradients", lambda *a, **k: pytest.fail("a gradient was formed"))
+    p = make("random", n=30, v=50, grad=(False, False))
+    loss, aux = linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {"lp": lp}))
+    assert not loss.requires_grad
+    assert torch.equal(aux["lp"], p.run().logprob)
+    p = make("random", n=30, v=50)
+    with torch.no_grad():
+        assert not linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}))[0].requires_grad
+    assert not linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}), plan="score")[0].requires_grad
+
+
+def test_clipped_tokens_cost_no_backward_gemm(monkeypatch):
+    from srppo_kernels.linear_logprob import backward
+
+    rows = []
+    original = backward.add_mm
+    monkeypatch.setattr(backward, "add_mm", lambda out, a, b: (rows.append(a.shape[0]), original(out, a, b)))
+    p = make("random", n=100, v=60, grad=(True, False))
+    old = p.run(plan="score").logprob - torch.where(torch.arange(100) < 70, 1.0, 0.0)  # ratio e or 1
+    ones = torch.ones(100)
+    linear_ppo_loss(p.hidden, p.weight, p.targets, old, ones, ones.bool())
+    assert rows == [30]
+
+
+def test_fp16_gradients_wait_for_the_loss_scale():
+    """Formed for an upstream of 1 in fp16 they would underflow before the loss scale arrives."""
+    p = make("random", n=20, v=3000, dtype=torch.float16)
+    q = make("random", n=20, v=3000)
+    q.hidden, q.weight, q.targets = p.hidden.detach().float().requires_grad_(), p.weight.detach().float(), p.targets
+    g = {}
+    for name, problem in (("half", p), ("single", q)):
+        loss, _ = linear_loss(problem.hidden, problem.weight, p.targets, lambda lp, h: (lp.sum() * 1e-7, {}))
+        (g[name],) = torch.autograd.grad(loss * 65536.0, [problem.hidden])
+    assert relative(g["half"], g["single"].double()) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "error", "text"),
+    [
+        (lambda lp, h: lp.sum(), TypeError, "must return"),
+        (lambda lp, h: (lp, {}), ValueError, "0-d tensor"),
+        (lambda lp, h: (lp.sum(), {"n": 3}), TypeError, r"aux\['n'\]"),
+    ],
+)
+def test_a_loss_that_returns_something_else(loss_fn, error, text):
+    p = make("random", n=4, v=9)
+    with pytest.raises(error, match=text):
+        linear_loss(p.hidden, p.weight, p.targets, loss_fn)
+
+
+def test_a_closure_over_a_trained_tensor_is_refused():
+    p = make("random", n=4, v=9)
+    alpha = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(ValueError, match="loss_args"):
+        linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: ((alpha.exp() * lp).sum(), {}))
+    loss, _ = linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: ((alpha.detach() * lp).sum(), {}))
+    assert loss.requires_grad
+
+
+def test_policy_gradient_of_the_op_and_the_loss_agree_in_bits():
+    """The log-probs that a loss sees are those that the op returns."""
+    p = make("peaked", n=200, dtype=torch.bfloat16)
+    seen = []
+    linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (seen.append(lp.detach()) or lp.sum(), {}))
+    assert torch.equal(torch.cat(seen), linear_logprob(p.hidden, p.weight, p.targets).logprob)
