@@ -93,7 +93,9 @@ def evaluate_policy(
             for rows in parts
         ])  # fmt: skip
 
-    kl = policy_logp(rollout, args.temperature) - sequence_logprobs(sft, rollout, args.temperature, size)
+    same = args.temperature == args.score_temperature  # then these are the ones that we have
+    sft_sampling = sft_logp if same else sequence_logprobs(sft, rollout, args.temperature, size)
+    kl = policy_logp(rollout, args.temperature) - sft_sampling
     lengths = rollout.lengths.cpu()
     metrics = {
         "eval/objective/scores": scores.mean().item(),
