@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="exit status 1 where something got worse")
     arguments = parser.parse_args(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 170)
     try:
         before, after = read(arguments.before), read(arguments.after)
     except (OSError, ValueError) as error:

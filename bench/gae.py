@@ -127,10 +127,10 @@ def gae_call(
 
 
 def whiten_call(
-    function: Callable[[Tensor, Tensor], Tensor], compiles: bool = False
+    function: Callable[[Tensor, Tensor], Tensor], compiled: bool = False
 ) -> Callable[[TokenProblem, str], Call]:
     def prepare(problem: TokenProblem, plan: str) -> Call:
-        run = torch.compile(function, dynamic=False) if compiles else function
+        run = torch.compile(function, dynamic=False) if compiled else function
 
         @torch.no_grad()
         def call() -> Result:

@@ -63,13 +63,13 @@ class RatioProblem:
 
 
 def ratio_call(
-    function: Callable[[RatioProblem], Callable[[Tensor, Tensor, Tensor], Tensor]], compiles: bool = False
+    function: Callable[[RatioProblem], Callable[[Tensor, Tensor, Tensor], Tensor]], compiled: bool = False
 ) -> Callable[[RatioProblem, str], Call]:
     """``function(problem)`` gives ``(hidden of SFT, hidden of base, weight) -> [N]``."""
 
     def prepare(problem: RatioProblem, plan: str) -> Call:
         forward = function(problem)
-        run = torch.compile(forward, dynamic=False) if compiles else forward
+        run = torch.compile(forward, dynamic=False) if compiled else forward
 
         @torch.no_grad()
         def call() -> Result:
@@ -136,10 +136,10 @@ def our_reward(sft: Tensor, base: Tensor, policy: Tensor, mask: Tensor) -> Tenso
 
 
 def reward_call(
-    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], compiles: bool = False
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], compiled: bool = False
 ) -> Callable[[RewardProblem, str], Call]:
     def prepare(problem: RewardProblem, plan: str) -> Call:
-        run = torch.compile(function, dynamic=False) if compiles else function
+        run = torch.compile(function, dynamic=False) if compiled else function
 
         @torch.no_grad()
         def call() -> Result:

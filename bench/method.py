@@ -147,7 +147,7 @@ def interleave(
     """Times all calls in turns, see above. Returns the floor's samples and each call's.
 
     Args:
-        known: seconds that each call took before, which had its warm-up then; a long one is not run once more to be sized.
+        known: seconds that each call took before, which was its warm-up; a long one is not run again to be sized.
     """
     floor()
     floor_repeats = clock.repeats(floor)

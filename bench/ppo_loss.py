@@ -114,9 +114,9 @@ class LossProblem:
         return Errors(relative(result["loss"], loss.detach()), relative(result["grad"], grad))
 
 
-def loss_call(loss: Loss, compiles: bool = False) -> Callable[[LossProblem, str], Call]:
+def loss_call(loss: Loss, compiled: bool = False) -> Callable[[LossProblem, str], Call]:
     def prepare(problem: LossProblem, plan: str) -> Call:
-        run = torch.compile(loss, dynamic=False) if compiles else loss
+        run = torch.compile(loss, dynamic=False) if compiled else loss
         leaf = problem.new.detach().requires_grad_()
 
         def call() -> Result:

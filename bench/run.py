@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -97,6 +99,17 @@ def in_order(chosen: Sequence[tuple[Op, list[Case]]]) -> list[tuple[Op, Case]]:
     return [(op, case) for _, op, case in pairs]
 
 
+@contextmanager
+def progress(console: Console) -> Iterator[runner.Notify]:
+    """A line that changes on a terminal; elsewhere a line a step on standard error, with the seconds so far."""
+    if console.is_terminal:
+        with console.status("starting") as status:
+            yield status.update
+        return
+    start, errors = time.monotonic(), Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    yield lambda text: errors.print(f"{time.monotonic() - start:6.1f} s  {text}")
+
+
 def run(arguments: argparse.Namespace, console: Console) -> list[record.Row]:
     """All rows of a run; tables go to ``console``, files to where the arguments say.
 
@@ -119,10 +132,10 @@ def run(arguments: argparse.Namespace, console: Console) -> list[record.Row]:
     budget = arguments.budget if arguments.budget is not None else BUDGET if selection.is_default else 0.0
     deadline = runner.Deadline(budget or float("inf"))
     rows: list[record.Row] = []
-    with console.status("starting") as status:
+    with progress(console) as notify:
         for op, case in in_order(chosen):
             work = list(runner.entries(op, case, selection.providers, selection.plans))
-            rows += runner.run_case(op, case, work, effort, deadline, status.update)
+            rows += runner.run_case(op, case, work, effort, deadline, notify)
     record.set_against_ours(rows, OURS)
     rows = [about.stamp(row) for row in rows]
     report.tables(console, rows, OPS)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,6 +73,9 @@ def run_case(
     if deadline.passed:
         reason = f"the run's {deadline.seconds:g} s were over; run it with --op {op.name} --budget 0"
         return [finished(blank(op, case, entry), "skipped", reason) for entry in work]
+    if "torch._dynamo" in sys.modules:
+        # torch.compile gives up on a function after eight shapes, silently: every case starts anew.
+        torch.compiler.reset()
     try:
         problem = op.make(case)
     except (RuntimeError, MemoryError) as error:  # not enough memory for the inputs, say
@@ -84,7 +88,7 @@ def run_case(
     if timed:
         notify(f"{op.name} {case}: timing {len(timed)} providers in turns")
         try:
-            measure(problem, timed, effort, clock_for(case.device))
+            measure(problem, timed, effort, clock_for(case.device), deadline)
         except RuntimeError as error:
             for entry in timed:
                 finished(entry.row, "failed", f"while timing: {first_line(error)}")
@@ -133,8 +137,10 @@ def is_wrong(errors: Errors, gross: float) -> bool:
     return not errors.value <= gross or math.isinf(errors.grad) or math.isinf(errors.weight_grad)
 
 
-def measure(problem: Problem, checked: Sequence[Checked], effort: Effort, clock: Clock) -> None:
-    """Times the entries in turns with the floor and fills in their rows."""
+def measure(problem: Problem, checked: Sequence[Checked], effort: Effort, clock: Clock, deadline: Deadline) -> None:
+    """Times the entries in turns with the floor and fills in their rows; late in a run with the fewest samples."""
+    if deadline.passed:
+        effort = replace(effort, seconds=0.0)
     floor = problem.floor()
     calls = [entry.call for entry in checked if entry.call is not None]
     bare, samples = interleave(floor.call, calls, effort, clock, [entry.seconds for entry in checked])

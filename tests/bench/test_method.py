@@ -1,0 +1,106 @@
+"""Statistics, turns and memory: what the figures rest on. Nothing here depends on how fast this machine is."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.core import live_bytes
+from bench.method import Effort, Samples, Spread, extra_memory, interleave, quantile
+
+
+class FakeClock:
+    """Time as a script tells it: every sample of a call lasts what the call returns."""
+
+    def __init__(self):
+        self.order = []
+
+    def repeats(self, call):
+        return 1
+
+    def sample(self, call, repeats):
+        name, seconds = call()
+        self.order.append(name)
+        return seconds
+
+    def cold(self, call):
+        return math.nan
+
+
+@pytest.mark.parametrize(
+    ("values", "q", "expected"),
+    [([3.0], 0.2, 3.0), ([1, 2], 0.5, 1.5), ([4, 1, 3, 2, 5], 0.5, 3.0), ([0, 10], 0.8, 8.0), ([5, 1, 3], 0.2, 1.8)],
+)
+def test_quantile_interpolates_between_order_statistics(values, q, expected):
+    assert quantile(values, q) == pytest.approx(expected)
+
+
+def test_quantile_agrees_with_torch():
+    values = torch.randn(37, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for q in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert quantile(values.tolist(), q) == pytest.approx(torch.quantile(values, q).item())
+
+
+def test_quantile_of_nothing_is_no_number():
+    assert math.isnan(quantile([], 0.5))
+
+
+@pytest.mark.parametrize(("p20", "p80", "noisy"), [(1.0, 1.05, False), (1.0, 1.2, True), (math.nan, math.nan, True)])
+def test_a_row_is_noisy_by_its_own_spread(p20, p80, noisy):
+    assert Spread(1.0, p20, p80).noisy is noisy
+
+
+def test_providers_take_turns_in_a_rotating_order_with_the_floor_first():
+    clock = FakeClock()
+    calls = [lambda name=name: (name, 2.0) for name in "abc"]
+    interleave(lambda: ("floor", 1.0), calls, Effort(seconds=0, least=3, samples=3), clock)
+    assert clock.order == ["floor", "a", "b", "c", "floor", "b", "c", "a", "floor", "c", "a", "b"]
+
+
+def test_a_ratio_is_taken_within_its_round():
+    """A machine that slows down by half and half again leaves the ratio alone."""
+    drift = iter([1.0, 1.5, 2.25])
+    now = {"factor": 1.0}
+
+    def floor():
+        return "floor", now["factor"]
+
+    class Drifting(FakeClock):
+        def sample(self, call, repeats):
+            if call is floor:
+                now["factor"] = next(drift)
+            return super().sample(call, repeats)
+
+    bare, (samples,) = interleave(
+        floor, [lambda: ("a", 3.0 * now["factor"])], Effort(seconds=0, least=3, samples=3), Drifting()
+    )
+    assert bare.seconds == [1.0, 1.5, 2.25]
+    assert samples.ratios == [3.0, 3.0, 3.0]
+
+
+def test_a_provider_is_done_after_its_time_but_not_before_the_least_number_of_samples():
+    effort = Effort(seconds=1.0, least=3, samples=25)
+    assert not Samples(seconds=[1.0] * 2, spent=9.0).done(effort)
+    assert Samples(seconds=[1.0] * 3, spent=9.0).done(effort)
+    assert not Samples(seconds=[0.1] * 9, spent=0.9).done(effort)
+    assert Samples(seconds=[0.1] * 25, spent=0.0).done(effort)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the resident set is read from /proc")
+def test_extra_memory_counts_the_workspace_and_not_the_result():
+    mib = 1 << 20
+
+    def call():
+        workspace = torch.ones(64 * mib // 4)
+        return {"out": torch.full((16 * mib // 4,), workspace.sum().item())}
+
+    call()
+    result, extra = extra_memory(call, "cpu")
+    assert live_bytes(result) == 16 * mib
+    assert 56 <= extra <= 80
+
+
+def test_results_that_share_a_storage_count_once():
+    tensor = torch.zeros(100)
+    assert live_bytes({"a": tensor, "b": tensor.view(10, 10)}) == 400

@@ -1,0 +1,165 @@
+"""Every provider that runs here solves its problem; one that does not becomes a row that says why."""
+
+import csv
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from bench import head, runner
+from bench.core import Case, Errors, Provider, Unavailable
+from bench.linear_logprob import OPS as HEAD_OPS
+from bench.log_ratio import OPS as RATIO_OPS
+from bench.method import Effort
+from bench.peers import require
+from bench.run import OPS, main
+
+EFFORT = Effort(seconds=0.0, least=1, samples=1)
+FOREVER = runner.Deadline(math.inf)
+SMALL = {3: (12, 16, 700), 2: (4, 33)}
+TESTED = [op for op in OPS if op.name != "training_step"]
+
+
+def small_case(op, **changes):
+    return Case(op.name, SMALL[len(op.shape_names)], "float32", **changes)
+
+
+def all_entries(op, case):
+    """Every provider but the compiled ones, which take a C++ compiler and its time."""
+    names = [provider.name for provider in op.providers if provider.name != "torch-compile"]
+    return list(runner.entries(op, case, names, ()))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("op", TESTED, ids=lambda op: op.name)
+def test_every_provider_agrees_with_fp64(op, density):
+    case = small_case(op, mask_density=density)
+    rows = runner.run_case(op, case, all_entries(op, case), EFFORT, FOREVER)
+    assert any(row.provider == "srppo" and row.status == "ok" for row in rows)
+    for row in rows:
+        if row.status == "unavailable":
+            assert row.reason
+            continue
+        assert row.status == "ok", (row.provider, row.reason)
+        assert row.max_error < 1e-4, row.provider
+        assert not row.grad_error > 1e-3, row.provider
+        assert not row.weight_grad_error > 1e-4, row.provider
+        assert row.ratio > 0
+        assert row.samples == 1
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked"])
+def test_the_oracle_is_autograd_in_fp64(kind):
+    case = Case("", (9, 16, 9000), "float32", 0.6, kind)
+    inputs = head.problem_inputs(case)
+    hidden, weight = inputs.hidden.double().requires_grad_(), inputs.weight.double().requires_grad_()
+    logprob = torch.log_softmax(hidden @ weight.T, -1).gather(-1, inputs.targets[:, None])[:, 0][inputs.mask]
+    assert torch.allclose(logprob, inputs.oracle.logprob, rtol=0, atol=1e-12)
+    g = torch.randn(len(logprob), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dhidden, dweight = torch.autograd.grad((logprob * g).sum(), (hidden, weight))
+    rows, columns = inputs.oracle.check_gradients(g, {"dhidden": dhidden, "dweight": dweight})
+    # On peaked rows plain autograd itself loses 1 - p_y, in fp64 too; there it is the less exact of the two.
+    assert rows < (1e-12 if kind == "random" else 1e-4)
+    assert columns < 1e-10
+    off, _ = inputs.oracle.check_gradients(g, {"dhidden": dhidden * 1.01, "dweight": dweight})
+    assert off == pytest.approx(0.01, rel=0.01)
+
+
+def test_a_gradient_in_a_masked_row_is_wrong():
+    inputs = head.problem_inputs(Case("", (9, 16, 500), "float32", 0.5))
+    dhidden = torch.ones_like(inputs.hidden)
+    worst, _ = inputs.oracle.check_gradients(torch.ones(inputs.live, dtype=torch.float64), {"dhidden": dhidden})
+    assert worst == math.inf
+    assert runner.is_wrong(Errors(0.0, worst), 1.0)
+
+
+def test_peaked_rows_are_peaked():
+    oracle = head.problem_inputs(Case("", (64, 64, 5000), "float32", 1.0, "peaked")).oracle
+    p = oracle.logprob.exp()
+    assert p.median() > 0.9
+    assert (-torch.expm1(oracle.logprob)).min() < 1e-6
+
+
+def test_the_mask_has_the_density_that_was_asked_for():
+    assert head.problem_inputs(Case("", (50, 8, 100), "float32", 0.2)).live == 10
+
+
+def op_with(provider):
+    (op,) = (op for op in RATIO_OPS if op.name == "log_ratio_reward")
+    return dataclasses.replace(op, providers=(*op.providers[:2], provider))
+
+
+def refuses(problem, plan):
+    raise Unavailable("its kernel needs a GPU")
+
+
+def breaks(problem, plan):
+    return lambda: 1 / 0
+
+
+def lies(problem, plan):
+    return lambda: {"rewards": torch.zeros_like(problem.sft)}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "status", "reason"),
+    [(refuses, "unavailable", "needs a GPU"), (breaks, "failed", "ZeroDivisionError"), (lies, "wrong", "not timed")],
+)
+def test_a_provider_that_does_not_work_is_a_row_that_says_why_and_stops_no_other(prepare, status, reason):
+    op = op_with(Provider("other", "", prepare))
+    case = small_case(op)
+    rows = runner.run_case(op, case, list(runner.entries(op, case, (), ())), EFFORT, FOREVER)
+    assert [row.status for row in rows] == ["ok", "ok", status]
+    assert reason in rows[-1].reason
+    assert rows[-1].samples == 0
+
+
+def test_what_the_time_does_not_allow_is_a_row_too():
+    (op,) = (op for op in OPS if op.name == "gae")
+    case = small_case(op)
+    rows = runner.run_case(op, case, list(runner.entries(op, case, (), ())), EFFORT, runner.Deadline(-1))
+    assert {row.status for row in rows} == {"skipped"}
+    assert "--budget 0" in rows[0].reason
+
+
+def test_a_plan_that_cannot_serve_is_a_row_with_the_ops_own_words():
+    (op,) = (op for op in HEAD_OPS if op.name == "linear_logprob_grad")
+    case = small_case(op)
+    (row,) = runner.run_case(op, case, list(runner.entries(op, case, ("srppo",), ("precompute",))), EFFORT, FOREVER)
+    assert row.status == "failed"
+    assert "precompute" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "name", "text"),
+    [
+        ("nothing", "no_such_package_here.kernel", "f", "nothing is not installed"),
+        ("torch", "torch.no_such_part", "f", "this version of torch has no torch.no_such_part"),
+        ("torch", "torch.nn.functional", "no_such_op", "has no no_such_op"),
+    ],
+)
+def test_a_missing_package_says_what_is_missing(package, module, name, text):
+    with pytest.raises(Unavailable, match=text):
+        require(package, module, name)
+
+
+def test_a_run_writes_a_row_per_op_provider_and_shape_and_draws(tmp_path, capsys):
+    out = tmp_path / "run.csv"
+    code = main(["--op", "gae", "linear_logprob", "--shape", "2x40", "8x16x300", "--dtype", "float32", "--mask-density",
+                 "1", "0.5", "--provider", "srppo", "trl-loop", "torch", "verl", "--device", "cpu", "--seconds", "0",
+                 "--out", str(out)])  # fmt: skip
+    assert code == 0
+    rows = list(csv.DictReader(out.open()))
+    assert {(r["op"], r["provider"], r["mask_density"]) for r in rows} == {
+        (op, provider, density)
+        for op, providers in (("gae", ("srppo", "trl-loop")), ("linear_logprob", ("srppo", "torch", "verl")))
+        for provider in providers
+        for density in ("1", "0.5")
+    }
+    assert all(r["max_error"] for r in rows)
+    assert all(r["versions"] and r["commit"] and r["machine"] for r in rows)
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"run-gae-ratio.png", "run-linear_logprob-error.png"}
+    text = capsys.readouterr().out
+    assert "max log-prob error, nats" in text
+    assert "/ unmasked" in text

@@ -1,0 +1,65 @@
+"""A row survives its file, and no error column is empty."""
+
+import csv
+import dataclasses
+import math
+
+import pytest
+
+from bench.record import Row, Run, read, set_against_ours, slug, write
+
+
+def row(**changes):
+    values = {
+        "op": "gae", "provider": "srppo", "plan": "-", "shape": "64x4096", "dtype": "float32", "mask_density": 1.0,
+        "rows": "random", "device": "cpu", "ratio": 2.0, "ratio_p20": 1.9, "ratio_p80": 2.1, "max_error": 1e-7,
+        "samples": 9,
+    }  # fmt: skip
+    return Row(**{**values, **changes})
+
+
+def test_a_file_gives_back_its_rows(tmp_path):
+    rows = [row(noisy=True, reason='a "quoted", text'), row(provider="verl-loop", mask_density=0.5, max_error=math.inf)]
+    write(rows, tmp_path / "folder" / "a.csv")
+    for then, now in zip(rows, read(tmp_path / "folder" / "a.csv"), strict=True):
+        for field in dataclasses.fields(Row):
+            a, b = getattr(then, field.name), getattr(now, field.name)
+            assert a == b or (math.isnan(a) and math.isnan(b)), field.name
+
+
+def test_no_error_column_is_empty_even_without_a_result(tmp_path):
+    write([row(), row(provider="verl", status="unavailable", reason="verl is not installed", max_error=math.nan)],
+          tmp_path / "a.csv")  # fmt: skip
+    lines = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [line["max_error"] for line in lines] == ["1e-07", "unavailable"]
+    assert all(line["grad_error"] for line in lines)
+
+
+def test_a_foreign_file_is_refused_with_what_is_missing(tmp_path):
+    path = tmp_path / "b.csv"
+    path.write_text("name,value\na,1\n")
+    with pytest.raises(ValueError, match="has no column op, provider, shape, ratio"):
+        read(path)
+
+
+def test_times_ours_compares_within_a_case_only():
+    rows = [row(), row(provider="verl-loop", ratio=100.0), row(provider="verl-loop", ratio=7.0, shape="1x1"),
+            row(provider="verl", status="unavailable", ratio=math.nan)]  # fmt: skip
+    set_against_ours(rows, {"gae": "srppo"})
+    assert [rows[0].times_ours, rows[1].times_ours] == [1.0, 50.0]
+    assert math.isnan(rows[2].times_ours)
+    assert math.isnan(rows[3].times_ours)
+
+
+def test_a_run_knows_what_it_was_measured_with():
+    run = Run.here("cpu")
+    assert "torch " in run.versions
+    assert run.commit
+    assert run.native
+    assert run.threads >= 1
+    assert run.file_name.startswith("cpu-")
+    assert run.file_name.endswith(".csv")
+
+
+def test_a_slug_is_fit_for_a_file_name():
+    assert slug("cpu AMD EPYC(TM) 2 threads") == "cpu-amd-epyc-tm-2-threads"
