@@ -1,0 +1,417 @@
+"""The configuration: every field does something, and every mistake in it is named."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from tiny_runs import QUIET, ROWS, TinyModels, config, examples, full_roles, rollout, trainer, write_jsonl
+from transformers import dynamic_module_utils
+
+from srppo import SRPPOConfig, UserError, ppo, run_sft
+from srppo.cli import main
+from srppo.commands import load_data
+from srppo.config import read_yaml
+from srppo.models import load_model, lora_config
+from srppo.roles import build_roles, is_peft
+from srppo.rollout import Rollout
+
+FIELDS = [field.name for field in dataclasses.fields(SRPPOConfig)]
+
+
+@dataclass
+class World:
+    """What an observation may use."""
+
+    models: TinyModels
+    folder: Path
+    runs: int = 0
+
+    def fresh(self) -> Path:
+        self.runs += 1
+        return self.folder / str(self.runs)
+
+
+@pytest.fixture
+def world(tiny_models, tmp_path) -> World:
+    return World(tiny_models, tmp_path)
+
+
+# -- observations: each turns settings into something that can be compared ---------------------------------------------
+
+
+def made_up() -> tuple[Rollout, ppo.Scores]:
+    given, generator = rollout(), torch.Generator().manual_seed(0)
+    draw = lambda: -3 * torch.rand(given.completion_mask.shape, generator=generator) * given.completion_mask  # noqa: E731
+    return given, ppo.Scores(*(draw() for _ in ppo.Scores.__dataclass_fields__))
+
+
+def rewards(world: World, **settings: Any) -> Any:
+    """Advantages and returns of given scores."""
+    given, scores = made_up()
+    moments = ppo.RunningMoments()
+    got = ppo.advantages(given, scores, config(world.fresh(), **settings), moments=moments)
+    return got.advantages.tolist(), got.returns.tolist()
+
+
+def scored(world: World, **settings: Any) -> Any:
+    args = config(world.fresh(), **settings)
+    got = ppo.score(full_roles(args), rollout(), args)
+    return {name: getattr(got, name).tolist() for name in ppo.Scores.__dataclass_fields__}
+
+
+def updated(world: World, **settings: Any) -> Any:
+    """Weights after the epochs on one rollout."""
+    args = config(world.fresh(), **{"num_ppo_epochs": 3, "learning_rate": 1e-2, **settings})
+    roles, (given, scores) = full_roles(args), made_up()
+    value = 1e-2 if args.value_learning_rate is None else args.value_learning_rate
+    policy = ppo.Learner.create(roles.policy, args, args.learning_rate, 1)
+    critic = ppo.Learner.create(roles.critic, args, value, 1)
+    scores = dataclasses.replace(scores, policy=ppo.score(roles, given, args).policy)
+    targets = ppo.advantages(given, scores, args)
+    generator = torch.Generator().manual_seed(0)
+    rows = ppo.split_rows(4, args, generator)
+    result = ppo.update(policy, critic, given, scores, targets, args, rows, generator=generator)
+    return result.epochs, [p.sum().item() for p in (*policy.parameters, *critic.parameters)]
+
+
+def sampled(world: World, **settings: Any) -> Any:
+    """The first rollout of a run."""
+    run = trainer(world.models, world.fresh(), **settings)
+    drawn = run.rollout(run.sampler.next())
+    return drawn.input_ids.tolist(), drawn.lengths.tolist()
+
+
+def trained(world: World, **settings: Any) -> Any:
+    """History and final policy of a short run, without times."""
+    run = trainer(world.models, world.fresh(), **settings)
+    run.train()
+    keep = ("lr", "objective/scores", "objective/kl", "loss/value_avg")
+    history = [[entry.get(name) for name in keep] for entry in run.history]
+    return history, [p.sum().item() for _, p in run.roles.policy.parameters()]
+
+
+def files(world: World, **settings: Any) -> Any:
+    """What a run of three iterations leaves behind."""
+    folder = world.fresh()
+    rows = examples(ROWS[:1])
+    trainer(world.models, folder, eval_dataset=rows, num_ppo_epochs=1, **{"max_steps": 3, **settings}).train()
+    evaluated = sum("eval/objective/kl" in line for line in (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return evaluated, sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "tfevents" not in path.name)
+
+
+def place(world: World, **settings: Any) -> Any:
+    trainer(world.models, world.folder, max_steps=0, **settings).train()
+    return sorted(path.parent.name for path in world.folder.rglob("model.safetensors"))
+
+
+def fine_tuned(world: World, **settings: Any) -> Any:
+    folder = world.fresh()
+    args = config(folder, **{"base_model_name_or_path": world.models.base, **settings})
+    run_sft(args, train_dataset=examples(ROWS), output_dir=folder / "sft", console=QUIET)
+    return [json.loads(line)["sft/loss"] for line in (folder / "sft" / "metrics.jsonl").read_text().splitlines()]
+
+
+def loaded(world: World, **settings: Any) -> Any:
+    model = load_model(world.models.base, config(world.fresh(), use_peft=True, **settings))
+    return model.dtype, model.config._attn_implementation
+
+
+def adapted(world: World, **settings: Any) -> Any:
+    """The adapter that would be made: where, how large, and its scale."""
+    args = config(world.fresh(), use_peft=True, **settings)
+    made = build_roles(args, world.models.base, world.models.sft)
+    scale = next(m.scaling["policy"] for m in made.policy.model.modules() if hasattr(m, "lora_A"))
+    return scale, [(name, tuple(p.shape)) for name, p in made.policy.parameters()]
+
+
+def roles(world: World, **settings: Any) -> Any:
+    args = config(world.fresh(), **settings)
+    made = build_roles(args, world.models.base, world.models.sft)
+    return (
+        is_peft(made.policy.model),
+        made.critic.model is made.policy.model,
+        made.policy.causal_lm.is_gradient_checkpointing,
+    )
+
+
+def data(world: World, **settings: Any) -> Any:
+    """Training and evaluation rows, or the refusal."""
+    folder = world.folder / "data"
+    for name, rows in {"train": ROWS, "test": ROWS[:2], "more": ROWS[2:]}.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    write_jsonl(world.folder / "prompts" / "train.jsonl", [{"prompt": "another"}])
+    write_jsonl(world.folder / "prompts" / "more.jsonl", [{"prompt": "yet another"}])
+    for key in ("dataset_name", "prompt_dataset_name"):
+        if settings.get(key):
+            settings[key] = str(world.folder / settings[key])
+    args = config(world.fresh(), **{"dataset_name": str(folder), **settings})
+    try:
+        return [[e.prompt_ids for e in part] for part in load_data(args, tiny_tokenizer(), QUIET)]
+    except UserError as error:
+        return str(error).rpartition("line")[2]
+
+
+def score_command(world: World, **settings: Any) -> Any:
+    source = write_jsonl(world.folder / "score.jsonl", ROWS)
+    out = world.fresh()
+    flags = {"base_model_name_or_path": "base", "sft_model_name_or_path": "sft", **settings}
+    arguments = [part for k, v in flags.items() for part in (f"--{k}", getattr(world.models, v))]
+    assert main(["score", "--dataset_name", source, "--output_file", str(out), *arguments]) == 0
+    return [json.loads(line)["score"] for line in out.read_text().splitlines()]
+
+
+def remote_code(world: World, **settings: Any) -> Any:
+    """Whether a checkpoint's own model code is run."""
+    folder = world.folder / "custom"
+    tiny_model().save_pretrained(folder)
+    (folder / "own_code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    description = json.loads((folder / "config.json").read_text())
+    description |= {
+        "model_type": "own_llama",
+        "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(description))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(world.folder / "modules"))
+        try:
+            return type(load_model(folder, config(world.fresh(), **settings))).__name__
+        except UserError as error:
+            return "refused" if "trust_remote_code" in str(error) or "custom code" in str(error) else str(error)
+
+
+def resumed(world: World, **settings: Any) -> Any:
+    """Iterations done by a run that may start from a checkpoint."""
+    first = world.folder / "first"
+    if not first.exists():
+        trainer(world.models, first, save_steps=1, max_steps=1).train()
+    if settings["resume_from_checkpoint"]:
+        settings["resume_from_checkpoint"] = str(first / "run" / settings["resume_from_checkpoint"])
+    done: list[int] = []
+    trainer(world.models, world.fresh(), callbacks=[lambda run, step, metrics: done.append(step)], **settings).train()
+    return done
+
+
+def batches(world: World, **settings: Any) -> Any:
+    args = config(world.fresh(), **settings)
+    return [[len(rows) for rows in mini] for mini in ppo.split_rows(args.batch_size, args)]
+
+
+# -- the table: field -> two values and what tells them apart ---------------------------------------------------------
+
+Observation = Callable[..., Any]
+EFFECTS: dict[str, tuple[Any, Any, Observation]] = {
+    "base_model_name_or_path": ("base", "sft", score_command),
+    "sft_model_name_or_path": ("sft", "adapter", score_command),
+    "dtype": ("float32", "bfloat16", loaded),
+    "attn_implementation": ("eager", "sdpa", loaded),
+    "use_peft": (True, False, roles),
+    "lora_r": (4, 8, adapted),
+    "lora_alpha": (8, 16, adapted),
+    "lora_dropout": (0.0, 0.5, lambda world, **s: fine_tuned(world, use_peft=True, sft_learning_rate=1e-2, **s)),
+    "lora_target_modules": (None, ["q_proj"], adapted),
+    "trust_remote_code": (True, False, remote_code),
+    "dataset_name": ("data", "prompts", data),
+    "prompt_dataset_name": (None, "prompts", data),
+    "dataset_train_split": ("train", "more", data),
+    "dataset_test_split": ("test", "more", data),
+    "max_prompt_length": (24, 4, data),
+    "max_completion_length": (5, 2, sampled),
+    "temperature": (1.0, 0.3, sampled),
+    "top_p": (1.0, 0.3, sampled),
+    "stop_token_ids": ([0], list(range(260)), sampled),
+    "missing_eos_penalty": (None, 1.0, rewards),
+    "num_ppo_epochs": (1, 2, updated),
+    "num_mini_batches": (1, 2, batches),
+    "cliprange": (0.2, 1e-4, lambda world, **s: updated(world, learning_rate=1e-4, **s)),
+    "cliprange_value": (None, 0.001, updated),
+    "gamma": (1.0, 0.9, rewards),
+    "lam": (0.95, 0.5, rewards),
+    "whiten_advantages": (True, False, rewards),
+    "target_kl": (None, 1e-6, updated),
+    "entropy_coef": (0.0, 0.1, updated),
+    "reward_placement": ("eos", "token", rewards),
+    "reward_normalization": ("none", "length", rewards),
+    "reward_scale": (1.0, 2.0, rewards),
+    "reward_clip": (None, 0.1, rewards),
+    "whiten_rewards": (False, True, rewards),
+    "kl_coef": (1.0, 0.5, rewards),
+    "kl_estimator": ("k1", "k3", rewards),
+    "kl_reference": ("sft", "base", scored),
+    "score_temperature": (1.0, 2.0, scored),
+    "value_model": ("adapter", "separate", lambda world, **s: roles(world, use_peft=True, **s)),
+    "value_learning_rate": (None, 1e-4, trained),
+    "value_warmup_steps": (0, 1, trained),
+    "learning_rate": (1e-3, 1e-4, trained),
+    "per_device_train_batch_size": (2, 4, batches),
+    "gradient_accumulation_steps": (2, 4, batches),
+    "max_grad_norm": (None, 1e-6, updated),
+    "adam_betas": ([0.9, 0.999], [0.5, 0.999], updated),
+    "lr_scheduler_type": ("linear", "constant", trained),
+    "warmup_ratio": (0.0, 0.5, trained),
+    "gradient_checkpointing": (False, True, roles),
+    "seed": (0, 1, sampled),
+    "sft_learning_rate": (1e-3, 1e-2, fine_tuned),
+    "sft_num_train_epochs": (1, 2, fine_tuned),
+    "output_dir": ("here", "there", lambda world, output_dir: place(world, output_dir=str(world.folder / output_dir))),
+    "max_steps": (1, 2, lambda world, **s: trained(world, lr_scheduler_type="constant", **s)[0]),
+    "eval_steps": (0, 1, files),
+    "save_steps": (0, 2, files),
+    "save_total_limit": (None, 1, lambda world, **s: files(world, save_steps=1, **s)),
+    "resume_from_checkpoint": (None, "checkpoint-1", resumed),
+    "report_to": (["none"], ["tensorboard"], files),
+    "log_completions": (0, 1, files),
+}
+
+
+def test_the_table_has_every_field_of_the_configuration():
+    assert sorted(EFFECTS) == sorted(FIELDS), "a new field needs an entry: two values and what tells them apart"
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_changing_a_field_changes_something(world, name):
+    one, other, observe = EFFECTS[name]
+    assert observe(world, **{name: one}) != observe(world, **{name: other})
+
+
+@pytest.mark.parametrize("observe", [rewards, scored, updated, sampled, trained, fine_tuned, loaded, adapted, batches])
+def test_an_observation_without_a_change_is_always_the_same(world, observe):
+    """Otherwise the table would prove nothing."""
+    first = observe(world)
+    random.seed(1)
+    torch.manual_seed(12345)
+    assert observe(world) == first
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_at_most_sixty_fields_each_with_documentation():
+    assert len(FIELDS) <= 60
+    for field in dataclasses.fields(SRPPOConfig):
+        assert len(field.metadata["help"]) >= 8, field.name
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("learning_rte", "did you mean learning_rate?"),
+        ("kl_coeff", "did you mean kl_coef?"),
+        ("use_lora", "'srppo train --help' lists them"),
+        ("vf_coef", "did you mean kl_coef?"),
+        (3, "'srppo train --help' lists them"),
+    ],
+)
+def test_an_unknown_key_is_refused_and_the_nearest_is_named(key, hint):
+    with pytest.raises(UserError) as caught:
+        SRPPOConfig.from_dict({"seed": 1, key: 1}, source="run.yaml")
+    assert str(caught.value).startswith(f"unknown option {key!r} in run.yaml; ")
+    assert hint in str(caught.value) or key == "vf_coef"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": "fast"}, "learning_rate must be a number; got 'fast'"),
+        ({"learning_rate": True}, "learning_rate must be a number; got True"),
+        ({"learning_rate": -1e-3}, "learning_rate must be at least 0; got -0.001"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0; got nan"),
+        ({"learning_rate": None}, "learning_rate must be a number; got None"),
+        ({"reward_scale": float("nan")}, "reward_scale must be a number; got nan"),
+        ({"lora_r": 0}, "lora_r must be at least 1; got 0"),
+        ({"lora_r": 2.5}, "lora_r must be a whole number; got 2.5"),
+        ({"lora_r": "2.5"}, "lora_r must be a whole number; got '2.5'"),
+        ({"seed": float("inf")}, "seed must be a whole number; got inf"),
+        ({"lora_dropout": 1.5}, "lora_dropout must be between 0 and 1; got 1.5"),
+        ({"adam_betas": [0.9]}, "adam_betas takes two numbers"),
+        ({"adam_betas": [0.9, 1.2]}, "adam_betas must be between 0 and 1; got 1.2"),
+        ({"adam_betas": "0.9,x"}, "adam_betas must be a number; got 'x'"),
+        ({"use_peft": "yes"}, "use_peft must be true or false; got 'yes'"),
+        ({"use_peft": 1}, "use_peft must be true or false; got 1"),
+        ({"dtype": "fp8"}, "dtype must be one of auto, float32, bfloat16, float16; got 'fp8'"),
+        ({"output_dir": 3}, "output_dir must be text; got 3"),
+        ({"report_to": ["wandb"]}, r"report_to knows tensorboard and none, got \['wandb'\]"),
+        ({"reward_normalization": "running", "reward_placement": "token"}, "running is for reward_placement=eos"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(settings, message):
+    with pytest.raises(UserError, match=message):
+        SRPPOConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("learning_rate", "3e-6", 3e-6),
+        ("use_peft", "TRUE", True),
+        ("seed", "7", 7),
+        ("lora_r", 8.0, 8),
+        ("max_grad_norm", "none", None),
+        ("target_kl", "null", None),
+        ("stop_token_ids", "1,2", [1, 2]),
+        ("stop_token_ids", 5, [5]),
+        ("adam_betas", (0.8, 0.9), [0.8, 0.9]),
+        ("lora_target_modules", "q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("report_to", "none", ["none"]),
+    ],
+)
+def test_text_from_flags_and_yaml_becomes_the_fields_type(name, text, value):
+    assert getattr(SRPPOConfig(**{name: text}), name) == value
+
+
+def test_batch_arithmetic():
+    args = SRPPOConfig(per_device_train_batch_size=3, gradient_accumulation_steps=4, num_mini_batches=5)
+    assert (args.mini_batch_size, args.batch_size) == (12, 60)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_yaml_is_read_overridden_and_written_back_alike(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 3e-6\nuse_peft: true\nstop_token_ids: [1, 2]\nmax_grad_norm: null\nseed: 4\n")
+    args = SRPPOConfig.from_yaml(path, seed=9)
+    assert (args.learning_rate, args.use_peft, args.stop_token_ids) == (3e-6, True, [1, 2])
+    assert args.max_grad_norm is None and args.seed == 9
+    path.write_text(args.to_yaml())
+    assert SRPPOConfig.from_yaml(path) == args
+    path.write_text("")
+    assert SRPPOConfig.from_yaml(path) == SRPPOConfig()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1", r"run\.yaml is not valid YAML"),
+        ("- seed\n", r"run\.yaml must hold 'name: value' lines, got a list"),
+        (b"seed: \xff\xfe", r"run\.yaml is not valid YAML"),
+        ("sed: 1\n", r"unknown option 'sed' in .*run\.yaml; did you mean seed\?"),
+        (None, r"cannot read the configuration file .*run\.yaml: No such file"),
+    ],
+)
+def test_a_bad_configuration_file_is_named(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        SRPPOConfig.from_yaml(path)
+    with contextlib.suppress(UserError):
+        assert read_yaml(path) == {"sed": 1}
+
+
+def test_lora_config_takes_its_numbers_from_the_configuration():
+    made = lora_config(SRPPOConfig(lora_r=5, lora_alpha=7, lora_dropout=0.25), tiny_model())
+    assert (made.r, made.lora_alpha, made.lora_dropout) == (5, 7, 0.25)

@@ -1,0 +1,322 @@
+"""Metrics and what a run leaves behind: documented, computed as documented, and readable."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_tokenizer
+from tiny_runs import QUIET, ROWS, STOPS, config, examples, full_roles, learners, read_jsonl, rollout, trainer
+
+from srppo import SRPPOConfig, UserError, ppo, run_sft
+from srppo.evaluation import EVAL_METRICS, answers_match, evaluate_policy
+from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
+from srppo.plots import plot_history
+from srppo.roles import frozen_roles
+from srppo.rollout import collate
+from srppo.sft import SFT_METRICS
+
+PNG = b"\x89PNG\r\n\x1a\n"
+EVAL_ROWS = [{"prompt": "2+2=", "completion": "4", "answer": "4"}, {"prompt": "xyz", "answer": "no"}, {"prompt": "q"}]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_models, tmp_path_factory):
+    """A whole run with everything on: trainer and output folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = trainer(
+        tiny_models, folder, max_steps=3, eval_steps=2, save_steps=3, log_completions=2, report_to=["tensorboard"],
+        eval_dataset=examples(EVAL_ROWS), missing_eos_penalty=0.5,
+    )  # fmt: skip
+    last = run.train()
+    return run, folder / "run", last
+
+
+def test_every_metric_of_a_run_is_documented_and_every_documented_one_is_written(finished):
+    run, _, _ = finished
+    written = {name for entry in run.history for name in entry} - {"step"}
+    assert written == set(METRICS) | set(EVAL_METRICS)
+    assert all(len(text) > 10 for text in {**METRICS, **EVAL_METRICS, **SFT_METRICS}.values())
+
+
+def test_every_metric_of_sft_is_documented(tiny_models, tmp_path):
+    rows = examples(ROWS)
+    args = config(tmp_path, base_model_name_or_path=tiny_models.base)
+    run_sft(args, train_dataset=rows, eval_dataset=rows[:3], output_dir=tmp_path / "sft", console=QUIET)
+    history = read_jsonl(tmp_path / "sft" / "metrics.jsonl")
+    assert {name for entry in history for name in entry} - {"step"} == set(SFT_METRICS)
+    assert [entry["step"] for entry in history if "eval/loss" in entry] == [2, 4]  # the end of each epoch
+
+
+def test_metrics_are_what_a_computation_by_hand_gives(tmp_path):
+    args = config(tmp_path, num_ppo_epochs=1, kl_coef=0.3, missing_eos_penalty=1.5, cliprange_value=0.1)
+    roles, given = full_roles(args, sft_seed=2), rollout()
+    with torch.no_grad():
+        roles.critic.value_head.weight.fill_(0.1)
+        roles.policy.parameters()[0][1].mul_(1.1)  # so that the KL is not 0
+    scores = ppo.score(roles, given, args)
+    targets = ppo.advantages(given, scores, args)
+    mini_batches = [[torch.tensor([0, 1]), torch.tensor([2, 3])]]
+    result = ppo.update(*learners(roles, args), given, scores, targets, args, mini_batches)
+    got = iteration_metrics(given, scores, targets, result)
+
+    mask, lengths = given.completion_mask, [3, 1, 4, 2]
+    rows = [
+        {name: getattr(scores, name)[i, :n].double().tolist() for name in ppo.Scores.__dataclass_fields__}
+        for i, n in enumerate(lengths)
+    ]
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    reward = [sum(r["sft"]) - sum(r["base"]) for r in rows]
+    kl = [sum(r["policy"]) - sum(r["reference"]) for r in rows]
+    returns, values = targets.returns[mask].double(), scores.values[mask].double()
+    expected = {
+        "objective/scores": mean(reward),
+        "objective/scores_per_token": sum(reward) / 10,
+        "objective/kl": mean(kl),
+        "objective/entropy": mean([-sum(r["policy"]) for r in rows]),
+        "objective/non_score_reward": -0.3 * mean(kl),
+        "objective/rlhf_reward": mean(reward) - 0.3 * mean(kl) - 1.5 / 4,
+        "objective/logp_sft": sum(sum(r["sft"]) for r in rows) / 10,
+        "objective/logp_base": sum(sum(r["base"]) for r in rows) / 10,
+        "policy/approxkl_avg": 0.0,
+        "policy/clipfrac_avg": 0.0,
+        "policy/entropy_avg": sum(sum(r["entropy"]) for r in rows) / 10,
+        "loss/policy_avg": -targets.advantages[mask].mean().item(),
+        "loss/value_avg": 0.5 * (values - returns).square().mean().item(),
+        "val/ratio": 1.0,
+        "val/ratio_var": 0.0,
+        "val/clipfrac_avg": 0.0,
+        "val/explained_variance": 1 - ((returns - values).var(correction=0) / returns.var(correction=0)).item(),
+        "val/num_eos_tokens": 3,
+        "completions/mean_length": 2.5,
+        "completions/min_length": 1,
+        "completions/max_length": 4,
+        "completions/clipped_ratio": 0.25,
+        "skipped_steps": 0,
+        "ppo_epochs": 1,
+    }
+    assert abs(expected["objective/kl"]) > 1e-3
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(value, abs=2e-5, rel=2e-5), name
+    assert set(got) - set(expected) == {"grad_norm", "value_grad_norm"}
+    assert got["grad_norm"] > 0 and got["value_grad_norm"] > 0
+
+
+def test_clip_fraction_counts_the_tokens_whose_clipped_term_was_the_smaller_one(tmp_path):
+    """The second epoch sees the weights after the first step: they are made here by an update of one epoch."""
+    settings = {"learning_rate": 0.05, "max_grad_norm": None, "kl_coef": 0.0, "lr_scheduler_type": "constant"}
+    given, rows, outcomes = rollout(), [[torch.arange(4)]], []
+    for epochs in (1, 2):
+        args = config(tmp_path, num_ppo_epochs=epochs, **settings)
+        roles = full_roles(args, sft_seed=2)
+        scores = ppo.score(roles, given, args)
+        targets = ppo.advantages(given, scores, args)
+        generator = torch.Generator().manual_seed(0)
+        result = ppo.update(*learners(roles, args), given, scores, targets, args, rows, generator=generator)
+        outcomes.append((roles, scores, targets, iteration_metrics(given, scores, targets, result)))
+    (moved, *_), (_, scores, targets, got) = outcomes
+    mask = given.completion_mask
+    ratio = (ppo.logprobs(moved.policy, given)[0] - scores.policy)[mask].double().exp()
+    advantage = targets.advantages[mask]
+    clipped = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0))
+    assert 0 < clipped.sum() < 10
+    assert got["policy/clipfrac_avg"] == pytest.approx(clipped.double().mean().item() / 2)  # the first epoch has none
+    assert got["val/ratio"] == pytest.approx((1 + ratio.mean().item()) / 2, rel=1e-3)
+    k3 = (ratio - 1 - ratio.log()).mean().item()
+    assert got["policy/approxkl_avg"] == pytest.approx(k3 / 2, rel=1e-3)
+
+
+def test_metrics_that_are_no_number_are_left_out(tmp_path):
+    with MetricsWriter(tmp_path, ["none"]) as writer:
+        writer.write(1, {"a": 1.0, "b": math.nan, "c": math.inf})
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 1.0}]
+    one = collate([[10]], [[0]], pad_token_id=1, stop_token_ids=[0])
+    args = config(tmp_path)
+    roles = full_roles(args)
+    scores = ppo.score(roles, one, args)
+    targets = ppo.advantages(one, scores, args)
+    result = ppo.update(*learners(roles, args), one, scores, targets, args, [[torch.tensor([0])]])
+    assert math.isnan(iteration_metrics(one, scores, targets, result)["val/explained_variance"])
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_metrics_are_means_over_the_rows_it_returns(tiny_models, tmp_path):
+    args = config(tmp_path, temperature=0.9)
+    base, sft = frozen_roles(args, tiny_models.base, tiny_models.sft)
+    rows = examples([*EVAL_ROWS, *ROWS])
+    metrics, judged = evaluate_policy(base, sft, base, rows, args, tiny_tokenizer(), stop_token_ids=STOPS)
+    assert set(metrics) == set(EVAL_METRICS)
+    assert [row["prompt"] for row in judged] == [tiny_tokenizer().decode(e.prompt_ids) for e in rows]
+    lengths = [row["length"] for row in judged]
+    for name, expected in {
+        "eval/objective/scores": sum(row["score"] for row in judged) / 9,
+        "eval/objective/scores_per_token": sum(row["score"] for row in judged) / sum(lengths),
+        "eval/objective/kl": sum(row["kl"] for row in judged) / 9,
+        "eval/completions/mean_length": sum(lengths) / 9,
+        "eval/completions/clipped_ratio": sum(row["truncated"] for row in judged) / 9,
+        "eval/exact_match": sum(row.get("exact_match", 0) for row in judged) / 2,
+    }.items():
+        assert metrics[name] == pytest.approx(expected, abs=1e-5), name
+    assert metrics["eval/objective/kl"] != 0
+    assert ["exact_match" in row for row in judged] == [True, True, *[False] * 7]
+    assert all(row["score_per_token"] == pytest.approx(row["score"] / row["length"]) for row in judged)
+
+
+def test_likelihood_of_held_out_demonstrations_is_a_mean_over_their_tokens(tiny_models, tmp_path):
+    args = config(tmp_path, per_device_train_batch_size=4)
+    base, sft = frozen_roles(args, tiny_models.base, tiny_models.sft)
+    rows = examples([*ROWS, {"prompt": "no completion"}])
+    metrics, _ = evaluate_policy(base, sft, base, rows, args, tiny_tokenizer(), stop_token_ids=[0])
+    total, tokens = 0.0, 0
+    for row in rows:
+        if row.completion_ids is not None:
+            ids = torch.tensor([row.prompt_ids + row.completion_ids])
+            logp = sft.causal_lm(input_ids=ids).logits[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None])
+            total += logp[len(row.prompt_ids) - 1 :].sum().item()
+            tokens += len(row.completion_ids)
+    assert metrics["eval/demonstrations/logp_sft"] == pytest.approx(total / tokens, abs=1e-4)
+    assert metrics["eval/demonstrations/logp"] < metrics["eval/demonstrations/logp_sft"]  # SFT has seen them
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "match"),
+    [
+        ("The answer is 12.", "12", True),
+        ("12 then 13", "12", False),
+        ("1,234 apples", "1234", True),
+        ("it costs 3.50", "3.5", True),
+        ("-4", "-4", True),
+        ("none", "12", False),
+        ("Paris ", "paris", True),
+        ("Paris, France", "paris", False),
+        ("", "0", False),
+    ],
+)
+def test_exact_match_compares_the_last_number_or_the_whole_text(completion, answer, match):
+    assert answers_match(completion, answer) is match
+
+
+# -- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_train_returns_the_last_entry_of_the_history(finished):
+    run, folder, last = finished
+    assert last == run.history[-1]
+    assert "eval/objective/kl" in last  # evaluated at the end though eval_steps does not divide max_steps
+    assert read_jsonl(folder / "metrics.jsonl") == run.history
+
+
+def test_counters_add_up(finished):
+    run, _, _ = finished
+    entries = [entry for entry in run.history if "episode" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    assert [entry["episode"] for entry in entries] == [4, 8, 12]
+    tokens = [round(entry["completions/mean_length"] * 4) for entry in entries]
+    assert [entry["num_tokens"] for entry in entries] == [sum(tokens[: n + 1]) for n in range(3)]
+    for entry in entries:
+        parts = entry["time/rollout"] + entry["time/score"] + entry["time/update"]
+        assert entry["step_time"] == pytest.approx(parts, rel=1e-6)
+        assert entry["perf/tokens_per_second"] > 0 and entry["perf/peak_memory_gib"] > 0
+
+
+def test_trainer_state_and_configuration_can_be_read_back(finished):
+    run, folder, _ = finished
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert (state["step"], state["episode"]) == (3, 12)
+    assert state["log_history"] == run.history
+    assert SRPPOConfig.from_yaml(folder / "srppo_config.yaml") == run.args
+    assert list(yaml.safe_load((folder / "srppo_config.yaml").read_text())) == list(SRPPOConfig.__dataclass_fields__)
+
+
+def test_tensorboard_has_every_metric_at_every_step(finished):
+    run, folder, _ = finished
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == set(METRICS) | set(EVAL_METRICS)
+    kept = [(event.step, event.value) for event in board.Scalars("objective/scores")]
+    expected = [(e["step"], e["objective/scores"]) for e in run.history if "objective/scores" in e]
+    assert [step for step, _ in kept] == [step for step, _ in expected]
+    assert [value for _, value in kept] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+def test_plots_are_png_files(finished):
+    _, folder, _ = finished
+    names = {path.name for path in (folder / "plots").iterdir()}
+    assert names >= {"reward.png", "kl.png", "length.png", "reward_per_token.png"}
+    for path in (folder / "plots").iterdir():
+        assert path.read_bytes().startswith(PNG) and path.stat().st_size > 2000
+
+
+def test_a_plot_without_data_is_not_drawn(tmp_path):
+    assert plot_history([{"step": 1, "other": 2.0}], tmp_path / "plots") == []
+    assert not (tmp_path / "plots").exists()
+
+
+def test_completions_of_each_logged_iteration_are_kept_as_parquet(finished):
+    run, folder, _ = finished
+    assert sorted(p.name for p in (folder / "completions").iterdir()) == [
+        "completions_00001.parquet", "completions_00002.parquet",
+    ]  # fmt: skip
+    table = pyarrow.parquet.read_table(folder / "completions" / "completions_00001.parquet").to_pylist()
+    assert len(table) == 4
+    entry = run.history[0]
+    assert sum(row["score"] for row in table) / 4 == pytest.approx(entry["objective/scores"], abs=1e-5)
+    assert sum(row["length"] for row in table) / 4 == entry["completions/mean_length"]
+    assert {row["prompt"] for row in table} <= {row["prompt"] for row in ROWS}
+    assert all(row["step"] == 1 and len(row["completion"]) > 0 for row in table)
+
+
+def test_model_card_names_models_settings_and_results(finished):
+    run, folder, _ = finished
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers"
+    assert Path(front["base_model"]).name == "base"
+    assert "learning_rate: 0.001" in card and "missing_eos_penalty: 0.5" in card
+    assert f"{run.history[0]['objective/scores']:.3f}" in card
+    assert f"{run.history[-1]['eval/objective/kl']:.4f}" in card
+    assert "3 iterations of 4 prompts" in card
+
+
+def test_nothing_temporary_is_left(finished):
+    _, folder, _ = finished
+    assert not list(folder.rglob(".writing-*"))
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "checkpoint-3", "completions", "config.json", "generation_config.json", "metrics.jsonl",
+        "model.safetensors", "plots", "srppo_config.yaml", "tensorboard", "tokenizer.json", "tokenizer_config.json",
+        "trainer_state.json", "chat_template.jinja",
+    }  # fmt: skip
+
+
+def test_a_callback_sees_every_iteration_and_may_end_the_run(tiny_models, tmp_path):
+    seen = []
+
+    def stop_at_two(run, step, metrics):
+        seen.append((step, metrics["episode"]))
+        if step == 2:
+            raise StopIteration
+
+    run = trainer(tiny_models, tmp_path, max_steps=9, callbacks=[stop_at_two])
+    run.train()
+    assert seen == [(1, 4), (2, 8)]
+    assert run.step == 2 and (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_evaluate_without_data_says_what_to_give(tiny_models, tmp_path):
+    with pytest.raises(UserError, match="no evaluation data: give eval_dataset"):
+        trainer(tiny_models, tmp_path).evaluate()
+
+
+def test_zero_iterations_write_the_sft_model_and_its_evaluation(tiny_models, tmp_path):
+    run = trainer(tiny_models, tmp_path, max_steps=0, eval_dataset=examples(EVAL_ROWS))
+    last = run.train()
+    assert last["step"] == 0 and last["eval/objective/kl"] == 0
+    assert (tmp_path / "run" / "model.safetensors").exists()
