@@ -80,7 +80,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: ModelSize, *, seed: in
 class Pretraining:
     """Settings of the pretraining loop."""
 
-    steps: int = 450
+    steps: int = 400
     batch_size: int = 128
     learning_rate: float = 3e-3
     warmup_steps: int = 50

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Every number of the demo. They were chosen once, before the runs that the README reports, and not per seed."""
+    """Every number of the demo. They were chosen on seed 0, once for all seeds; judge them by other seeds."""
 
     corpus_size: int = 60_000
     demonstrations: int = 8
@@ -51,16 +51,16 @@ class DemoSettings:
     held_out_demonstrations: int = 64
     model: ModelSize = ModelSize()
     pretraining: Pretraining = Pretraining()
-    sft_epochs: int = 5
-    longer_sft: tuple[int, ...] = (4, 16)  # how many times longer
+    sft_epochs: int = 40  # about what it takes to answer the demonstrated task right on strings not demonstrated
+    longer_sft: tuple[int, ...] = (4, 8)  # how many times longer
     sft_batch_size: int = 4
     sft_learning_rate: float = 1e-4
     extrapolation_betas: tuple[float, ...] = (1.0, 1 / 3)
     iterations: int = 60
     prompts_per_iteration: int = 128
     mini_batches: int = 4
-    ppo_epochs: int = 2
-    learning_rate: float = 1e-4
+    ppo_epochs: int = 1
+    learning_rate: float = 3e-4
     value_learning_rate: float = 3e-4
     kl_coef: float = 1.0
     watch_every: int = 10  # iterations between looks at the score while SRPPO runs

@@ -16,7 +16,7 @@ ROWS = [
     "base",
     "SFT",
     "SFT, 4x as long",
-    "SFT, 16x as long",
+    "SFT, 8x as long",
     "extrapolated β=1",
     "extrapolated β=0.33",
     "SRPPO",
@@ -81,7 +81,7 @@ def test_every_file_is_written(demo):
 def test_every_model_loads_with_plain_transformers(demo):
     folder, _, _ = demo
     weights = {}
-    for name in ("base", "sft", "sft-longer-4x", "sft-longer-16x", "srppo"):
+    for name in ("base", "sft", "sft-longer-4x", "sft-longer-8x", "srppo"):
         model = AutoModelForCausalLM.from_pretrained(folder / name)
         tokenizer = AutoTokenizer.from_pretrained(folder / name)
         assert tokenizer.eos_token_id == model.config.eos_token_id != tokenizer.pad_token_id
