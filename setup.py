@@ -8,6 +8,7 @@ Without a compiler the installation still succeeds, with one line that says what
 plain-torch references.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -103,22 +104,23 @@ def extension_arguments():
     nvcc = shutil.which("nvcc") or (str(Path(CUDA_HOME) / "bin" / "nvcc") if CUDA_HOME else None)
     cuda_sources = relative("**/*.cu")
     cuda = bool(cuda_sources) and nvcc is not None and torch.version.cuda is not None
-    if cuda_sources and not cuda:
-        missing = "nvcc is not found" if nvcc is None else "torch is a CPU build"
-        say(f"CUDA kernels are not built: {missing}")
+    missing = "nvcc is not found" if nvcc is None else "torch is a CPU build"
     flags = [*CXX_FLAGS, *([f'-DSRPPO_CUDA="{",".join(CUDA_ARCHITECTURES)}"'] if cuda else [])]
 
     class OptionalBuild(BuildExtension):
         """Compiles; a failure costs the kernels and not the installation."""
 
         def run(self):
+            if cuda_sources and not cuda:
+                say(f"CUDA kernels are not built: {missing}")
             try:
                 super().run()
             except Exception as error:
                 self.give_up(error)
 
         def build_extensions(self):
-            compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+            named = os.environ.get("CXX")  # the compilers' usual variable, which torch's build heeds too
+            compiler = named or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
             if compiler is None:
                 self.give_up("no C++ compiler on PATH (install g++ or clang++)")
                 return

@@ -30,6 +30,9 @@ inline std::int64_t end_of_valid(const bool* mask, std::int64_t begin, std::int6
   return end;
 }
 
+// The least that is worth a thread: 30 us of work or so. Waking one costs 10 us, and far more on a busy machine.
+constexpr std::int64_t kTokensPerThread = 16384;
+
 struct Block {
   std::int64_t row;
   std::int64_t begin, end;             // tokens to compute, as offsets into the flat tensor
@@ -69,8 +72,7 @@ struct Blocks {
     std::int64_t tokens = 0;
     for (const Block& block : list) tokens += block.clear_to - block.clear_from;
     const auto blocks = static_cast<std::int64_t>(list.size());
-    // At least 8k tokens a thread: below that, waking a thread costs more than it saves.
-    const std::int64_t grain = std::max<std::int64_t>(1, blocks * 8192 / std::max<std::int64_t>(tokens, 1));
+    const std::int64_t grain = std::max<std::int64_t>(1, blocks * kTokensPerThread / std::max<std::int64_t>(tokens, 1));
     torch::stable::parallel_for(0, blocks, grain, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) f(list[static_cast<std::size_t>(i)], static_cast<std::size_t>(i));
     });

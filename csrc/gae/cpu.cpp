@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
     const std::int64_t threads = std::max<std::int64_t>(1, torch::stable::get_num_threads());
     const int per_group = static_cast<int>(std::clamp<std::int64_t>((args.rows + threads - 1) / threads, 1, width()));
     const std::int64_t groups = (args.rows + per_group - 1) / per_group;
-    const std::int64_t grain = std::max<std::int64_t>(1, groups * 4096 / total);
+    const std::int64_t grain = std::max<std::int64_t>(1, groups * kTokensPerThread / total);
     torch::stable::parallel_for(0, groups, grain, [&](std::int64_t begin, std::int64_t end) {
       groups_of(args, per_group, begin, end);
     });
@@ -130,7 +130,7 @@ Tensor whiten_apply(const Tensor& x, const Tensor& mask, const Tensor& moments, 
   Tensor out = torch::stable::empty_like(x);
   float* po = mutable_floats(out);
   const auto whiten = SRPPO_AT_LEVEL(whiten_range);
-  torch::stable::parallel_for(0, total, 16384, [&](std::int64_t begin, std::int64_t end) {
+  torch::stable::parallel_for(0, total, kTokensPerThread, [&](std::int64_t begin, std::int64_t end) {
     whiten(px + begin, pm + begin, po + begin, end - begin, scale);
   });
   return out;

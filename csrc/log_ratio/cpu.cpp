@@ -55,7 +55,7 @@ Tensor log_ratio_reward(const Tensor& sft, const Tensor& base, const Tensor& mas
   Tensor reward = torch::stable::empty_like(sft);
   args.reward = mutable_floats(reward);
   const auto compute = SRPPO_AT_LEVEL(reward_rows);
-  const std::int64_t grain = std::max<std::int64_t>(1, 8192 / std::max<std::int64_t>(args.steps, 1));
+  const std::int64_t grain = std::max<std::int64_t>(1, kTokensPerThread / std::max<std::int64_t>(args.steps, 1));
   torch::stable::parallel_for(0, rows, grain, [&](std::int64_t begin, std::int64_t end) { compute(args, begin, end); });
   return reward;
 }
