@@ -129,8 +129,10 @@ def run_demo(
     stopwatch = Stopwatch()
 
     with stopwatch.time("data and pretraining"):
-        write_data(folder / "data", settings, seed)
-        write_base(folder / "base", settings, seed, console)
+        source = world.World(seed)
+        corpus = source.corpus(settings.corpus_size)
+        write_data(folder / "data", source, corpus, settings)
+        write_base(folder / "base", corpus, settings, seed, console)
     tokenizer = load_tokenizer(folder / "base")
 
     sft_rows = {"SFT": ("sft", settings.sft_epochs)}
@@ -140,9 +142,7 @@ def run_demo(
         for name, epochs in sft_rows.values():
             args = sft_config(folder, name, epochs, settings, seed)
             demonstrations = load(args, tokenizer, folder / "data" / "demonstrations.jsonl")
-            held_out = load(args, tokenizer, folder / "data" / "held_out_demonstrations.jsonl")
-            run_sft(args, train_dataset=demonstrations, eval_dataset=held_out, output_dir=folder / name,
-                    tokenizer=tokenizer, console=console)  # fmt: skip
+            run_sft(args, train_dataset=demonstrations, output_dir=folder / name, tokenizer=tokenizer, console=console)
 
     args = srppo_config(folder, settings, seed)
     base, sft = frozen_roles(args, str(folder / "base"), str(folder / "sft"), share=False)
@@ -192,11 +192,10 @@ def run_demo(
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def write_data(folder: Path, settings: DemoSettings, seed: int) -> None:
+def write_data(folder: Path, source: world.World, corpus: list[world.Example], settings: DemoSettings) -> None:
     """The generated data as JSON lines, with the columns that ``srppo train`` reads."""
-    source = world.World(seed)
     files = {
-        "corpus": source.corpus(settings.corpus_size),
+        "corpus": corpus,
         "demonstrations": source.demonstrations(settings.demonstrations),
         "prompts": source.prompts(settings.prompts),
         "held_out": source.held_out(settings.held_out_per_task),
@@ -215,11 +214,10 @@ def load(args: SRPPOConfig, tokenizer: PreTrainedTokenizerBase, path: Path) -> l
     return examples(args, tokenizer, str(path), "train")
 
 
-def write_base(folder: Path, settings: DemoSettings, seed: int, console: Console) -> None:
+def write_base(folder: Path, corpus: list[world.Example], settings: DemoSettings, seed: int, console: Console) -> None:
     """Pretrain the base model and save it with its tokenizer."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, settings.model, seed=seed)
-    corpus = world.World(seed).corpus(settings.corpus_size)
     console.note(
         f"Base: a Llama of {sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus):,} lines of corpus"
     )
