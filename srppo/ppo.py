@@ -305,7 +305,7 @@ def update(
     Args:
         mini_batches: the first epoch's partition (see :func:`split_rows`), the one that :func:`score` ran on; later
             epochs draw their own from ``generator``.
-        train_policy: false while the critic warms up.
+        train_policy: false while the critic warms up; the policy is then measured, at the cost of a forward.
     """
     policy_stats: list[PPOStats] = []
     value_stats: list[ValueStats] = []
@@ -320,9 +320,10 @@ def update(
                 part = rollout.select(rows)
                 columns = part.completion_mask.shape[1]
                 cut = lambda x, rows=rows, columns=columns: x[rows, :columns]  # noqa: E731
-                policy_part, stats = policy_backward(
-                    policy.role, part, cut(scores.policy), cut(targets.advantages), count, args
-                )
+                with torch.set_grad_enabled(train_policy):
+                    policy_part, stats = policy_backward(
+                        policy.role, part, cut(scores.policy), cut(targets.advantages), count, args
+                    )
                 mini_stats.append(stats)
                 value_part, critic_stats = value_backward(
                     critic.role, part, cut(scores.values), cut(targets.returns), count, args
@@ -331,8 +332,6 @@ def update(
                 loss = [loss[0] + policy_part, loss[1] + value_part]
                 if on_batch is not None:
                     on_batch(len(part))
-            if not train_policy:
-                policy.optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
             norms.append((policy.step(args.max_grad_norm), critic.step(args.max_grad_norm)))
             first = first or PPOStats.merge(mini_stats)
@@ -362,7 +361,8 @@ def mean(values: Sequence[float]) -> float:
 def policy_backward(
     role: Role, part: Rollout, old: Tensor, advantage: Tensor, count: Tensor, args: SRPPOConfig
 ) -> tuple[float, PPOStats]:
-    """Adds one micro-batch's share of the clipped loss to the policy's gradient."""
+    """Adds one micro-batch's share of the clipped loss to the policy's gradient; with gradients off, only measures
+    it."""
     with role.active():
         head = role.head
         loss, stats = linear_ppo_loss(
@@ -370,7 +370,8 @@ def policy_backward(
             clip_low=args.cliprange, clip_high=args.cliprange, entropy_coef=args.entropy_coef,
             normalizer=count, temperature=args.temperature, **head.options,
         )  # fmt: skip
-        loss.backward()
+        if torch.is_grad_enabled():
+            loss.backward()
     return loss.item(), stats
 
 
