@@ -247,17 +247,13 @@ class Learner:
 
     @classmethod
     def create(cls, role: Role, args: SRPPOConfig, learning_rate: float, total_steps: int) -> Learner:
-        from transformers import get_scheduler
-
         named = role.parameters()
         for _, parameter in named:
             parameter.requires_grad_(True)
         parameters = tuple(parameter for _, parameter in named)
         betas = (args.adam_betas[0], args.adam_betas[1])
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
-        warmup = math.ceil(args.warmup_ratio * total_steps)
-        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, max(total_steps, 1))
-        return cls(role, optimizer, scheduler, parameters)
+        return cls(role, optimizer, lr_schedule(args, optimizer, total_steps), parameters)
 
     def step(self, max_grad_norm: float | None) -> float:
         """Clips and steps; a gradient that is not finite is dropped. Returns the norm before clipping."""
@@ -266,6 +262,16 @@ class Learner:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def lr_schedule(
+    args: SRPPOConfig, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm-up and decay. transformers' "constant" ignores a warm-up; with one of no steps its relative is the same."""
+    from transformers import get_scheduler
+
+    kind = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
+    return get_scheduler(kind, optimizer, math.ceil(args.warmup_ratio * total_steps), max(total_steps, 1))
 
 
 @dataclass(frozen=True, slots=True)

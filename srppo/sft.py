@@ -22,6 +22,7 @@ from srppo.errors import UserError
 from srppo.metrics import MetricsWriter
 from srppo.models import check_positions, load_model, load_tokenizer, require_full_precision
 from srppo.plots import plot_history
+from srppo.ppo import lr_schedule
 from srppo.roles import Role, check_head, new_adapter
 from srppo.rollout import Rollout, collate_demonstrations
 from srppo_kernels import linear_loss
@@ -103,9 +104,7 @@ def run_sft(
     optimizer = torch.optim.AdamW(
         parameters, lr=args.sft_learning_rate, betas=(args.adam_betas[0], args.adam_betas[1]), weight_decay=0.0
     )
-    from transformers import get_scheduler
-
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, math.ceil(args.warmup_ratio * total), total)
+    scheduler = lr_schedule(args, optimizer, total)
     console.note(
         f"SFT: {len(train)} demonstrations, {args.sft_num_train_epochs} epochs, {total} steps of "
         f"{args.mini_batch_size}, "
@@ -125,7 +124,7 @@ def run_sft(
                         raise UserError("the SFT gradient is not finite: lower sft_learning_rate, or use dtype=float32")
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                    metrics = {"sft/loss": loss, "grad_norm": norm, "lr": scheduler.get_last_lr()[0]}
+                    metrics = {"sft/loss": loss, "grad_norm": norm, "lr": float(scheduler.get_last_lr()[0])}
                     scheduler.step()
                     if held_out and len(writer.history) + 1 == (epoch + 1) * (total // args.sft_num_train_epochs):
                         batches = torch.arange(len(held_out)).split(args.per_device_train_batch_size)
