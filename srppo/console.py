@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+LINE_SECONDS = 10.0  # between lines of progress in a log
+
 
 class Bar:
-    """A running progress bar that counts steps and tokens."""
+    """A running progress bar that counts steps and tokens. In a log, where a bar cannot move, a line now and then."""
 
     def __init__(self, progress: Any, task: Any) -> None:
         self.rich, self.task, self.tokens = progress, task, 0
+        self.said = time.monotonic()
 
     def advance(self, tokens: int, status: str = "", *, steps: int = 1) -> None:
         """``steps`` done, in which ``tokens`` were trained on or sampled."""
@@ -19,6 +23,11 @@ class Bar:
         elapsed = self.rich.tasks[0].elapsed or 0.0
         rate = f"{self.tokens / elapsed:,.0f} tok/s" if elapsed > 0 and self.tokens else ""
         self.rich.update(self.task, advance=steps, rate=rate, status=status)
+        if not self.rich.console.is_terminal and time.monotonic() - self.said >= LINE_SECONDS:
+            self.said = time.monotonic()
+            done = self.rich.tasks[0]
+            text = f"{done.description} {done.completed:.0f}/{done.total:.0f} {rate} {status}"
+            self.rich.console.print(text.rstrip(), markup=False, soft_wrap=True)
 
     def status(self, text: str) -> None:
         """What is being done inside the current step."""
