@@ -16,7 +16,6 @@ on Linux the kernel keeps a resettable peak of the resident set, which also coun
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import threading
 import time
@@ -185,7 +184,6 @@ MIB = float(1 << 20)
 
 def extra_memory(call: Call, device: str) -> tuple[Result, float]:
     """``call()`` and its peak extra memory in MiB, beyond inputs and results; NaN where it cannot be measured."""
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
