@@ -54,8 +54,8 @@ def time_change(a: Row, b: Row, threshold: float) -> Change | None:
     if max(factor, 1 / factor) - 1 <= threshold:
         return None
     slower = factor > 1
-    texts = (f"{row.ratio:.3g} ({row.ratio_p20:.3g} to {row.ratio_p80:.3g})" for row in (a, b))
-    return Change(b, f"{'slower' if slower else 'faster'} {max(factor, 1 / factor):.2f}x", *texts, worse=slower)
+    then, now = (f"{row.ratio:.3g} ({row.ratio_p20:.3g} to {row.ratio_p80:.3g})" for row in (a, b))
+    return Change(b, f"{'slower' if slower else 'faster'} {max(factor, 1 / factor):.2f}x", then, now, worse=slower)
 
 
 def grown(name: str, value: Callable[[Row], float], factor: float, grain: float) -> Callable[[Row, Row], Change | None]:
@@ -86,8 +86,8 @@ def changes(before: Sequence[Row], after: Sequence[Row], threshold: float = THRE
         if then is None:
             yield Change(row, "new", "", row.status, worse=False)
         elif then.status != row.status:
-            texts = (f"{r.status}: {r.reason}" if r.reason else r.status for r in (then, row))
-            yield Change(row, "status", *texts, worse=then.status == "ok")
+            was, now = (f"{r.status}: {r.reason}" if r.reason else r.status for r in (then, row))
+            yield Change(row, "status", was, now, worse=then.status == "ok")
         elif row.status == "ok":
             found = [time_change(then, row, threshold), *(compare(then, row) for compare in QUANTITIES)]
             yield from (change for change in found if change is not None)

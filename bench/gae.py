@@ -12,7 +12,7 @@ of the bytes that must move: two inputs and a mask in, two outputs out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -149,7 +149,7 @@ def ours(backend: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tenso
 SHAPES = {"cpu": ((64, 4096), (16, 512)), "cuda": ((512, 4096), (64, 1024), (8, 131072))}
 
 
-def token_cases(op: str, shapes: dict[str, tuple[tuple[int, int], ...]]) -> Callable[[str], list[Case]]:
+def token_cases(op: str, shapes: Mapping[str, tuple[tuple[int, int], ...]]) -> Callable[[str], list[Case]]:
     """Each shape in full, the first also half padded."""
 
     def defaults(device: str) -> list[Case]:

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -218,7 +219,7 @@ def read(path: Path) -> list[Row]:
         return [Row(**{n: from_text(t, kinds[n]) for n, t in line.items() if n in kinds}) for line in reader]
 
 
-def from_text(text: str, kind: str) -> object:
+def from_text(text: str, kind: str) -> Any:
     if kind == "bool":
         return text == "yes"
     if kind == "int":

@@ -90,9 +90,9 @@ def run_case(
         try:
             measure(problem, timed, effort, clock_for(case.device), deadline)
         except RuntimeError as error:
-            for entry in timed:
-                finished(entry.row, "failed", f"while timing: {first_line(error)}")
-    rows = [entry.row for entry in checked]
+            for passed in timed:
+                finished(passed.row, "failed", f"while timing: {first_line(error)}")
+    rows = [result.row for result in checked]
     del checked, timed, problem
     gc.collect()
     if case.device == "cuda":
