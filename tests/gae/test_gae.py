@@ -1,5 +1,7 @@
 """GAE against its definition, on every backend and instruction level."""
 
+from functools import cache
+
 import pytest
 import torch
 from backends import BACKENDS, MASKS, NATIVE, make_mask, poison, running, same_bits, threads
@@ -14,19 +16,21 @@ def by_definition(rewards, values, mask, gamma, lam, bootstrap, mask_mode):
     """In Python floats, row by row. Carry: over the compacted row. Zero: TRL's loop, up to the last valid token."""
     advantages = torch.zeros(mask.shape, dtype=torch.float64)
     for b in range(mask.shape[0]):
-        valid = [t for t in range(mask.shape[1]) if mask[b, t]]
+        reward, value, inside = rewards[b].tolist(), values[b].tolist(), mask[b].tolist()
+        valid = [t for t, yes in enumerate(inside) if yes]
         if not valid:
             continue
         g, la, end = float(gamma[b]), float(lam[b]), float(bootstrap[b])
         steps = valid if mask_mode == "carry" else list(range(valid[-1] + 1))
-        r = [float(rewards[b, t]) if mask[b, t] else 0.0 for t in steps]
-        v = [float(values[b, t]) if mask[b, t] else 0.0 for t in steps]
-        running_sum = 0.0
+        r = [reward[t] if inside[t] else 0.0 for t in steps]
+        v = [value[t] if inside[t] else 0.0 for t in steps]
+        sums, running_sum = [0.0] * len(inside), 0.0
         for i in range(len(steps) - 1, -1, -1):
             delta = r[i] + g * (v[i + 1] if i + 1 < len(v) else end) - v[i]
             running_sum = delta + g * la * running_sum
-            if mask[b, steps[i]]:
-                advantages[b, steps[i]] = running_sum
+            if inside[steps[i]]:
+                sums[steps[i]] = running_sum
+        advantages[b] = torch.tensor(sums, dtype=torch.float64)
     return advantages, torch.where(mask, advantages + torch.where(mask, values.double(), 0), 0)
 
 
@@ -95,22 +99,20 @@ def test_lambda_one_is_monte_carlo_minus_value(backend):
     torch.testing.assert_close(advantages.double(), monte_carlo - values.double(), rtol=1e-5, atol=1e-5)
 
 
+@cache
+def long_rows(gamma: float, lam: float) -> tuple[tuple[Tensor, ...], Tensor]:
+    rewards, values, mask, end = inputs(2, 131072, "gaps", seed=2)
+    rewards = rewards.abs() * 1e-3  # of one sign: with gamma = lambda = 1 an advantage is a plain sum of all of them
+    expected, _ = by_definition(rewards, values, mask, [gamma] * 2, [lam] * 2, end, "carry")
+    return (rewards, values, mask, end), expected
+
+
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0), (0.999, 0.99)])
 def test_a_row_of_131072_tokens(backend, gamma, lam):
-    rewards, values, mask, end = inputs(2, 131072, "gaps", seed=2)
-    rewards = rewards.abs() * 1e-3  # of one sign: with gamma = lambda = 1 an advantage is a plain sum of all of them
+    (rewards, values, mask, end), expected = long_rows(gamma, lam)
     with running(backend) as name:
         got, _ = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=end, backend=name)
-    rows = [x.tolist() for x in (rewards, values, mask)]
-    expected = torch.zeros(2, 131072, dtype=torch.float64)
-    for b in range(2):
-        running_sum, following = 0.0, float(end[b])
-        for t in range(131071, -1, -1):
-            if rows[2][b][t]:
-                running_sum = rows[0][b][t] + gamma * following - rows[1][b][t] + gamma * lam * running_sum
-                following = rows[1][b][t]
-                expected[b, t] = running_sum
     error = (got.double() - expected).abs().max() / expected.abs().max()
     assert error <= 1e-6
 

@@ -1,6 +1,7 @@
 """The clipped policy loss against the textbook formula and autograd, on every backend and instruction level."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -273,16 +274,22 @@ def test_bits_do_not_depend_on_padding_or_threads(backend, kind, reduction):
                 assert all(same_bits(a, b) for a, b in zip(whole, run(), strict=True))
 
 
+@cache
+def a_million() -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    logprobs, old, advantages, mask, _ = inputs(8, 131072, "gaps", seed=8)
+    lp64 = logprobs.double().requires_grad_()
+    expected, _ = textbook(lp64, old.double(), advantages.double(), mask, None, 0.2, 0.2, None, 0.0, "token_mean")
+    expected.backward()
+    return (logprobs, old, advantages, mask), expected, lp64
+
+
 @pytest.mark.parametrize("backend", NATIVE)
 def test_a_million_tokens_keep_their_digits(backend):
-    logprobs, old, advantages, mask, _ = inputs(8, 131072, "gaps", seed=8)
+    (logprobs, old, advantages, mask), expected, lp64 = a_million()
     lp = logprobs.clone().requires_grad_()
     with running(backend) as name:
         loss, _ = ppo_loss(lp, old, advantages, mask, backend=name)
     loss.backward()
-    lp64 = logprobs.double().requires_grad_()
-    expected, _ = textbook(lp64, old.double(), advantages.double(), mask, None, 0.2, 0.2, None, 0.0, "token_mean")
-    expected.backward()
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-8)
     ratio = (lp64.detach() - old.double()).exp()
     inner = ((ratio - 0.8).abs() > 1e-5) & ((ratio - 1.2).abs() > 1e-5)
