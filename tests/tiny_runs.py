@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from tiny import save, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from srppo import SRPPOConfig
+from srppo import sft as sft_module
+from srppo import trainer as trainer_module
 from srppo.commands import quiet_libraries
 from srppo.console import Console
 from srppo.data import Example, prepare
+from srppo.plots import plot_history
 from srppo.ppo import Learner
 from srppo.roles import Role, Roles, build_roles
 from srppo.rollout import Rollout, collate
@@ -57,6 +61,23 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
             )
         _made["llama"] = TinyModels(base, **made)
     return _made["llama"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_plots() -> Iterator[None]:
+    """Plots take most of a tiny run's time; the tests that look at them use ``with_plots``."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (trainer_module, sft_module):
+            patch.setattr(module, "plot_history", lambda *_: [])
+        yield
+
+
+@contextmanager
+def with_plots() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (trainer_module, sft_module):
+            patch.setattr(module, "plot_history", plot_history)
+        yield
 
 
 def config(folder: Path, **settings: Any) -> SRPPOConfig:

@@ -12,7 +12,19 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_tokenizer
-from tiny_runs import QUIET, ROWS, STOPS, config, examples, full_roles, learners, read_jsonl, rollout, trainer
+from tiny_runs import (
+    QUIET,
+    ROWS,
+    STOPS,
+    config,
+    examples,
+    full_roles,
+    learners,
+    read_jsonl,
+    rollout,
+    trainer,
+    with_plots,
+)
 
 from srppo import SRPPOConfig, UserError, ppo, run_sft
 from srppo.evaluation import EVAL_METRICS, answers_match, evaluate_policy
@@ -34,7 +46,8 @@ def finished(tiny_models, tmp_path_factory):
         tiny_models, folder, max_steps=3, eval_steps=2, save_steps=3, log_completions=2, report_to=["tensorboard"],
         eval_dataset=examples(EVAL_ROWS), missing_eos_penalty=0.5,
     )  # fmt: skip
-    last = run.train()
+    with with_plots():
+        last = run.train()
     return run, folder / "run", last
 
 
