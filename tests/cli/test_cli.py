@@ -1,0 +1,556 @@
+"""The command line end to end on tiny models: results, exit codes, messages, and what is left after a failure."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from tiny import save, tiny_model
+from tiny_runs import ROWS, STOPS, TinyModels, read_jsonl, with_plots, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import srppo
+from srppo import checkpoint, commands, ppo
+from srppo import sft as sft_module
+from srppo.cli import COMMANDS, main
+
+ROOT = Path(srppo.__file__).parents[1]
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    write_jsonl(tmp_path / "data" / "train.jsonl", [*ROWS, {"prompt": "only a prompt"}])
+    write_jsonl(tmp_path / "data" / "test.jsonl", [{"prompt": "2+2=", "completion": "4", "answer": "4"}])
+    return str(tmp_path / "data")
+
+
+def train_flags(models: TinyModels, data: str, folder: Path, **settings) -> list[str]:
+    chosen = {
+        "base_model_name_or_path": models.base, "dataset_name": data, "output_dir": folder, "max_steps": 2,
+        "per_device_train_batch_size": 4, "max_completion_length": 8, "learning_rate": 1e-3, "sft_learning_rate": 1e-2,
+        "sft_num_train_epochs": 1, "num_ppo_epochs": 1, "report_to": "none", "log_completions": 1, **settings,
+    }  # fmt: skip
+    return flags(chosen)
+
+
+def flags(settings) -> list[str]:
+    return [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [str(path) for path in folder.rglob(".writing-*")]
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "srppo.cli", *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False, **options,
+    )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+# -- the whole way ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_peft", ["true", "false"])
+def test_train_goes_from_a_base_model_and_demonstrations_to_a_tuned_model(tiny_models, data, tmp_path, capfd, use_peft):
+    out = tmp_path / "run"
+    with with_plots():
+        assert main(["train", *train_flags(tiny_models, data, out, use_peft=use_peft, report_to="tensorboard")]) == 0
+    if use_peft == "true":
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_models.base), out)
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_models.base), out / "sft")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(out)
+        AutoModelForCausalLM.from_pretrained(out / "sft")
+    ids = AutoTokenizer.from_pretrained(out)("ab:", return_tensors="pt")["input_ids"]
+    assert model(ids).logits.isfinite().all()
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"sft", "srppo_config.yaml", "trainer_state.json", "README.md", "metrics.jsonl", "plots",
+                     "completions", "tensorboard", "tokenizer.json"}  # fmt: skip
+    assert (out / "plots" / "kl.png").exists() and (out / "sft" / "plots" / "sft_loss.png").exists()
+    assert [entry["step"] for entry in read_jsonl(out / "metrics.jsonl")] == [1, 2, 2]  # the last one is the evaluation
+    assert leftovers(tmp_path) == []
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    for said in ("KL(policy || SFT) = 0 on", "PPO ratio on the first mini-batch exactly 1", "beta 1.0 towards sft",
+                 "batch: 4 prompts = 4 a micro-batch x 1 accumulation x 1 mini-batches", "policy:", "frozen",
+                 "missing_eos_penalty is off", "model written to"):  # fmt: skip
+        assert said in printed.err, said
+
+
+def test_train_from_an_sft_model_runs_no_sft(tiny_models, data, tmp_path):
+    out = tmp_path / "run"
+    assert main(["train", *train_flags(tiny_models, data, out, sft_model_name_or_path=tiny_models.sft)]) == 0
+    assert not (out / "sft").exists() and (out / "model.safetensors").exists()
+
+
+def test_sft_writes_a_model_that_fits_the_demonstrations_better(tiny_models, data, tmp_path):
+    out = tmp_path / "sft"
+    options = {
+        "base_model_name_or_path": tiny_models.base, "dataset_name": data, "output_dir": out, "report_to": "none",
+        "sft_learning_rate": 1e-2, "sft_num_train_epochs": 4, "max_completion_length": 16,
+    }  # fmt: skip
+    assert main(["sft", *flags(options)]) == 0
+    AutoModelForCausalLM.from_pretrained(out)
+    losses = [entry["sft/loss"] for entry in read_jsonl(out / "metrics.jsonl")]
+    assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
+
+
+def test_resuming_on_the_command_line_finds_the_sft_model_of_the_run(tiny_models, data, tmp_path):
+    out = tmp_path / "run"
+    assert main(["train", *train_flags(tiny_models, data, out, save_steps=1)]) == 0
+    final = tree(out)["model.safetensors"]
+    settings = {"save_steps": 1, "resume_from_checkpoint": out / "checkpoint-1"}
+    assert main(["train", *train_flags(tiny_models, data, tmp_path / "other", **settings)]) == 0
+    assert tree(tmp_path / "other")["model.safetensors"] == final
+    assert main(["train", *train_flags(tiny_models, data, out, **settings)]) == 0
+    assert tree(out)["model.safetensors"] == final
+
+
+# -- score and eval ---------------------------------------------------------------------------------------------------
+
+
+def independent(models: TinyModels, prompt: list[int], completion: list[int], temperature: float) -> dict[str, list]:
+    """Log-probs of each token from the models' logits in float64."""
+    ids, found = torch.tensor([prompt + completion]), {}
+    base = AutoModelForCausalLM.from_pretrained(models.base).double()
+    adapted = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models.base), models.adapter).eval().double()
+    )
+    for name, model in (("base", base), ("sft", adapted)):
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1].double() / temperature
+        found[name] = logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None]).squeeze(-1).tolist()
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_score_gives_what_the_models_logits_give_in_float64(tiny_models, tmp_path, capfd, temperature):
+    source = write_jsonl(tmp_path / "data.jsonl", ROWS)
+    options = {
+        "base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.adapter,
+        "dataset_name": source, "score_temperature": temperature, "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    assert main(["score", *flags(options)]) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models.base)
+    for row, source_row in zip(rows, ROWS, strict=True):
+        ids = [*tokenizer(source_row["completion"])["input_ids"], 0]
+        assert row["token_ids"] == ids
+        assert "".join(row["tokens"]) == row["completion"] == source_row["completion"] + "<|end|>"
+        logp = independent(tiny_models, tokenizer(source_row["prompt"])["input_ids"], ids, temperature)
+        assert row["logps_sft"] == pytest.approx(logp["sft"], abs=2e-5)
+        assert row["logps_base"] == pytest.approx(logp["base"], abs=2e-5)
+        rewards = [s - b for s, b in zip(logp["sft"], logp["base"], strict=True)]
+        assert row["rewards"] == pytest.approx(rewards, abs=4e-5)
+        assert row["score"] == pytest.approx(sum(rewards), abs=1e-4)
+        assert row["score_per_token"] == pytest.approx(sum(rewards) / len(ids), abs=1e-4)
+        assert row["logp_sft"] == pytest.approx(sum(logp["sft"]), abs=1e-4)
+        assert row["logp_base"] == pytest.approx(sum(logp["base"]), abs=1e-4)
+    assert max(abs(row["score"]) for row in rows) > 0.5
+
+
+def test_score_writes_to_a_file_and_works_in_bfloat16(tiny_models, tmp_path, capfd):
+    source, out = write_jsonl(tmp_path / "data.jsonl", ROWS), tmp_path / "scores" / "out.jsonl"
+    options = {
+        "base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.sft,
+        "dataset_name": source, "output_file": out,
+    }  # fmt: skip
+    scores = {}
+    for dtype in ("float32", "bfloat16"):
+        assert main(["score", *flags({**options, "dtype": dtype})]) == 0
+        scores[dtype] = [row["score"] for row in read_jsonl(out)]
+    assert scores["float32"] != scores["bfloat16"]
+    assert scores["bfloat16"] == pytest.approx(scores["float32"], abs=1.0)
+    assert capfd.readouterr().out == ""
+
+
+def test_score_refuses_a_row_without_completion(tiny_models, data, capfd):
+    options = {"base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.sft}
+    assert main(["score", *flags({**options, "dataset_name": data})]) == 2
+    assert "train.jsonl, line 7: there is no completion to score" in capfd.readouterr().err
+
+
+def evaluate(models: TinyModels, data: str, out: Path, **options) -> list[dict]:
+    chosen = {
+        "base_model_name_or_path": models.base, "sft_model_name_or_path": models.adapter, "dataset_name": data,
+        "output_file": out, "max_completion_length": 8, **options,
+    }  # fmt: skip
+    assert main(["eval", *flags(chosen)]) == 0
+    return read_jsonl(out)
+
+
+def test_eval_judges_sft_a_tuned_model_and_extrapolated_decoding(tiny_models, data, tmp_path):
+    out = tmp_path / "eval.jsonl"
+    sft = evaluate(tiny_models, data, out)
+    assert sft[0]["metrics"]["eval/objective/kl"] == 0
+    assert len(sft) == 2 and sft[1]["prompt"] == "2+2=" and "exact_match" in sft[1]
+    full = evaluate(tiny_models, data, out, model_name_or_path=tiny_models.sft)
+    assert full[0]["metrics"]["eval/objective/kl"] != 0
+    same = evaluate(tiny_models, data, out, model_name_or_path=tiny_models.adapter)
+    assert same[0]["metrics"] == pytest.approx(sft[0]["metrics"], abs=1e-5)
+    extrapolated = evaluate(tiny_models, data, out, extrapolate=0.2)
+    assert extrapolated[0]["metrics"]["eval/objective/kl"] != 0
+    adapter_on_full = {"sft_model_name_or_path": tiny_models.sft, "model_name_or_path": tiny_models.adapter}
+    assert evaluate(tiny_models, data, out, **adapter_on_full)[0]["metrics"]["eval/objective/kl"] != 0
+
+
+def test_eval_takes_the_train_split_of_a_single_file(tiny_models, tmp_path):
+    source = write_jsonl(tmp_path / "data.jsonl", ROWS)
+    assert len(evaluate(tiny_models, source, tmp_path / "out.jsonl")) == 1 + len(ROWS)
+
+
+def test_env_names_versions_and_says_why_each_backend_is_on_or_off(capfd):
+    assert main(["env"]) == 0
+    lines = dict(line.split(": ", 1) for line in capfd.readouterr().out.splitlines() if ": " in line)
+    assert lines["torch"] == torch.__version__
+    for name in ("python", "transformers", "peft", "native kernels", "cuda", "triton kernels", "flash attention"):
+        assert lines[name]
+    assert lines["native kernels"].split(":")[0] in ("on", "off")
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--learning_rte", "1"], "unrecognized arguments: --learning_rte"),
+        (["train", "--learning", "1"], "unrecognized arguments: --learning"),
+        (["score", "--learning_rate", "1"], "unrecognized arguments"),
+        (["tune"], "invalid choice: 'tune'"),
+        ([], "the following arguments are required: command"),
+        (["train"], "--base_model_name_or_path is needed: pretrained base model"),
+        (["train", "--base_model_name_or_path", "x"], "--dataset_name is needed"),
+        (["score", "--base_model_name_or_path", "x"], "--sft_model_name_or_path is needed"),
+        (["train", "--lora_r", "0"], "lora_r must be at least 1; got 0"),
+        (["train", "--lora_r", "two"], "lora_r must be a whole number; got 'two'"),
+        (["train", "--config", "no-such.yaml"], "cannot read the configuration file no-such.yaml"),
+        (
+            ["sft", "--base_model_name_or_path", "x", "--dataset_name", "no.jsonl"],
+            "no tokenizer could be loaded from x",
+        ),
+        (["train", "--learning_rate"], "expected one argument"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_two(tmp_path, monkeypatch, capfd, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err.startswith("srppo: ") and printed.err.count("\n") == 1
+    assert message in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', "bad.jsonl, line 2 is not valid JSON"),
+        ('{"prompt": "a", "extra": 1}\n', "bad.jsonl, line 1: unknown column 'extra'"),
+        ('{"text": "a"}\n', "bad.jsonl, line 1: a 'text' column"),
+        (
+            '{"prompt": "' + "a" * 600 + '"}\n',
+            "bad.jsonl, line 1: the prompt has 600 tokens and max_prompt_length is 512",
+        ),
+        ("", "bad.jsonl has no rows: there is nothing to train on"),
+        ('{"prompt": "a"}\n', "SFT needs demonstrations, and no row has a completion"),
+    ],
+)
+def test_bad_data_is_refused_with_its_place_before_anything_is_written(tiny_models, tmp_path, capfd, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    arguments = train_flags(tiny_models, str(tmp_path / "bad.jsonl"), tmp_path / "run", max_completion_length=None)
+    assert main(["train", *arguments]) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_an_output_folder_that_is_not_empty_is_refused_and_untouched(tiny_models, data, tmp_path, capfd, command):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("precious")
+    arguments = train_flags(tiny_models, data, out)
+    if command == "sft":
+        arguments = flags({"base_model_name_or_path": tiny_models.base, "dataset_name": data, "output_dir": out})
+    assert main([command, *arguments]) == 2
+    assert "exists and is not empty: choose a new folder" in capfd.readouterr().err
+    assert tree(out) == {"metrics.jsonl": b"precious"}
+
+
+def test_an_output_folder_below_a_file_is_one_line_and_no_traceback(tiny_models, data, tmp_path, capfd):
+    (tmp_path / "file").write_text("x")
+    assert main(["train", *train_flags(tiny_models, data, tmp_path / "file")]) == 2
+    assert "file is a file: choose a folder" in capfd.readouterr().err
+    assert main(["train", *train_flags(tiny_models, data, tmp_path / "file" / "run")]) != 0
+    error = capfd.readouterr().err
+    assert "Traceback" not in error and "file" in error
+
+
+def test_models_that_do_not_fit_are_refused_with_exit_code_two(tiny_models, data, tmp_path, capfd):
+    other = save(tiny_model(vocab_size=270), tmp_path / "other")
+    assert main(["train", *train_flags(tiny_models, data, tmp_path / "run", sft_model_name_or_path=other)]) == 2
+    assert "different vocabularies (264 and 270 tokens)" in capfd.readouterr().err
+    settings = {"use_peft": "true", "lora_target_modules": "lm_head"}
+    assert main(["train", *train_flags(tiny_models, data, tmp_path / "run", **settings)]) == 2
+    assert "the LM head" in capfd.readouterr().err
+    same = train_flags(tiny_models, data, tmp_path / "run", sft_model_name_or_path=tiny_models.base)
+    assert main(["train", *same]) == 2
+    assert "the reward is 0 everywhere" in capfd.readouterr().err
+
+
+def test_flags_win_over_the_configuration_file(tiny_models, data, tmp_path):
+    out = tmp_path / "run"
+    (tmp_path / "run.yaml").write_text("max_steps: 5\nkl_coef: 0.25\nlearning_rate: 1e-4\nuse_peft: false\n")
+    arguments = train_flags(tiny_models, data, out, max_steps=1, sft_model_name_or_path=tiny_models.sft)
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), *arguments]) == 0
+    written = srppo.SRPPOConfig.from_yaml(out / "srppo_config.yaml")
+    assert (written.max_steps, written.kl_coef, written.learning_rate) == (1, 0.25, 1e-3)
+
+
+def test_lists_and_switches_as_flags(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(commands, "train", lambda args, options: seen.update(args=args))
+    arguments = [
+        "train",
+        "--stop_token_ids",
+        "1",
+        "2",
+        "--adam_betas",
+        "0.8",
+        "0.9",
+        "--use_peft",
+        "--max_grad_norm",
+        "none",
+    ]
+    assert main([*arguments, "--lora_target_modules", "q_proj", "v_proj", "--whiten_advantages", "false"]) == 0
+    args = seen["args"]
+    assert (args.stop_token_ids, args.adam_betas, args.use_peft) == ([1, 2], [0.8, 0.9], True)
+    assert (args.max_grad_norm, args.lora_target_modules) == (None, ["q_proj", "v_proj"])
+    assert args.whiten_advantages is False
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_lists_the_options_with_their_defaults(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    if command == "train":
+        for field in srppo.SRPPOConfig.__dataclass_fields__.values():
+            assert f"--{field.name}" in text
+        assert (
+            "beta: weight of the KL penalty; see kl_reference, and the README on how to choose (default: 1.0)" in text
+        )
+
+
+# -- interruption -----------------------------------------------------------------------------------------------------
+
+
+def interrupt_at(monkeypatch, module, name: str, call: int) -> None:
+    """The ``call``-th call of a function ends as Ctrl-C would end it."""
+    real, calls = getattr(module, name), []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, interrupted)
+
+
+@pytest.mark.parametrize("place", ["step", "saving"])
+def test_ctrl_c_in_sft_leaves_nothing_and_the_same_command_runs_again(
+    tiny_models, data, tmp_path, monkeypatch, capfd, place
+):
+    neighbour = tmp_path / "earlier"
+    neighbour.mkdir()
+    (neighbour / "model.safetensors").write_text("precious")
+    arguments = ["train", *train_flags(tiny_models, data, tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, sft_module, *(("sft_step", 2) if place == "step" else ("save_model", 1)))
+        assert main(arguments) == 130
+    assert "interrupted" in capfd.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
+    assert leftovers(tmp_path) == [] and tree(neighbour) == {"model.safetensors": b"precious"}
+    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_ctrl_c_in_ppo_keeps_what_was_complete_and_says_how_to_go_on(
+    tiny_models, data, tmp_path, monkeypatch, capfd, save_steps
+):
+    out = tmp_path / "run"
+    arguments = train_flags(tiny_models, data, out, max_steps=3, save_steps=save_steps)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, ppo, "update", 3)
+        assert main(["train", *arguments]) == 130
+    said = capfd.readouterr().err
+    assert "stopped after iteration 2" in said and "interrupted" in said
+    assert not (out / "model.safetensors").exists() and leftovers(tmp_path) == []
+    AutoModelForCausalLM.from_pretrained(out / "sft")
+    assert [entry["step"] for entry in read_jsonl(out / "metrics.jsonl")] == [1, 2]
+    if save_steps:
+        newest = out / "checkpoint-2"
+        assert f"--resume_from_checkpoint {newest}" in said
+        assert main(["train", *arguments, "--resume_from_checkpoint", str(newest)]) == 0
+        assert (out / "model.safetensors").exists()
+    else:
+        assert "no checkpoint was due yet (save_steps)" in said
+        assert f"--sft_model_name_or_path {out / 'sft'}" in said
+
+
+def test_ctrl_c_while_the_final_model_is_written_leaves_no_half_model(tiny_models, data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    arguments = train_flags(tiny_models, data, out, sft_model_name_or_path=tiny_models.sft)
+    real = checkpoint.save_model
+
+    def interrupted(role, tokenizer, folder):
+        real(role, tokenizer, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_model", interrupted)
+    assert main(["train", *arguments]) == 130
+    assert not (out / "config.json").exists() and not (out / "model.safetensors").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_ctrl_c_as_a_signal_to_the_process(tiny_models, data, tmp_path):
+    out = tmp_path / "run"
+    arguments = train_flags(tiny_models, data, out, max_steps=100_000, num_ppo_epochs=1, log_completions=0)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "srppo.cli", "train", *arguments],
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background may ignore it
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 240
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "no iteration was done"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "stopped after iteration" in said and "Traceback" not in said
+    assert not (out / "model.safetensors").exists() and leftovers(tmp_path) == []
+    AutoModelForCausalLM.from_pretrained(out / "sft")
+
+
+# -- full disk --------------------------------------------------------------------------------------------------------
+
+
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def full_disk(*_, **__):
+    raise FULL
+
+
+@pytest.mark.parametrize("use_peft", ["true", "false"])
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_full_disk_is_exit_code_one_a_clear_message_and_no_half_model(
+    tiny_models, data, tmp_path, monkeypatch, capfd, use_peft, stage
+):
+    out = tmp_path / "run"
+    source = {"true": tiny_models.adapter, "false": tiny_models.sft}[use_peft] if stage == "ppo" else None
+    arguments = train_flags(tiny_models, data, out, use_peft=use_peft, sft_model_name_or_path=source)
+    for module in ("transformers.modeling_utils.safe_save_file", "peft.peft_model.safe_save_file"):
+        monkeypatch.setattr(module, full_disk)
+    assert main(["train", *arguments]) == 1
+    said = capfd.readouterr().err
+    assert "srppo: the disk is full (No space left on device): make room" in said and "Traceback" not in said
+    assert not list(out.rglob("*.safetensors")) and not list(out.rglob("*config.json"))
+    assert leftovers(tmp_path) == []
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_ones(tiny_models, data, tmp_path, monkeypatch, capfd):
+    out, real, calls = tmp_path / "run", torch.save, []
+
+    def second_fails(value, path):
+        calls.append(1)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+        real(value, path)
+
+    monkeypatch.setattr(checkpoint.torch, "save", second_fails)
+    arguments = train_flags(tiny_models, data, out, save_steps=1, sft_model_name_or_path=tiny_models.sft)
+    assert main(["train", *arguments]) == 1
+    assert "the disk is full" in capfd.readouterr().err
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["checkpoint-1"]
+    checkpoint.load_checkpoint(out / "checkpoint-1")
+    assert leftovers(tmp_path) == []
+
+
+def test_an_error_of_another_kind_while_saving_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="shared memory"), checkpoint.failed_writes(tmp_path):
+        raise RuntimeError("Some tensors share memory, see shared memory")
+
+
+def test_a_real_write_failure_in_a_process_with_a_limit_on_file_size(tiny_models, data, tmp_path):
+    """The kernel refuses to let model.safetensors grow past the limit, as a full disk or a quota would."""
+    limit = 100_000
+    assert (Path(tiny_models.base) / "model.safetensors").stat().st_size > limit
+    done = run(
+        "sft", *flags({"base_model_name_or_path": tiny_models.base, "dataset_name": data, "report_to": "none",
+                       "sft_num_train_epochs": 1, "output_dir": tmp_path / "out"}),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert f"srppo: the disk is full ({os.strerror(errno.EFBIG)}): make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() and leftovers(tmp_path) == []
+
+
+# -- the package ------------------------------------------------------------------------------------------------------
+
+
+def test_importing_srppo_imports_neither_transformers_nor_triton():
+    code = (
+        "import sys, srppo, srppo_kernels\n"
+        "srppo.linear_logprob, srppo.gae, srppo.SRPPOConfig()\n"
+        "heavy = {'transformers', 'triton', 'peft', 'datasets', 'matplotlib', 'rich', 'pyarrow', 'tensorboard'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_imported():
+    for name in srppo.__all__:
+        assert getattr(srppo, name) is not None
+    assert set(srppo.__all__) <= set(dir(srppo))
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = srppo.missing
+
+
+def test_safetensors_is_what_the_models_are_stored_in(tiny_models):
+    stored = safetensors.torch.load_file(Path(tiny_models.sft) / "model.safetensors")
+    assert len(stored) > 10 and len(STOPS) > 0
+    assert not list(Path(tiny_models.sft).rglob("*.bin"))
