@@ -87,7 +87,7 @@ def test_extrapolated_decoding_samples_from_the_formula(roles, tokenizer, beta):
     Two tokens, so that the second comes out of the base model's cache; prompts of two lengths, so that one is padded.
     """
     prompts = [tokenizer(text)["input_ids"] for text in ("roll badge>", "copy ab>")]
-    count = 6000
+    count = 2500
     with fixed_seed(0):
         sampled = generate(
             roles["sft"], [prompt for prompt in prompts for _ in range(count)], max_completion_length=2,
