@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from tiny import save, tiny_model
-from tiny_runs import ROWS, STOPS, TinyModels, read_jsonl, with_plots, write_jsonl
+from tiny_runs import ROWS, TinyModels, read_jsonl, with_plots, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srppo
@@ -550,7 +550,7 @@ def test_every_public_name_can_be_imported():
         _ = srppo.missing
 
 
-def test_safetensors_is_what_the_models_are_stored_in(tiny_models):
-    stored = safetensors.torch.load_file(Path(tiny_models.sft) / "model.safetensors")
-    assert len(stored) > 10 and len(STOPS) > 0
-    assert not list(Path(tiny_models.sft).rglob("*.bin"))
+def test_models_are_stored_as_safetensors_and_nothing_is_pickled(tiny_models):
+    for folder, name in ((tiny_models.sft, "model"), (tiny_models.adapter, "adapter_model")):
+        assert len(safetensors.torch.load_file(Path(folder) / f"{name}.safetensors")) > 10
+        assert not [path for kind in ("*.bin", "*.pt", "*.pkl") for path in Path(folder).rglob(kind)]
