@@ -123,6 +123,7 @@ class Provider:
     default: bool = True
     applies: Callable[[Case], bool] = lambda case: True
     resolve: Callable[[Any, str], str] = lambda problem, plan: ""  # what "auto" came to
+    detail: Callable[[Any, str], str] = lambda problem, plan: ""  # a finding that takes time: not on a time budget
 
 
 @dataclass(frozen=True, slots=True)

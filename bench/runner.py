@@ -129,6 +129,8 @@ def check(op: Op, problem: Problem, entry: Entry, deadline: Deadline) -> Checked
     if is_wrong(errors, op.gross_error):
         return Checked(finished(row, "wrong", f"its {op.error_of} is {errors.value:.2g} against fp64; not timed"))
     row.resolved = provider.resolve(problem, entry.plan)
+    if math.isinf(deadline.seconds):
+        row.detail = provider.detail(problem, entry.plan)
     return Checked(row, call, seconds)
 
 

@@ -9,7 +9,8 @@ exchanged are the two functions through which ``srppo.ppo`` reaches the vocabula
     (floor)      neither: the same update without any head, that is transformer, values and optimizer
 
 So the ratio less 1 is what the vocabulary costs on top of everything else. The error is that of the policy's log-probs
-against fp64 logits of the same hidden states. The largest batch is a line through the peaks measured at B and 2 B.
+against fp64 logits of the same hidden states. The largest batch, a line through the peaks measured at B and 2 B,
+is left out where the run has a time budget (``--budget 0`` or a chosen shape lifts it).
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def materialised(problem: StepProblem, plan: str) -> Call:
 def largest_batch(prepare: Any) -> Any:
     """How many sequences fit, from the peaks at B and 2 B."""
 
-    def resolve(problem: StepProblem, plan: str) -> str:
+    def detail(problem: StepProblem, plan: str) -> str:
         batch = problem.case.shape[0]
         limit = MEMORY_GIB[problem.case.device]
         peaks = [extra_memory(prepare(p, plan), problem.case.device)[1] for p in (problem, problem.doubled())]
@@ -208,7 +209,7 @@ def largest_batch(prepare: Any) -> Any:
             f"{per_sequence:.0f} MiB a sequence: {fits} sequences in {limit:g} GiB (line through {batch}, {2 * batch})"
         )
 
-    return resolve
+    return detail
 
 
 SHAPES = {"cpu": ((2, 16, 48),), "cuda": ((64, 128, 512),)}
@@ -221,9 +222,9 @@ OPS = (
         error_of="max log-prob error, nats",
         make=StepProblem.of,
         providers=(
-            Provider("srppo", "the trainer as shipped", fused, resolve=largest_batch(fused)),
+            Provider("srppo", "the trainer as shipped", fused, detail=largest_batch(fused)),
             Provider("logits", "the same trainer on materialised logits", materialised,
-                     resolve=largest_batch(materialised)),
+                     detail=largest_batch(materialised)),
         ),
         defaults=lambda device: [Case("training_step", shape, "bfloat16", device=device) for shape in SHAPES[device]],
         gross_error=0.25,
