@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srppo_kernels.linear_logprob import vocab_parallel
+from srppo_kernels.linear_logprob import native, vocab_parallel
 from srppo_kernels.linear_logprob.rows import Rows
 
 GROUP = 2048  # vocabulary entries a group: fp32 weight copy of 32 MB at D = 4096
@@ -160,6 +160,7 @@ def forward(
     rows: Rows,
     *,
     entropy: bool,
+    backend: str = "torch",
     residual: Residual | None = None,
     kept_rows: Tensor | None = None,
     group: str = "",
@@ -168,7 +169,8 @@ def forward(
     acc = accumulation_dtype(hidden)
     y = rows.take(targets).long()
     temperature = None if head.row_temperature is None else rows.take(head.row_temperature, 1.0).to(acc)
-    state = _scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
+    scan = native.scan if backend == "native" else _scan
+    state = scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     m, s, t, zy = vocab_parallel.merge_ranks(state, group)
     d = zy - m
     e_y = d.exp()

@@ -92,7 +92,7 @@ def run(
     sums = [t.new_zeros(t.shape, dtype=acc) if several and t.dtype != acc else t for t in (formed.weight, formed.bias)]
     with torch.autocast(hidden.device.type, enabled=False):
         for number, (start, stop, part) in enumerate(parts):
-            out = forward(hidden, head, targets, part, entropy=True, residual=residual, group=group)
+            out = forward(hidden, head, targets, part, entropy=True, backend=backend, residual=residual, group=group)
             whole = [part.put(values.new_zeros(hidden.shape[0]), values) for values in out]
             g, h = loss(start, stop, whole[0][start:stop], whole[1][start:stop])
             if not wanted.any:

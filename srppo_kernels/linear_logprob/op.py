@@ -87,13 +87,15 @@ def _linear_logprob(
             residual = new_residual(hidden, weight, min(chunk, rows.count))
             for a in range(0, rows.count, chunk):
                 part = rows.part(a, a + chunk)
-                result = forward(x, head, y, part, entropy=False, residual=residual, group=group)
+                result = forward(x, head, y, part, entropy=False, backend=backend, residual=residual, group=group)
                 part.put(kept, grads.context(x, head, y, part, result, residual))
                 for whole, values in zip([*outputs, *norm], result, strict=True):
                     part.put(whole, values)
         else:
             cache = Residual(kept, group_max) if plan == "cache" else None
-            result = forward(x, head, y, rows, entropy=entropy, residual=cache, kept_rows=rows.index, group=group)
+            result = forward(
+                x, head, y, rows, entropy=entropy, backend=backend, residual=cache, kept_rows=rows.index, group=group
+            )
             for whole, values in zip([*outputs, *norm], result, strict=True):
                 rows.put(whole, values)
     logprob, h, lse = (t.view(targets.shape) for t in outputs)

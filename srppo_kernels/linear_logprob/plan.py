@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srppo_kernels import _extension
+from srppo_kernels.linear_logprob import native
 from srppo_kernels.linear_logprob.chunked import BACKWARD_ELEMENTS, GROUP, row_block
 
 OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
@@ -93,21 +93,13 @@ def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
             f"{problem.op}: backend='triton' has no kernel for device {problem.device.type!r} in this version; "
             f"pass backend='auto' or 'torch'"
         )
-    obstacle = native_obstacle(problem)
+    obstacle = native.obstacle(problem.device, (problem.hidden_dtype, problem.weight_dtype))
     if backend == "native":
         if obstacle:
             raise ValueError(f"{problem.op}: backend='native' cannot run: {obstacle}; pass backend='auto' or 'torch'")
         return "native", "backend='native' was asked for"
-    return ("torch", obstacle) if obstacle else ("native", "the native CPU kernel is there")
-
-
-def native_obstacle(problem: Problem) -> str:
-    """Why the native scan cannot run this problem; empty if it can."""
-    if problem.device.type != "cpu":
-        return f"the native kernel has no code for device {problem.device.type!r}"
-    if not _extension.available():
-        return _extension.why()
-    return "the extension has no linear_logprob kernel"
+    obstacle = obstacle or native.not_faster()
+    return ("torch", f"on torch, as {obstacle}") if obstacle else ("native", "the native CPU scan is there")
 
 
 def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend: str) -> Plan:
@@ -126,9 +118,9 @@ def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend:
         return Plan("reference", "autograd", 1 + problem.needs_hidden + problem.needs_weight, 3 * size, why)
     budget = problem.width * problem.vocab * 4 if workspace_bytes is None else workspace_bytes
     if plan in ("auto", "score") and not problem.needs_any:
-        return Plan(chosen, "score", 1, _scan_bytes(problem), f"no input needs a gradient; {why}")
+        return Plan(chosen, "score", 1, _scan_bytes(problem, chosen), f"no input needs a gradient; {why}")
     if plan == "score":
-        return Plan(chosen, "score", 1, _scan_bytes(problem), f"plan='score' was asked for: no gradient; {why}")
+        return Plan(chosen, "score", 1, _scan_bytes(problem, chosen), f"plan='score' was asked for: no gradient; {why}")
     asked = "" if plan == "auto" else f"plan={plan!r} was asked for; "
     if op in ("linear_loss", "linear_ppo_loss") and plan in ("auto", "precompute"):
         return _precomputed_loss(problem, budget, workspace_bytes is None, chosen, asked)
@@ -138,11 +130,16 @@ def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend:
 def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str, asked: str) -> Plan:
     if not problem.needs_any:
         return Plan(
-            backend, "score", 1, _scan_bytes(problem), f"{asked}no input needs a gradient, so only the score runs"
+            backend,
+            "score",
+            1,
+            _scan_bytes(problem, backend),
+            f"{asked}no input needs a gradient, so only the score runs",
         )
     chunk = _rows_per_chunk(problem, budget, default)
     chunks = -(-problem.rows // chunk)
-    size = chunk * problem.vocab * problem.kept_bytes + _backward_bytes(problem)
+    blocks = max(_backward_bytes(problem), _scan_bytes(problem, backend))  # one after the other
+    size = chunk * problem.vocab * problem.kept_bytes + blocks
     accumulates = problem.needs_weight and chunks > 1 and problem.weight_dtype.itemsize == 2
     if accumulates:
         size += problem.vocab * problem.width * 4
@@ -171,7 +168,8 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
         )
     if plan in ("auto", "precompute") and frozen and not problem.entropy:
         chunk = _rows_per_chunk(problem, budget, default)
-        size = problem.rows * problem.width * problem.hidden_dtype.itemsize + _backward_bytes(problem)
+        size = problem.rows * problem.width * problem.hidden_dtype.itemsize
+        size += max(_backward_bytes(problem), _scan_bytes(problem, backend))  # one after the other
         size += chunk * problem.vocab * problem.kept_bytes
         reason = (
             f"{asked}the head is frozen and no entropy is wanted: dhidden is formed in the forward up to a row's scalar"
@@ -179,7 +177,7 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
         return Plan(backend, "precompute", 2, size, reason, chunk)
     kept = problem.rows * problem.vocab * problem.kept_bytes
     fits = kept <= budget
-    size = _backward_bytes(problem)
+    size = max(_backward_bytes(problem), _scan_bytes(problem, backend))  # one after the other
     if plan == "cache" and not fits:
         raise ValueError(
             f"{problem.op}: plan='cache' keeps {kept} bytes and workspace_bytes allows {budget}; "
@@ -199,8 +197,10 @@ def _weight_copy_bytes(problem: Problem) -> int:
     return min(GROUP, problem.vocab) * problem.width * problem.accumulator_bytes
 
 
-def _scan_bytes(problem: Problem) -> int:
+def _scan_bytes(problem: Problem, backend: str) -> int:
     """Blocks of the forward: logits and exponentials, the rows, the weight copy, and four numbers a row."""
+    if backend == "native":
+        return native.workspace_bytes(problem.rows, problem.width, problem.vocab, GROUP)
     block, group = row_block(problem.device), min(GROUP, problem.vocab)
     numbers = 2 * block * group + block * problem.width + 8 * problem.rows
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)

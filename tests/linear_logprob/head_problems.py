@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from srppo_kernels import linear_logprob
+from srppo_kernels.linear_logprob import native
 from srppo_kernels.linear_logprob.reference import linear_logprob_reference
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", *(["native"] if not native.obstacle(torch.device("cpu"), (torch.float32,) * 2) else [])]
 KINDS = ["random", "peaked", "negative", "positive", "offset+1e4", "offset-1e4"]
 
 

@@ -1,0 +1,272 @@
+// The CPU scan of srppo_kernels/linear_logprob: hidden states and head to (m, s, t, z_y) a row, without the logits.
+//
+// Work is cut into (vocabulary group x row block) tasks, each with its own scratch; groups are fixed and merged in
+// order at the end, row by row in float64. So a row's bits depend on neither the rows beside it nor the number of
+// threads.
+//
+// With AVX-512 BF16 and bf16 inputs, K goes in pairs (vdpbf16ps, fp32 accumulators); everything else is widened to
+// fp32 when it is packed, which is exact.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../common/tensors.h"
+
+namespace srppo {
+namespace {
+
+struct ScanArgs {
+  float logit_scale, softcap;  // softcap 0: none
+  bool entropy, kept_is_bf16;
+};
+
+struct Partial {
+  float m, s, t, zy;
+};
+
+}  // namespace
+}  // namespace srppo
+
+namespace srppo {
+constexpr std::int64_t kDepth = 128;  // steps of K (a pair counts as one) that one accumulator takes
+}
+
+#define SRPPO_KERNELS "../linear_logprob/cpu_kernels.h"
+#include "../common/each_level.h"
+
+namespace srppo {
+namespace {
+
+#if defined(__x86_64__)
+#define SRPPO_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+
+// z[rows][32] of x [pairs][rows] and panel [pairs][32], both pairs of bf16 in 32 bits; written or added to.
+#define SRPPO_BF16_TILE(ROWS)                                                                                        \
+  SRPPO_BF16 void bf16_tile_##ROWS(const std::uint32_t* x, const std::uint32_t* panel, std::int64_t pairs, float* z, \
+                                   std::int64_t ldz, bool add) {                                                     \
+    __m512 low[ROWS], high[ROWS];                                                                                    \
+    _Pragma("GCC unroll 14") for (int i = 0; i < ROWS; ++i) low[i] = high[i] = _mm512_setzero_ps();                  \
+    for (std::int64_t k = 0; k < pairs; ++k) {                                                                       \
+      const __m512bh a = (__m512bh)_mm512_loadu_si512(panel + k * 32);                                               \
+      const __m512bh b = (__m512bh)_mm512_loadu_si512(panel + k * 32 + 16);                                          \
+      _Pragma("GCC unroll 14") for (int i = 0; i < ROWS; ++i) {                                                      \
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[k * ROWS + i]));                       \
+        low[i] = _mm512_dpbf16_ps(low[i], value, a);                                                                 \
+        high[i] = _mm512_dpbf16_ps(high[i], value, b);                                                               \
+      }                                                                                                              \
+    }                                                                                                                \
+    _Pragma("GCC unroll 14") for (int i = 0; i < ROWS; ++i) {                                                        \
+      float* out = z + i * ldz;                                                                                      \
+      if (add) {                                                                                                     \
+        low[i] = _mm512_add_ps(_mm512_loadu_ps(out), low[i]);                                                        \
+        high[i] = _mm512_add_ps(_mm512_loadu_ps(out + 16), high[i]);                                                 \
+      }                                                                                                              \
+      _mm512_storeu_ps(out, low[i]);                                                                                 \
+      _mm512_storeu_ps(out + 16, high[i]);                                                                           \
+    }                                                                                                                \
+  }
+SRPPO_BF16_TILE(14)
+SRPPO_BF16_TILE(4)
+SRPPO_BF16_TILE(2)
+SRPPO_BF16_TILE(1)
+
+void bf16_multiply(int rows, const float* x, const float* panel, std::int64_t pairs, float* z, std::int64_t ldz) {
+  std::int64_t k = 0;
+  do {
+    const std::int64_t depth = std::min(pairs - k, kDepth);
+    const auto* a = reinterpret_cast<const std::uint32_t*>(x + k * rows);
+    const auto* b = reinterpret_cast<const std::uint32_t*>(panel + k * 32);
+    if (rows == 14) bf16_tile_14(a, b, depth, z, ldz, k > 0);
+    else if (rows == 4) bf16_tile_4(a, b, depth, z, ldz, k > 0);
+    else if (rows == 2) bf16_tile_2(a, b, depth, z, ldz, k > 0);
+    else bf16_tile_1(a, b, depth, z, ldz, k > 0);
+    k += depth;
+  } while (k < pairs);
+}
+#endif
+
+// A matrix of rows of any supported dtype.
+struct Matrix {
+  const char* data;
+  std::int64_t width, stride, item;
+  ScalarType type;
+
+  Matrix(const Tensor& tensor, const char* name)
+      : data(static_cast<const char*>(tensor.const_data_ptr())), width(tensor.size(1)), stride(tensor.stride(0)),
+        item(tensor.scalar_type() == ScalarType::Float ? 4 : 2), type(tensor.scalar_type()) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && (tensor.stride(1) == 1 || width <= 1),
+                    "srppo_native: ", name, " must be a CPU matrix with contiguous rows");
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                    "srppo_native: ", name, " must be float32, bfloat16 or float16");
+  }
+
+  const char* row(std::int64_t i) const { return data + i * stride * item; }
+};
+
+// Rows packed or widened with `pairs`: pairs of bf16 in the bits of a float; else floats.
+struct Packer {
+  bool pairs;
+  std::int64_t steps;  // floats a row
+  void (*widen_bf16)(const std::uint16_t*, std::int64_t, float*);
+  void (*widen_fp16)(const std::uint16_t*, std::int64_t, float*);
+
+  void row(const Matrix& matrix, std::int64_t i, float* out) const {
+    const char* source = matrix.row(i);
+    if (pairs) {
+      if (matrix.width % 2) out[steps - 1] = 0.0f;
+      std::memcpy(out, source, static_cast<std::size_t>(2 * matrix.width));
+    } else if (matrix.type == ScalarType::BFloat16) {
+      widen_bf16(reinterpret_cast<const std::uint16_t*>(source), matrix.width, out);
+    } else if (matrix.type == ScalarType::Half) {
+      widen_fp16(reinterpret_cast<const std::uint16_t*>(source), matrix.width, out);
+    } else {
+      std::memcpy(out, source, static_cast<std::size_t>(4 * matrix.width));
+    }
+  }
+};
+
+constexpr std::int64_t kRowBlock = 336;  // rows a task: packing a panel is then a few percent of its multiplications
+
+Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const Tensor& targets, const std::optional<Tensor>& index,
+                           const std::optional<Tensor>& row_temperature, double temperature, double logit_scale,
+                           double softcap, bool entropy, std::int64_t group, const std::optional<Tensor>& kept,
+                           const std::optional<Tensor>& group_max, const std::optional<Tensor>& kept_rows) {
+  const Matrix x(hidden, "hidden"), w(weight, "weight");
+  const std::int64_t vocab = weight.size(0), groups = (vocab + group - 1) / group, width = x.width;
+  STD_TORCH_CHECK(width == w.width, "srppo_native: hidden and weight have different widths");
+  check(targets, ScalarType::Long, -1, "targets");
+  const std::int64_t n = targets.numel();
+  const auto* target = static_cast<const std::int64_t*>(targets.const_data_ptr());
+  const auto longs = [&](const std::optional<Tensor>& tensor, const char* name) -> const std::int64_t* {
+    if (!tensor) return nullptr;
+    check(*tensor, ScalarType::Long, n, name);
+    return static_cast<const std::int64_t*>(tensor->const_data_ptr());
+  };
+  const std::int64_t* row_of = longs(index, "index");
+  const std::int64_t* kept_row_of = longs(kept_rows, "kept_rows");
+  const float* biases = floats(bias, vocab, "bias");
+  const float* temperatures = floats(row_temperature, n, "row_temperature");
+  char* kept_data = nullptr;
+  float* kept_max = nullptr;
+  std::int64_t kept_item = 4;
+  if (kept) {
+    STD_TORCH_CHECK(group_max && kept->is_contiguous() && kept->size(1) == vocab && group_max->is_contiguous() &&
+                        group_max->size(1) == groups,
+                    "srppo_native: kept must be [rows, V] with group_max [rows, groups]");
+    kept_data = static_cast<char*>(kept->mutable_data_ptr());
+    kept_max = static_cast<float*>(group_max->mutable_data_ptr());
+    kept_item = kept->scalar_type() == ScalarType::BFloat16 ? 2 : 4;
+  }
+  ScanArgs args{};
+  args.logit_scale = static_cast<float>(logit_scale);
+  args.softcap = static_cast<float>(softcap);
+  args.entropy = entropy;
+  args.kept_is_bf16 = kept_item == 2;
+
+  auto multiply = SRPPO_AT_LEVEL(multiply);
+  Packer packer{false, width, SRPPO_AT_LEVEL(widen_bf16), SRPPO_AT_LEVEL(widen_fp16)};
+#if defined(__x86_64__)
+  if (cpu_level() >= CpuLevel::avx512_bf16 && x.type == ScalarType::BFloat16 && w.type == ScalarType::BFloat16) {
+    packer.pairs = true;
+    packer.steps = (width + 1) / 2;
+    multiply = &bf16_multiply;
+  }
+#endif
+  const auto pack_panel = SRPPO_AT_LEVEL(pack_panel);
+  const auto tile_height = SRPPO_AT_LEVEL(tile_height);
+  const auto softmax_row = SRPPO_AT_LEVEL(softmax_row);
+  const std::int64_t panel = SRPPO_AT_LEVEL(panel_width)(), steps = packer.steps;
+
+  const std::int64_t row_blocks = (n + kRowBlock - 1) / kRowBlock;
+  const std::int64_t block = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
+  const std::int64_t ldz = (std::min(group, vocab) + panel - 1) / panel * panel;
+  std::vector<Partial> partials(static_cast<std::size_t>(groups * n));
+
+  torch::stable::parallel_for(0, groups * row_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> rows(static_cast<std::size_t>(block * steps)), scratch(static_cast<std::size_t>(panel * steps));
+    std::vector<float> packed(static_cast<std::size_t>(panel * steps)), z(static_cast<std::size_t>(block * ldz));
+    std::int64_t packed_block = -1;
+    for (std::int64_t task = begin; task < end; ++task) {
+      // Row blocks outermost: a thread then packs its rows once for many groups.
+      const std::int64_t at = task / groups, g = task % groups;
+      const std::int64_t first = at * block, count = std::min(block, n - first);
+      if (packed_block != at) {
+        packed_block = at;
+        for (std::int64_t r = 0; r < count;) {
+          const int height = tile_height(count - r);
+          float* out = rows.data() + r * steps;
+          for (int i = 0; i < height; ++i) {
+            packer.row(x, row_of ? row_of[first + r + i] : first + r + i, scratch.data());
+            for (std::int64_t k = 0; k < steps; ++k) out[k * height + i] = scratch[static_cast<std::size_t>(k)];
+          }
+          r += height;
+        }
+      }
+      const std::int64_t v0 = g * group, size = std::min(group, vocab - v0);
+      for (std::int64_t p = 0; p < size; p += panel) {
+        for (std::int64_t i = 0; i < panel; ++i) {
+          float* out = scratch.data() + i * steps;
+          if (p + i < size) packer.row(w, v0 + p + i, out);
+          else std::fill(out, out + steps, 0.0f);
+        }
+        pack_panel(scratch.data(), steps, packed.data());
+        for (std::int64_t r = 0; r < count;) {
+          const int height = tile_height(count - r);
+          multiply(height, rows.data() + r * steps, packed.data(), steps, z.data() + r * ldz + p, ldz);
+          r += height;
+        }
+      }
+      for (std::int64_t r = 0; r < count; ++r) {
+        const std::int64_t i = first + r, column = target[i] - v0;
+        const std::int64_t to = kept_row_of ? kept_row_of[i] : i;
+        const Partial partial =
+            softmax_row(args, z.data() + r * ldz, size, biases ? biases + v0 : nullptr,
+                        temperatures ? temperatures[i] : static_cast<float>(temperature),
+                        column >= 0 && column < size ? column : -1,
+                        kept_data ? kept_data + (to * vocab + v0) * kept_item : nullptr);
+        partials[static_cast<std::size_t>(g * n + i)] = partial;
+        if (kept_max) kept_max[to * groups + g] = partial.m;
+      }
+    }
+  });
+
+  Tensor state = torch::stable::new_empty(targets, {4, n}, ScalarType::Float);
+  float* out = mutable_floats(state);
+  torch::stable::parallel_for(0, n, 64, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      float m = std::numeric_limits<float>::lowest();
+      for (std::int64_t g = 0; g < groups; ++g) m = std::max(m, partials[static_cast<std::size_t>(g * n + i)].m);
+      double s = 0, t = 0, zy = 0;
+      for (std::int64_t g = 0; g < groups; ++g) {
+        const Partial& part = partials[static_cast<std::size_t>(g * n + i)];
+        const double shift = static_cast<double>(part.m) - static_cast<double>(m), factor = std::exp(shift);
+        s += static_cast<double>(part.s) * factor;
+        t += (static_cast<double>(part.t) + static_cast<double>(part.s) * shift) * factor;
+        zy += static_cast<double>(part.zy);
+      }
+      out[i] = m;
+      out[n + i] = static_cast<float>(s);
+      out[2 * n + i] = static_cast<float>(t);
+      out[3 * n + i] = static_cast<float>(zy);
+    }
+  });
+  return state;
+}
+
+}  // namespace
+}  // namespace srppo
+
+STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
+  m.def(
+      "linear_logprob_scan(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? index, "
+      "Tensor? row_temperature, float temperature, float logit_scale, float softcap, bool entropy, int group, "
+      "Tensor(a!)? kept, Tensor(b!)? group_max, Tensor? kept_rows) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(srppo_native, CPU, m) {
+  m.impl("linear_logprob_scan", TORCH_BOX(&srppo::linear_logprob_scan));
+}

@@ -1,0 +1,198 @@
+// The scan over one vocabulary group of one instruction level; included by each_level.h.
+//
+// A panel of 2 W vocabulary entries is packed as [K][2 W] and multiplied with a block of rows, packed as [K][rows] a
+// tile at a time. A logit is an accumulator that runs over kDepth steps of K, added up block by block in order: its
+// bits depend on neither the tile's height nor the row's place in it, and blocks keep the error of a long sum down.
+// The softmax pass is row by row. No templates and no lambdas here: each_level.h says why.
+
+constexpr int kPanel = 2 * W;          // vocabulary entries a panel
+constexpr int kTile = W >= 16 ? 14 : 6;  // rows a tile: 2 kTile accumulators and two vectors of the panel fill the registers
+
+static int panel_width() { return kPanel; }
+
+// Largest tile that the remaining rows fill.
+static int tile_height(std::int64_t rows) { return rows >= kTile ? kTile : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+
+// `source` is 2 W rows of `steps` floats (zero where the group has ended); `panel` becomes [steps][2 W].
+static void pack_panel(const float* source, std::int64_t steps, float* panel) {
+  for (int half = 0; half < 2; ++half) {
+    const float* rows = source + half * W * steps;
+    std::int64_t k = 0;
+    for (; k < steps; k += W) {
+      const int left = lanes_left(steps - k);
+      Vf x[W];
+      for (int i = 0; i < W; ++i) x[i] = load(rows + i * steps + k, left);
+      transpose(x);
+      for (int i = 0; i < left; ++i) store(panel + (k + i) * kPanel + half * W, x[i], W);
+    }
+  }
+}
+
+static void widen_bf16(const std::uint16_t* source, std::int64_t n, float* out) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(source[i]) << 16;
+    std::memcpy(out + i, &bits, 4);
+  }
+}
+
+// Exponents are rebased by a multiplication with 2^112, which is exact and takes subnormals along.
+static void widen_fp16(const std::uint16_t* source, std::int64_t n, float* out) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint32_t half = source[i];
+    const std::uint32_t magnitude = (half & 0x7fffu) << 13;
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value *= 0x1p112f;
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    bits |= (half & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+    bits |= (half & 0x8000u) << 16;
+    std::memcpy(out + i, &bits, 4);
+  }
+}
+
+// z[rows][2 W], written or (a later block of K) added to. x is [steps][rows], panel [steps][2 W].
+SRPPO_INLINE void tile(const int rows, const float* x, const float* panel, std::int64_t steps, float* z,
+                       std::int64_t ldz, bool add) {
+  Vf low[kTile], high[kTile];
+#pragma GCC unroll 14
+  for (int i = 0; i < rows; ++i) low[i] = high[i] = set(0.0f);
+  for (std::int64_t k = 0; k < steps; ++k) {
+    const Vf a = load(panel + k * kPanel, W), b = load(panel + k * kPanel + W, W);
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; ++i) {
+      const Vf value = set(x[k * rows + i]);
+      low[i] = fma(value, a, low[i]);
+      high[i] = fma(value, b, high[i]);
+    }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < rows; ++i) {
+    float* out = z + i * ldz;
+    if (add) {
+      low[i] = load(out, W) + low[i];
+      high[i] = load(out + W, W) + high[i];
+    }
+    store(out, low[i], W);
+    store(out + W, high[i], W);
+  }
+}
+
+static void multiply(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz) {
+  std::int64_t k = 0;
+  do {
+    const std::int64_t depth = steps - k < kDepth ? steps - k : kDepth;
+    const float *a = x + k * rows, *b = panel + k * kPanel;
+    if (rows == kTile) tile(kTile, a, b, depth, z, ldz, k > 0);
+    else if (rows == 4) tile(4, a, b, depth, z, ldz, k > 0);
+    else if (rows == 2) tile(2, a, b, depth, z, ldz, k > 0);
+    else tile(1, a, b, depth, z, ldz, k > 0);
+    k += depth;
+  } while (k < steps);
+}
+
+// e^x for x <= 0; below -87 it is 0. A NaN stays one.
+SRPPO_INLINE Vf exp_of_negative(Vf x) {
+  const Vf least = set(-87.0f);
+  const Mask gone = less(x, least);
+  return select(gone, set(0.0f), exp_parts(select(gone, least, x)).exp);
+}
+
+// 1 - 2 / (e^2|x| + 1), with x's sign: an absolute error of an ulp of 1, which is what a cap multiplies.
+SRPPO_INLINE Vf tanh_of(Vf x) {
+  const Vf zero = set(0.0f), one = set(1.0f);
+  const Mask negative = less(x, zero);
+  Vf twice = select(negative, zero - x, x);
+  twice = twice + twice;
+  twice = select(greater(twice, set(40.0f)), set(40.0f), twice);
+  const Vf t = one - set(2.0f) / (exp_parts(twice).exp + one);
+  return select(negative, zero - t, t);
+}
+
+SRPPO_INLINE Vf transform(Vf z, const ScanArgs& args, Vf temperature) {
+  if (args.logit_scale != 1.0f) z = z * set(args.logit_scale);
+  if (args.softcap != 0.0f) z = tanh_of(z / set(args.softcap)) * set(args.softcap);
+  return z / temperature;
+}
+
+SRPPO_INLINE float sum_of(Vf a, Vf b, Vf c, Vf d) {
+  Sum sum;  // float64: what is added up is already a sum of many
+  sum.add(a);
+  sum.add(b);
+  sum.add(c);
+  sum.add(d);
+  return static_cast<float>(sum.total());
+}
+
+// Turns a row's raw logits (room for whole vectors) into its partial (m, s, t, z_y); `column` is the target's, or
+// negative.
+static Partial softmax_row(const ScanArgs& args, float* z, std::int64_t width, const float* bias, float temperature,
+                           std::int64_t column, void* kept) {
+  const Vf lowest = set(-3.402823466e38f), vtemperature = set(temperature);
+  const std::int64_t whole = (width + W - 1) / W * W;
+  const bool plain = args.logit_scale == 1.0f && args.softcap == 0.0f && temperature == 1.0f && bias == nullptr;
+  if (!plain) {
+    for (std::int64_t j = 0; j < width; j += W) {
+      Vf x = load(z + j, W);
+      if (bias) x = x + load(bias + j, lanes_left(width - j));
+      x = transform(x, args, vtemperature);
+      // A bias of -inf rules an entry out: the lowest finite number does the same, and makes no NaN of 0 * inf.
+      if (bias) x = select(less(x, lowest), lowest, x);
+      store(z + j, x, W);
+    }
+  }
+  for (std::int64_t j = width; j < whole; ++j) z[j] = -3.402823466e38f;
+  Vf m0 = lowest, m1 = lowest;
+  std::int64_t j = 0;
+  for (; j + 2 * W <= whole; j += 2 * W) {
+    const Vf a = load(z + j, W), b = load(z + j + W, W);
+    m0 = select(greater(a, m0), a, m0);
+    m1 = select(greater(b, m1), b, m1);
+  }
+  for (; j < whole; j += W) {
+    const Vf a = load(z + j, W);
+    m0 = select(greater(a, m0), a, m0);
+  }
+  Partial partial;
+  partial.m = largest(select(greater(m1, m0), m1, m0));
+  partial.zy = 0.0f;
+  if (column >= 0) {
+    partial.zy = z[column];
+    // The target stays out of the sums (chunked.py says why). A NaN there has to stay in.
+    if (!(partial.zy != partial.zy)) z[column] = -3.402823466e38f;
+  }
+  const Vf m = set(partial.m), zero = set(0.0f);
+  Vf s[4] = {zero, zero, zero, zero}, t[4] = {zero, zero, zero, zero};
+  const std::int64_t step = 4 * W;
+  for (j = 0; j < whole; j += step) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      if (j + i * W >= whole) break;
+      const Vf d = load(z + j + i * W, W) - m;
+      const Vf e = exp_of_negative(d);
+      s[i] = s[i] + e;
+      if (args.entropy) t[i] = fma(e, d, t[i]);
+      if (kept) store(z + j + i * W, e, W);
+    }
+  }
+  partial.s = sum_of(s[0], s[1], s[2], s[3]);
+  partial.t = args.entropy ? sum_of(t[0], t[1], t[2], t[3]) : 0.0f;
+  if (kept) {
+    if (column >= 0) {
+      const float d = partial.zy - partial.m;
+      z[column] = d < -87.0f ? 0.0f : std::exp(d);
+    }
+    if (args.kept_is_bf16) {
+      std::uint16_t* out = static_cast<std::uint16_t*>(kept);
+      for (std::int64_t i = 0; i < width; ++i) {
+        std::uint32_t bits;
+        std::memcpy(&bits, z + i, 4);
+        const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+        out[i] = static_cast<std::uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+      }
+    } else {
+      std::memcpy(kept, z, sizeof(float) * static_cast<std::size_t>(width));
+    }
+  }
+  return partial;
+}

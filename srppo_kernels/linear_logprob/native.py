@@ -1,0 +1,94 @@
+"""The C++ scan (csrc/linear_logprob): the torch backend's ``(m, s, t, z_y)`` of a row, from one pass over the head.
+
+It fills the same residual and uses the same vocabulary groups, so every plan runs on it; gradients are torch's GEMMs
+either way. It is taken where it was measured to be faster than torch's GEMMs and passes: README.md has the table.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from srppo_kernels import _extension
+from srppo_kernels.linear_logprob.rows import Rows
+
+if TYPE_CHECKING:
+    from srppo_kernels.linear_logprob.chunked import Head, Residual
+
+# Without AVX-512 the MKL behind torch has as good a tile, and on other processors nothing was measured.
+FASTER_LEVELS = ("avx512", "avx512_bf16", "amx")
+ROW_BLOCK = 336  # kRowBlock of csrc/linear_logprob/cpu.cpp
+PANEL = 32  # vocabulary entries packed at a time, at most
+
+
+def obstacle(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> str:
+    """Why the scan cannot run; empty if it can."""
+    if device.type != "cpu":
+        return f"the native kernel has no code for device {device.type!r}"
+    if torch.float64 in dtypes:
+        return "the native kernel computes in float32 and the inputs are float64"
+    return _missing()
+
+
+# A compiler that traces the public functions cannot look into the extension; what it says does not change under it.
+@torch.compiler.assume_constant_result
+def _missing() -> str:
+    if not _extension.available():
+        return _extension.why()
+    if not hasattr(torch.ops.srppo_native, "linear_logprob_scan"):
+        return "the extension was built from older sources, without linear_logprob; install again"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def not_faster() -> str:
+    """Why "auto" leaves a scan that could run alone; empty where it takes it."""
+    level = _extension.build_info()["cpu_level"]
+    return "" if level in FASTER_LEVELS else f"the native kernel was not measured to be faster at CPU level {level!r}"
+
+
+def workspace_bytes(rows: int, width: int, vocab: int, group: int) -> int:
+    """Of all threads: packed rows, a panel packed and unpacked, logits; and four numbers a row and group."""
+    block = min(rows, ROW_BLOCK)
+    columns = -(-min(group, vocab) // PANEL) * PANEL
+    scratch = block * width + 2 * PANEL * width + block * columns
+    return 4 * scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def scan(
+    hidden: Tensor,  # [N, D]
+    head: "Head",
+    y: Tensor,  # [count]
+    temperature: Tensor | None,  # [count]
+    rows: Rows,
+    entropy: bool,
+    residual: "Residual | None",
+    kept_rows: Tensor | None,
+) -> Tensor:
+    """The online state ``(m, s, t, z_y)``, ``[4, count]``; chunked._scan has the meaning of the arguments."""
+    from srppo_kernels.linear_logprob.chunked import GROUP
+
+    if rows.index is None:
+        hidden = hidden[rows.start : rows.stop]
+    weight = head.weight if head.weight.shape[1] <= 1 or head.weight.stride(1) == 1 else head.weight.contiguous()
+    return torch.ops.srppo_native.linear_logprob_scan(
+        hidden if hidden.stride(1) == 1 else hidden.contiguous(),
+        weight,
+        None if head.bias is None else head.bias.float().contiguous(),
+        y.contiguous(),
+        rows.index,
+        None if temperature is None else temperature.contiguous(),
+        head.temperature,
+        head.logit_scale,
+        0.0 if head.softcap is None else head.softcap,
+        entropy,
+        GROUP,
+        None if residual is None else residual.kept,
+        None if residual is None else residual.group_max,
+        kept_rows,
+    )
