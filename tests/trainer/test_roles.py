@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -183,6 +184,39 @@ def test_each_adapters_gradient_is_that_of_a_model_with_this_adapter_alone(tiny_
         assert scale > 1e-6
         for name, gradient in got.items():
             torch.testing.assert_close(gradient, expected[name], atol=2e-4 * scale, rtol=1e-3, msg=f"{which} {name}")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma2", "cohere2", "granite"])
+def test_full_gradient_is_that_of_autograd_over_the_models_logits(tmp_path, kind):
+    """Tied heads get their gradient from both ends; scaled and capped logits pass it through the transform."""
+    args = config(tmp_path, entropy_coef=0.1, temperature=0.8, cliprange=0.05)
+    roles, given = full_roles(args, kind), rollout()
+    scores = ppo.score(roles, given, args)
+    targets = ppo.advantages(given, scores, args)
+    count, mask = torch.tensor(10.0), given.completion_mask
+    with torch.no_grad():
+        for _, p in roles.policy.parameters():  # so that ratios are not 1 and some are clipped
+            p.mul_(1.05)
+    twin = copy.deepcopy(roles.policy.causal_lm)
+    loss, _ = ppo.policy_backward(roles.policy, given, scores.policy, targets.advantages, count, args)
+
+    logits = twin(
+        input_ids=given.input_ids, attention_mask=given.attention_mask, position_ids=given.position_ids
+    ).logits[:, given.prompt_length - 1 : -1]
+    all_logp = (logits / 0.8).log_softmax(-1)
+    logp = all_logp.gather(-1, given.completions[..., None]).squeeze(-1)
+    entropy = -(all_logp.exp() * all_logp).sum(-1)
+    ratio, advantage = (logp - scores.policy)[mask].exp(), targets.advantages[mask]
+    assert ((ratio - 1).abs() > 0.05).any()
+    plain = -torch.minimum(ratio * advantage, ratio.clamp(0.95, 1.05) * advantage).sum() - 0.1 * entropy[mask].sum()
+    (plain / 10).backward()
+    assert loss == pytest.approx(plain.item() / 10, abs=1e-4)
+    expected = {name: p.grad for name, p in twin.named_parameters()}
+    got = dict(roles.policy.parameters())
+    assert got.keys() == expected.keys()
+    scale = max(g.abs().max().item() for g in expected.values())
+    for name, p in got.items():
+        torch.testing.assert_close(p.grad, expected[name], atol=2e-4 * scale, rtol=2e-3, msg=f"{kind} {name}")
 
 
 def test_active_adapter_comes_back_after_an_error(tiny_models, tmp_path):
