@@ -5,8 +5,8 @@
 // bits depend on neither the tile's height nor the row's place in it, and blocks keep the error of a long sum down.
 // The softmax pass is row by row. No templates and no lambdas here: each_level.h says why.
 
-constexpr int kPanel = 2 * W;          // vocabulary entries a panel
-constexpr int kTile = W >= 16 ? 14 : 6;  // rows a tile: 2 kTile accumulators and two vectors of the panel fill the registers
+constexpr int kPanel = 2 * W;            // vocabulary entries a panel
+constexpr int kTile = W >= 16 ? 14 : 6;  // rows a tile: 2 kTile accumulators and two vectors fill the registers
 
 static int panel_width() { return kPanel; }
 

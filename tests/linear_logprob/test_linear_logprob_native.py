@@ -1,0 +1,104 @@
+"""The C++ scan at every instruction level that this machine has: values, bits over threads and rows, what it keeps."""
+
+import pytest
+import torch
+from backends import LEVELS, threads
+from linear_logprob.head_problems import make, relative, value_bound
+
+from srppo_kernels import _extension, explain, linear_logprob
+from srppo_kernels.linear_logprob import native
+
+pytestmark = pytest.mark.skipif(
+    bool(native.obstacle(torch.device("cpu"), (torch.float32, torch.float32))), reason="the extension is not built"
+)
+BIG = 1 << 30
+ALL_LEVELS = [*LEVELS, *(["avx512_bf16"] if "avx512_bf16" in _extension.cpu_levels() else [])]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_each_level(level, dtype):
+    """Rows and widths that are multiples of no tile; every option; the target's own column; NaN stays in its row."""
+    for n, d, v in ((1, 1, 1), (17, 33, 2081), (29, 300, 70), (345, 7, 130)):
+        p = make("random", n=n, d=d, v=v, dtype=dtype, bias=True, softcap=4.0, logit_scale=1.5)
+        p.options["temperature"] = torch.rand(n) + 0.5
+        with torch.no_grad():
+            p.options["bias"][v // 2] = -torch.inf if v > 1 else 0.0
+        p.targets[p.targets == v // 2] = 0
+        with _extension.cpu_level(level):
+            got = p.run(entropy=True, lse=True, plan="score", backend="native")
+        twin = p.double()
+        twin.options["bias"] = twin.options["bias"].clamp(min=-1e30)
+        for a, b in zip(got, twin.oracle(), strict=True):
+            assert (a.double() - b).abs().max() < 1e-5
+    p = make("random", n=20, d=9, v=300, dtype=dtype)
+    clean = p.run(plan="score", backend="native").logprob
+    with torch.no_grad():
+        p.hidden[3] = torch.nan
+        p.weight[7, 0] = torch.nan
+    with _extension.cpu_level(level):
+        assert p.run(plan="score", backend="native").logprob.isnan().all()
+        with torch.no_grad():
+            p.weight[7, 0] = 0.0
+        got = p.run(plan="score", backend="native").logprob
+    assert got[3].isnan()
+    assert got.isnan().sum() == 1
+    assert not torch.equal(got, clean)
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked", "offset+1e4"])
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_each_level_on_hard_rows(level, kind):
+    p = make(kind, n=60, dtype=torch.bfloat16)
+    with _extension.cpu_level(level):
+        got = p.run(entropy=True, lse=True, plan="score", backend="native")
+    for a, b in zip(got, p.double().oracle(), strict=True):
+        assert (a.double() - b).abs().max() <= value_bound(p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_bits_over_threads_and_rows(level, dtype):
+    """The same bits for 1, 2 and 3 threads, and for a row alone, batched or permuted, beyond one row block too."""
+    p = make("random", n=700, d=260, v=4200, dtype=dtype)
+    order = torch.randperm(700)
+    with _extension.cpu_level(level):
+        want = p.run(entropy=True, lse=True, plan="score", backend="native")
+        for count in (1, 2, 3):
+            with threads(count):
+                for a, b in zip(p.run(entropy=True, lse=True, plan="score", backend="native"), want, strict=True):
+                    assert torch.equal(a, b)
+        shuffled = linear_logprob(p.hidden[order], p.weight, p.targets[order], plan="score", backend="native").logprob
+        assert torch.equal(shuffled, want.logprob[order])
+        for row in (0, 13, 335, 336, 699):
+            alone = linear_logprob(p.hidden[row], p.weight, p.targets[row], plan="score", backend="native").logprob
+            assert torch.equal(alone, want.logprob[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_kept_exponentials(level, dtype):
+    """Plans that keep exponentials get from the scan what they get from torch."""
+    p = make("random", n=90, dtype=dtype, mask=torch.rand(90) > 0.3, softcap=5.0)
+    gradients = []
+    for backend in ("native", "torch"):
+        with _extension.cpu_level(level):
+            out = p.run(entropy=True, plan="cache", workspace_bytes=BIG, backend=backend)
+        gradients.append(torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), p.inputs()))
+    for a, b in zip(*gradients, strict=True):
+        assert relative(a, b.double()) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def test_auto_takes_it_where_it_was_measured():
+    p = make("random", n=4, d=4, v=9, grad=(False, False))
+    for level in ALL_LEVELS:
+        with _extension.cpu_level(level):
+            plan = explain(p.hidden, p.weight, p.targets)
+        assert plan.backend == ("native" if level in native.FASTER_LEVELS else "torch")
+        if plan.backend == "torch":
+            assert f"not measured to be faster at CPU level '{level}'" in plan.reason
+    double = p.double()
+    assert "float64" in explain(double.hidden, double.weight, p.targets).reason
+    with pytest.raises(ValueError, match=r"backend='native' cannot run: .*float64"):
+        linear_logprob(double.hidden, double.weight, p.targets, backend="native")
