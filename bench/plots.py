@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import Row
-from bench.report import case_text
+from bench.report import case_text, number
 
 OURS_COLOUR = "#d1495b"
-COLOURS = ("#30638e", "#00798c", "#edae49", "#8d96a3", "#6a4c93", "#8ac926", "#b08968", "#222222", "#c77dff", "#5fa8d3")
-LONGEST = 46  # characters of a case's label on one line
+# A provider has its colour in every picture, whatever else is in it.
+COLOURS = {
+    "torch": "#30638e", "torch-compile": "#00798c", "torch-compacted": "#5fa8d3", "F.linear_cross_entropy": "#edae49",
+    "F.linear_cross_entropy-chunked": "#b08968", "liger-selective": "#6a4c93", "liger-grpo": "#a084ca",
+    "liger-flce": "#a084ca", "trl-chunked": "#8ac926", "trl-loop": "#8ac926", "verl": "#222222", "verl-loop": "#222222",
+    "cce": "#8d96a3", "quack": "#c77dff", "logits": "#30638e",
+}  # fmt: skip
+OTHER_COLOUR = "#bbbbbb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +77,6 @@ def draw_one(op: str, rows: Sequence[Row], picture: Picture, path: Path) -> None
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(case_text(row), []).append(row)
-    names = list(dict.fromkeys(provider_name(row) for row in rows))
-    colours = dict(zip((n for n in names if not n.startswith("srppo")), COLOURS * 3, strict=False))
     count = len(rows) + 1.6 * len(groups)
     figure = Figure(figsize=(8.4, 1.3 + 0.23 * count), layout="constrained")
     FigureCanvasAgg(figure)
@@ -83,12 +87,12 @@ def draw_one(op: str, rows: Sequence[Row], picture: Picture, path: Path) -> None
     logarithmic = max(values) > 8 * max(min(values), 1e-300)
     for case, members in groups.items():
         axes.text(0.0, position + 0.1, f" {case}", transform=axes.get_yaxis_transform(), fontsize=8, weight="bold",
-                  va="center")  # fmt: skip
+                  va="center", zorder=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0})  # fmt: skip
         position += 1
         for row in members:
             name = provider_name(row)
             value = max(picture.value(row), picture.least)
-            colour = OURS_COLOUR if name.startswith("srppo") else colours[name]
+            colour = OURS_COLOUR if name.startswith("srppo") else COLOURS.get(name, OTHER_COLOUR)
             axes.barh(position, value, height=0.78, color=colour, xerr=error_bar(row, value, picture),
                       error_kw={"elinewidth": 0.8, "ecolor": "#555555"})  # fmt: skip
             end = picture.spread(row)[1] if picture.spread else value
@@ -101,7 +105,8 @@ def draw_one(op: str, rows: Sequence[Row], picture: Picture, path: Path) -> None
     axes.set_ylim(position - 0.6, -0.7)
     if logarithmic:
         axes.set_xscale("log")
-        axes.set_xlim(min(values) / 2, max(values) * 2.5)
+        lows = [picture.spread(row)[0] for row in rows] if picture.spread else values
+        axes.set_xlim(min(*lows, *values) / 2, max(values) * 2.5)
     else:
         axes.set_xlim(0, max(values) * 1.18)
     if picture.line_at is not None:
@@ -130,4 +135,4 @@ def error_bar(row: Row, value: float, picture: Picture) -> list[list[float]] | N
 def figure_text(value: float) -> str:
     if value == 0:
         return "0"
-    return f"{value:.1e}" if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:.3g}"
+    return f"{value:.1e}" if abs(value) < 1e-2 else number(value)

@@ -12,7 +12,9 @@ from rich.text import Text
 from bench.core import Op
 from bench.record import Row, Run
 
-STATUS_STYLE = {"unavailable": "dim", "skipped": "dim", "failed": "red", "wrong": "bold red"}
+STATUS_STYLE = {"failed": "red", "wrong": "bold red"}
+TEXTS = ("provider", "note")
+BELOW = ("unavailable", "skipped")
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -44,10 +46,16 @@ def tables(console: Console, rows: Sequence[Row], ops: Sequence[Op]) -> None:
 
 
 def table(op: Op, rows: Sequence[Row]) -> Table:
-    """Columns that say nothing in any row are left out."""
+    """Columns that say nothing in any row are left out; providers without a result go below, with their reason."""
+    caption = []
+    for row in rows:
+        line = f"{row.provider}: {row.status}: {row.reason}"
+        if row.status in BELOW and line not in caption:
+            caption.append(line)
+    rows = [row for row in rows if row.status not in BELOW]
     floor = next((row.floor for row in rows if row.floor), "")
     result = Table(title=f"{op.name}: {op.title}", title_justify="left", title_style="bold", caption_justify="left")
-    unmasked = {(*row.case_key[:3], row.provider, row.plan): row.ratio * row.floor_ms for row in rows
+    unmasked = {(*row.case_key[:3], row.provider, row.plan): row.median_ms for row in rows
                 if row.mask_density == 1 and row.rows == "random"}  # fmt: skip
     columns = {
         "provider": [Text(row.provider + (f" ({row.plan})" if row.plan not in ("-", "auto") else "")) for row in rows],
@@ -66,7 +74,7 @@ def table(op: Op, rows: Sequence[Row]) -> Table:
     }
     kept = {name: cells for name, cells in columns.items() if any(cell.plain for cell in cells)}
     for name in kept:
-        result.add_column(name, justify="left" if name in ("provider", "note") else "right", overflow="fold")
+        result.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name != "note", overflow="fold")
     case = None
     for index, row in enumerate(rows):
         if row.case_key != case:
@@ -75,7 +83,8 @@ def table(op: Op, rows: Sequence[Row]) -> Table:
             result.add_row(Text(case_text(row), style="bold cyan"))
         result.add_row(*(cells[index] for cells in kept.values()), style=STATUS_STYLE.get(row.status))
     if any(row.noisy for row in rows):
-        result.caption = "~ noisy: the row's own p80 is more than 10 % above its p20"
+        caption.insert(0, "~ noisy: the row's own p80 is more than 10 % above its p20")
+    result.caption = Text("\n".join(caption)) if caption else None
     return result
 
 
@@ -99,7 +108,7 @@ def unmasked_cell(row: Row, unmasked: dict[tuple[str, ...], float]) -> Text:
     if row.mask_density == 1:
         return Text("")
     full = unmasked.get((*row.case_key[:3], row.provider, row.plan), math.nan)
-    return Text(number(row.ratio * row.floor_ms / full) if full > 0 else "")
+    return Text(number(row.median_ms / full) if full > 0 else "")
 
 
 def note_cell(row: Row) -> Text:
