@@ -195,7 +195,12 @@ def eval(args: SRPPOConfig, options: argparse.Namespace) -> None:
     assert args.base_model_name_or_path and args.sft_model_name_or_path and args.dataset_name
     tokenizer = tokenizer_of(args)
     rows = examples(args, tokenizer, args.dataset_name, args.dataset_test_split, missing_split_ok=True)
-    rows = rows or examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
+    if not rows:
+        console.note(
+            f"{args.dataset_name} has no rows in a split {args.dataset_test_split!r}: judging on "
+            f"{args.dataset_train_split!r}"
+        )
+        rows = examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
     if not rows:
         raise UserError(f"{args.dataset_name} has no rows: there is nothing to evaluate on")
     base, sft_model = frozen_roles(args, args.base_model_name_or_path, args.sft_model_name_or_path)

@@ -120,7 +120,9 @@ class MetricsWriter:
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(self.history) or None)
+            # of a run that is resumed, the board forgets what came after the checkpoint
+            purge = self.history[-1]["step"] + 1 if self.history else None
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One entry; metrics that are not a number here (no variance yet, say) are left out."""

@@ -216,9 +216,10 @@ def test_eval_judges_sft_a_tuned_model_and_extrapolated_decoding(tiny_models, da
     assert evaluate(tiny_models, data, out, **adapter_on_full)[0]["metrics"]["eval/objective/kl"] != 0
 
 
-def test_eval_takes_the_train_split_of_a_single_file(tiny_models, tmp_path):
+def test_eval_takes_the_train_split_of_a_single_file_and_says_so(tiny_models, tmp_path, capfd):
     source = write_jsonl(tmp_path / "data.jsonl", ROWS)
     assert len(evaluate(tiny_models, source, tmp_path / "out.jsonl")) == 1 + len(ROWS)
+    assert "has no rows in a split 'test': judging on 'train'" in capfd.readouterr().err
 
 
 def test_env_names_versions_and_says_why_each_backend_is_on_or_off(capfd):

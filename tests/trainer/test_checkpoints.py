@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,6 +115,15 @@ def test_resuming_into_another_runs_folder_is_refused_and_leaves_it_alone(tiny_m
         run.train()
     assert [p.name for p in other.iterdir()] == ["metrics.jsonl"]
     assert (other / "metrics.jsonl").read_text() == "precious\n"
+
+
+def test_tensorboard_of_a_resumed_run_has_every_step_once(tiny_models, tmp_path):
+    settings = {**SETTINGS, "save_steps": 1, "max_steps": 3, "report_to": ["tensorboard"]}
+    trainer(tiny_models, tmp_path, **settings).train()
+    resume(tiny_models, tmp_path, tmp_path / "run" / "checkpoint-2", "sft", **settings).train()
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("objective/scores")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "no state", "no tensors", "bad json", "another dict"])
