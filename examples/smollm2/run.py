@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from srppo.cli import main as srppo
 from srppo.config import read_yaml
 from srppo.errors import UserError
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(os.path.relpath(Path(__file__).parent))  # relative, so that a log can be shared as it is
 CONFIG = HERE / "config.yaml"
 QUESTIONS = HERE / "questions.jsonl"
 COLUMNS = {
