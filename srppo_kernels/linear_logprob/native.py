@@ -15,8 +15,8 @@ from srppo_kernels.linear_logprob.rows import Rows
 if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.chunked import Head, Residual
 
-# Without AVX-512 the MKL behind torch has as good a tile, and on other processors nothing was measured.
-FASTER_LEVELS = ("avx512", "avx512_bf16", "amx")
+# Measured on a Zen 4: 0.7 times MKL's fp32 GEMM with AVX2 as with AVX-512. Portable code takes 2.2 times that GEMM.
+FASTER_LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
 ROW_BLOCK = 336  # kRowBlock of csrc/linear_logprob/cpu.cpp
 PANEL = 32  # vocabulary entries packed at a time, at most
 
