@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,28 +56,38 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
         made = {}
         for name, use_peft in (("sft", False), ("adapter", True)):
             args = config(folder, base_model_name_or_path=base, use_peft=use_peft, sft_learning_rate=1e-2, lora_r=4)
-            made[name] = str(
+            with without_plots():
                 run_sft(args, train_dataset=rows, output_dir=folder / name, tokenizer=tokenizer, console=QUIET)
-            )
+            made[name] = str(folder / name)
         _made["llama"] = TinyModels(base, **made)
     return _made["llama"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_plots() -> Iterator[None]:
-    """Plots take most of a tiny run's time; the tests that look at them use ``with_plots``."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (trainer_module, sft_module):
-            patch.setattr(module, "plot_history", lambda *_: [])
-        yield
-
-
 @contextmanager
-def with_plots() -> Iterator[None]:
+def plotting(function: Callable[..., Any]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (trainer_module, sft_module):
-            patch.setattr(module, "plot_history", plot_history)
+            patch.setattr(module, "plot_history", function)
         yield
+
+
+def with_plots() -> AbstractContextManager[None]:
+    return plotting(plot_history)
+
+
+def without_plots() -> AbstractContextManager[None]:
+    return plotting(lambda *_: [])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lean_runs() -> Iterator[None]:
+    """One thread, as models this small gain nothing from a second one, and no plots, which take most of a tiny run's
+    time; the tests that look at plots use :func:`with_plots`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with without_plots():
+        yield
+    torch.set_num_threads(threads)
 
 
 def config(folder: Path, **settings: Any) -> SRPPOConfig:
