@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.record import Row, read
+from bench.report import provider_name
 
 THRESHOLD = 0.05
 ERROR_FACTOR, ERROR_GRAIN = 2.0, 1e-7  # last-bit differences of fp32 are not news
@@ -110,8 +111,7 @@ def show(console: Console, found: Sequence[Change]) -> None:
     for change in found:
         row = change.row
         case = f"{row.shape} {row.dtype}, {row.mask_density:g} live, {row.rows}, {row.device}"
-        provider = row.provider if row.plan in ("-", "auto") else f"{row.provider} ({row.plan})"
-        cells = (row.op, provider, case, change.what, change.before, change.after)
+        cells = (row.op, provider_name(row), case, change.what, change.before, change.after)
         table.add_row(*map(Text, cells), style="red" if change.worse else "green")
     console.print(table)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import Row
-from bench.report import case_text, number
+from bench.report import case_text, number, provider_name
 
 OURS_COLOUR = "#d1495b"
 # A provider has its colour in every picture, whatever else is in it.
@@ -63,10 +63,6 @@ def draw(rows: Sequence[Row], folder: Path, stem: str = "") -> list[Path]:
             draw_one(op, shown, picture, path)
             written.append(path)
     return written
-
-
-def provider_name(row: Row) -> str:
-    return row.provider if row.plan in ("-", "auto") else f"{row.provider} ({row.plan})"
 
 
 def draw_one(op: str, rows: Sequence[Row], picture: Picture, path: Path) -> None:

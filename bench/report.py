@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from textwrap import fill
 
 from rich.console import Console
 from rich.table import Table
@@ -12,9 +13,8 @@ from rich.text import Text
 from bench.core import Op
 from bench.record import Row, Run
 
-STATUS_STYLE = {"failed": "red", "wrong": "bold red"}
-TEXTS = ("provider", "note")
-BELOW = ("unavailable", "skipped")
+STATUS_STYLE = {"wrong": "bold red"}
+WITHOUT_FIGURES = ("unavailable", "skipped", "failed")
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -47,18 +47,14 @@ def tables(console: Console, rows: Sequence[Row], ops: Sequence[Op]) -> None:
 
 def table(op: Op, rows: Sequence[Row]) -> Table:
     """Columns that say nothing in any row are left out; providers without a result go below, with their reason."""
-    caption = []
-    for row in rows:
-        line = f"{row.provider}: {row.status}: {row.reason}"
-        if row.status in BELOW and line not in caption:
-            caption.append(line)
-    rows = [row for row in rows if row.status not in BELOW]
+    caption = list(dict.fromkeys(filter(None, map(note, rows))))
+    rows = [row for row in rows if row.status not in WITHOUT_FIGURES]
     floor = next((row.floor for row in rows if row.floor), "")
     result = Table(title=f"{op.name}: {op.title}", title_justify="left", title_style="bold", caption_justify="left")
     unmasked = {(*row.case_key[:3], row.provider, row.plan): row.median_ms for row in rows
                 if row.mask_density == 1 and row.rows == "random"}  # fmt: skip
     columns = {
-        "provider": [Text(row.provider + (f" ({row.plan})" if row.plan not in ("-", "auto") else "")) for row in rows],
+        "provider": [Text(provider_name(row)) for row in rows],
         f"/ {floor}" if floor else "ratio": [ratio_cell(row) for row in rows],
         "p20 to p80": [spread_cell(row) for row in rows],
         "cold": [Text(number(row.cold_ratio)) for row in rows],
@@ -70,11 +66,10 @@ def table(op: Op, rows: Sequence[Row]) -> Table:
         "extra MiB": [Text(number(row.extra_mib)) for row in rows],
         "useful TFLOP/s": [Text(number(row.useful_tflops)) for row in rows],
         "useful GB/s": [Text(number(row.useful_gbs)) for row in rows],
-        "note": [note_cell(row) for row in rows],
     }
     kept = {name: cells for name, cells in columns.items() if any(cell.plain for cell in cells)}
     for name in kept:
-        result.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name != "note", overflow="fold")
+        result.add_column(fill(name, 10), justify="left" if name == "provider" else "right", no_wrap=True)
     case = None
     for index, row in enumerate(rows):
         if row.case_key != case:
@@ -111,10 +106,16 @@ def unmasked_cell(row: Row, unmasked: dict[tuple[str, ...], float]) -> Text:
     return Text(number(row.median_ms / full) if full > 0 else "")
 
 
-def note_cell(row: Row) -> Text:
+def provider_name(row: Row) -> str:
+    return row.provider if row.plan in ("-", "auto") else f"{row.provider} ({row.plan})"
+
+
+def note(row: Row) -> str:
+    """A line below the table: why there is no figure, or what "auto" came to."""
     if row.status != "ok":
-        return Text(f"{row.status}: {row.reason}")
-    return Text("; ".join(part for part in (row.resolved, row.detail) if part))
+        return f"{provider_name(row)}: {row.status}: {row.reason}"
+    found = "; ".join(part for part in (row.resolved, row.detail) if part)
+    return f"{provider_name(row)}: {found}" if found else ""
 
 
 def listing(console: Console, ops: Sequence[Op], device: str) -> None:
