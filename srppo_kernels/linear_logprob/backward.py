@@ -67,11 +67,12 @@ class RowScalars:
     def of(rows: Rows, upstream: Upstream, acc: torch.dtype) -> "RowScalars":
         """From the gradients that come in."""
 
-        def take(values: Tensor) -> Tensor:
-            return rows.take(values).to(acc)
+        def take(values: Tensor, fill: float = 0.0) -> Tensor:
+            return rows.take(values, fill).to(acc)
 
         logprob = take(upstream.logprob)
-        norm = take(upstream.row_max), take(upstream.log_sum)
+        # A masked row that is computed has p = 0, and not an exponential of whatever the bias is.
+        norm = take(upstream.row_max, 1e30), take(upstream.log_sum)
         p = logprob.exp()
         b, at_target = torch.zeros_like(p), torch.zeros_like(p)
         if upstream.dlse is not None:

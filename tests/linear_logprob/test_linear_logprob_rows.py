@@ -5,6 +5,7 @@ import torch
 from linear_logprob.head_problems import BACKENDS, make, relative
 
 from srppo_kernels import linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
+from srppo_kernels.linear_logprob.rows import Rows
 
 BIG = 1 << 30
 
@@ -160,6 +161,36 @@ def test_all_masked(backend):
     assert stats.ratio_mean == 0
     for g in torch.autograd.grad(loss, p.inputs()):
         assert (g == 0).all()
+
+
+@pytest.mark.parametrize("plan", ["recompute", "cache", "precompute"])
+def test_rows_that_cannot_be_dropped(plan, monkeypatch):
+    """The form for devices that must not wait for a count: masked rows are computed, on zeros, and reach nobody."""
+    p = make("random", bias=True, grad=(True, plan != "precompute"))
+    with torch.no_grad():
+        p.options["bias"][::2] = 200.0  # its exponential is infinite
+    p.options["mask"] = mask = torch.rand(150) > 0.4
+    p.options["temperature"] = torch.where(mask, torch.rand(150) + 0.5, torch.nan)
+    with torch.no_grad():
+        p.hidden[~mask] = torch.nan
+    old, advantages = torch.where(mask, -5.0, torch.nan), torch.where(mask, torch.randn(150), torch.inf)
+    upstream = torch.where(mask, torch.rand(150), torch.nan)
+
+    def both():
+        out = p.run(plan=plan, workspace_bytes=BIG, backend="torch", entropy=plan != "precompute")
+        total = out.logprob if out.entropy is None else out.logprob + 0.3 * out.entropy
+        gradients = torch.autograd.grad(total, p.inputs(), upstream)
+        loss, _ = linear_ppo_loss(
+            p.hidden, p.weight, p.targets, old, advantages, mask, bias=p.options["bias"],
+            temperature=p.options["temperature"], entropy_coef=0.1, workspace_bytes=0, backend="torch",
+        )  # fmt: skip
+        return [out.logprob, *gradients, loss, *torch.autograd.grad(loss, p.inputs())]
+
+    dropped = both()
+    monkeypatch.setattr(Rows, "of", staticmethod(lambda live, of=Rows.of: of(live, compact=False)))
+    for a, b in zip(both(), dropped, strict=True):
+        assert a.isfinite().all()
+        assert relative(a.detach(), b.detach().double()) < 1e-6
 
 
 @pytest.mark.parametrize("v", [1, 2, 17, 2047, 2048, 2049, 4097])
