@@ -61,7 +61,7 @@ class Rows:
         if self.index is not None:
             return values[self.index]
         values = values[self.start : self.stop]
-        return values if self.live is None else torch.where(self.live, values, fill)
+        return values if self.live is None else values.masked_fill(~self.live, fill)  # keeps an integer dtype
 
     def block(self, matrix: Tensor, a: int, b: int, dtype: torch.dtype, *, pad_to: int = 0) -> Tensor:
         """Rows ``a`` to ``b`` (counted among these rows) of ``matrix``, contiguous, zero rows appended to
