@@ -68,7 +68,8 @@ def test_every_metric_of_sft_is_documented(tiny_models, tmp_path):
 
 
 def test_metrics_are_what_a_computation_by_hand_gives(tmp_path):
-    args = config(tmp_path, num_ppo_epochs=1, kl_coef=0.3, missing_eos_penalty=1.5, cliprange_value=0.1)
+    settings = {"kl_coef": 0.3, "kl_reference": "base", "score_temperature": 1.5, "missing_eos_penalty": 1.5}
+    args = config(tmp_path, num_ppo_epochs=1, cliprange_value=0.1, **settings)
     roles, given = full_roles(args, sft_seed=2), rollout()
     with torch.no_grad():
         roles.critic.value_head.weight.fill_(0.1)
