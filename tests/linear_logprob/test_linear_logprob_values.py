@@ -86,8 +86,9 @@ def test_gradient_of_a_certain_target(probability, plan):
     out.logprob.sum().backward()
     exact = (v - 1) / (hidden[0, 0].detach().double().exp() + v - 1)
     assert hidden.grad is not None
-    assert abs(hidden.grad[0, 0].double() / exact - 1) < 3e-5
-    assert abs(-out.logprob[0].detach().double() / -torch.log1p(-exact) - 1) < 3e-5
+    # torch's fp32 log_softmax has 5e-2 here, at 1 - 1e-6.
+    assert abs(hidden.grad[0, 0].double() / exact - 1) < 2e-6
+    assert abs(out.logprob[0].detach().double() / torch.log1p(-exact) - 1) < 2e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
