@@ -320,7 +320,7 @@ def update(
     for epoch in range(1, args.num_ppo_epochs + 1):
         epoch_stats = []
         for mini_batch in mini_batches if epoch == 1 else split_rows(len(rollout), args, generator):
-            count = rollout.completion_mask[torch.cat(mini_batch)].sum(dtype=torch.float32)
+            count = rollout.completion_mask[torch.cat(mini_batch)].sum()
             mini_stats, loss = [], [0.0, 0.0]
             for rows in mini_batch:
                 part = rollout.select(rows)

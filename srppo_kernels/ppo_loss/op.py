@@ -147,7 +147,8 @@ def _split_normalizer(op: str, normalizer: float | Tensor | None) -> tuple[float
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"{op}: normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
-        return None, normalizer.detach().reshape(())
+        divisor = normalizer.detach().reshape(())
+        return None, divisor if divisor.is_floating_point() else divisor.float()  # a count of tokens is whole
     if normalizer is None:
         return None, None
     if not normalizer > 0:

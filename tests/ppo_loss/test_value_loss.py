@@ -83,7 +83,9 @@ def test_each_branch(backend):
     values, old = torch.tensor([[1.0, -1.0, 0.1]]).requires_grad_(), torch.zeros(1, 3)
     returns = torch.tensor([[-1.0, -1.0, 1.0]])
     with running(backend) as name:
-        loss, stats = value_loss(values, old, returns, torch.ones(1, 3, dtype=torch.bool), normalizer=1, backend=name)
+        loss, stats = value_loss(
+            values, old, returns, torch.ones(1, 3, dtype=torch.bool), normalizer=torch.tensor(1), backend=name
+        )
     loss.backward()
     torch.testing.assert_close(loss.item(), 0.5 * (4.0 + 0.64 + 0.81), rtol=1e-6, atol=0)
     torch.testing.assert_close(values.grad, torch.tensor([[2.0, 0.0, -0.9]]), rtol=1e-6, atol=0)
