@@ -131,8 +131,10 @@ class Samples:
     cold_ratios: list[float] = field(default_factory=list)
     spent: float = 0.0
 
-    def done(self, effort: Effort) -> bool:
+    def done(self, effort: Effort, late: bool = False) -> bool:
         count = len(self.seconds)
+        if late:
+            return count >= 1
         return count >= effort.samples or (count >= effort.least and self.spent >= effort.seconds)
 
 
@@ -142,10 +144,12 @@ def interleave(
     effort: Effort,
     clock: Clock,
     known: Sequence[float] = (),
+    late: Callable[[], bool] = lambda: False,
 ) -> tuple[Samples, list[Samples]]:
     """Times all calls in turns, see above. Returns the floor's samples and each call's.
 
     Args:
+        late: whether the run's time is over: then each call gets one sample, and those that have one get no more.
         known: seconds that each call took before, which was its warm-up; a long one is not run again to be sized.
     """
     floor()
@@ -154,7 +158,7 @@ def interleave(
     repeats = [1 if seconds > LONG else clock.repeats(call) for call, seconds in zip(calls, known, strict=True)]
     floor_samples, results = Samples(), [Samples() for _ in calls]
     turn = 0
-    while not all(samples.done(effort) for samples in results):
+    while not all(samples.done(effort, late()) for samples in results):
         bare = clock.sample(floor, floor_repeats)
         bare_cold = clock.cold(floor)
         floor_samples.seconds.append(bare)
@@ -162,7 +166,7 @@ def interleave(
         for step in range(len(calls)):
             index = (turn + step) % len(calls)
             samples = results[index]
-            if samples.done(effort):
+            if samples.done(effort, late()):
                 continue
             start = time.perf_counter()
             seconds = clock.sample(calls[index], repeats[index])

@@ -86,17 +86,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def in_order(chosen: Sequence[tuple[Op, list[Case]]]) -> list[tuple[Op, Case]]:
-    """The first case of every op first, so that a slow machine leaves out variants and not whole ops; the training
-    step, which is no op of its own, last. Cases that share inputs stay together."""
+    """The first case of every op first, so that a slow machine leaves out variants and not whole ops; those that cost
+    milliseconds before those with a head; the training step last. Cases that share inputs stay together."""
     pairs = [(index, op, case) for op, cases in chosen for index, case in enumerate(cases)]
     order = {
         key: n for n, key in enumerate(dict.fromkeys((c.shape, c.dtype, c.mask_density, c.rows) for _, _, c in pairs))
     }
     step = training_step.OPS[0].name
-    pairs.sort(key=lambda p: (
-        p[1].name == step, p[0] > 0, order[p[2].shape, p[2].dtype, p[2].mask_density, p[2].rows]
-    ))  # fmt: skip
-    return [(op, case) for _, op, case in pairs]
+
+    def key(pair: tuple[int, Op, Case]) -> tuple[bool, bool, int, int]:
+        index, op, case = pair
+        inputs = order[case.shape, case.dtype, case.mask_density, case.rows]
+        return op.name == step, index > 0, len(case.shape), inputs
+
+    return [(op, case) for _, op, case in sorted(pairs, key=key)]
 
 
 @contextmanager

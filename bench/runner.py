@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -140,15 +140,16 @@ def is_wrong(errors: Errors, gross: float) -> bool:
 
 
 def measure(problem: Problem, checked: Sequence[Checked], effort: Effort, clock: Clock, deadline: Deadline) -> None:
-    """Times the entries in turns with the floor and fills in their rows; late in a run with the fewest samples."""
-    if deadline.passed:
-        effort = replace(effort, seconds=0.0)
+    """Times the entries in turns with the floor and fills in their rows."""
     floor = problem.floor()
     calls = [entry.call for entry in checked if entry.call is not None]
-    bare, samples = interleave(floor.call, calls, effort, clock, [entry.seconds for entry in checked])
+    bare, samples = interleave(
+        floor.call, calls, effort, clock, [entry.seconds for entry in checked], lambda: deadline.passed
+    )
     floor_ms = Spread.of(bare.seconds).median * 1e3
     for entry, own in zip(checked, samples, strict=True):
         fill(entry.row, problem, own)
+        entry.row.noisy |= len(own.seconds) < effort.least  # cut short: too few to know its spread
         entry.row.floor, entry.row.floor_ms = floor.name, floor_ms
 
 

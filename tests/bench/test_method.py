@@ -104,3 +104,9 @@ def test_extra_memory_counts_the_workspace_and_not_the_result():
 def test_results_that_share_a_storage_count_once():
     tensor = torch.zeros(100)
     assert live_bytes({"a": tensor, "b": tensor.view(10, 10)}) == 400
+
+
+def test_when_the_run_is_over_every_call_gets_one_sample_and_no_more():
+    clock = FakeClock()
+    interleave(lambda: ("floor", 1.0), [lambda: ("a", 2.0), lambda: ("b", 2.0)], Effort(), clock, late=lambda: True)
+    assert clock.order == ["floor", "a", "b"]
