@@ -63,7 +63,7 @@ def needs_gpu(inputs: HeadInputs, what: str) -> None:
 
 
 def not_endless(case: Case) -> bool:
-    """Whether torch's chunked op is run unasked: on a CPU it takes 50 to 100 times the bare GEMMs, so once is enough."""
+    """Whether torch's chunked op is run unasked: on a CPU it takes 50 to 100 times the bare GEMMs, once is enough."""
     plain = case.op == "linear_logprob" and case.mask_density == 1 and case.rows == "random"
     return case.device != "cpu" or (plain and case.shape[-1] < 100_000)
 
