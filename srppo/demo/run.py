@@ -123,7 +123,7 @@ def run_demo(
 
     Returns:
         What ``results.json`` holds: ``table`` (a dict per row), ``models`` (every number), ``srppo_scores``, ``seed``,
-        ``settings``, ``seconds``, ``torch_threads``.
+        ``settings``, ``seconds``.
 
     Raises:
         UserError: ``output_dir`` is not empty.
@@ -133,8 +133,28 @@ def run_demo(
     folder = Path(output_dir)
     require_new_folder(folder)
     quiet_libraries()
-    stopwatch = Stopwatch()
+    with one_thread():
+        return run_stages(folder, settings, seed, console)
 
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch with a single thread, and as before afterwards.
+
+    The matrices are so small that more threads gain little on idle cores; on busy ones, or on many, waiting for each
+    other costs several times what they gain. And sums in one order give one result, however many cores there are.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_stages(folder: Path, settings: DemoSettings, seed: int, console: Console) -> dict[str, Any]:
+    """The stages, in order, into an empty folder; see :func:`run_demo`."""
+    stopwatch = Stopwatch()
     with stopwatch.time("data and pretraining"):
         source = world.World(seed)
         corpus = source.corpus(settings.corpus_size)
@@ -185,7 +205,6 @@ def run_demo(
         "seed": seed,
         "settings": dataclasses.asdict(settings),
         "seconds": {stage: round(seconds, 1) for stage, seconds in stopwatch.seconds.items()},
-        "torch_threads": torch.get_num_threads(),
     }
     plot_scores(
         folder / "scores.png", {name: (j.in_domain.score, j.out_of_domain.score) for name, j in judgements.items()}

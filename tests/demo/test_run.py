@@ -28,7 +28,9 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "out"
     console = Console()
     console.rich = RichConsole(file=io.StringIO(), width=80)
+    threads = torch.get_num_threads()
     results = run_demo(folder, seed=3, quick=True, console=console)
+    assert torch.get_num_threads() == threads
     return folder, results, console.rich.file.getvalue()
 
 
