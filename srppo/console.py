@@ -74,7 +74,7 @@ class Console:
             yield Bar(progress, progress.add_task(title, total=total, rate="", status=""))
 
     def table(self, title: str, rows: Sequence[Mapping[str, Any]], *, limit: int | None = None) -> None:
-        """Rows of equal keys as a table; floats with three digits, line breaks shown as such."""
+        """Rows of equal keys as a table; floats with three digits, control characters as visible escapes."""
         from rich.table import Table
         from rich.text import Text
 
@@ -91,6 +91,7 @@ class Console:
 
 
 def shown(value: Any) -> str:
+    """One cell. A model may sample any character, and a terminal would obey some of them: those are escaped."""
     if isinstance(value, float):
         return f"{value:.3f}"
-    return str(value).replace("\n", "⏎")
+    return "".join("⏎" if c == "\n" else c if c.isprintable() else repr(c)[1:-1] for c in str(value))

@@ -313,9 +313,10 @@ class SRPPOTrainer:
             path = writing / f"completions_{self.step:05d}.parquet"
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
             path.replace(folder / path.name)
-        self.console.table(
-            f"iteration {self.step}", [{k: v for k, v in row.items() if k != "step"} for row in rows], limit=4
-        )
+        names = {"prompt": "prompt", "completion": "completion", "score": "score", "score_per_token": "per token"}
+        names |= {"kl": "KL", "length": "tokens", "truncated": "cut"}
+        shown = [{title: row[name] for name, title in names.items()} for row in rows[:4]]
+        self.console.table(f"iteration {self.step}", shown)
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Writes the policy, tokenizer, configuration, state, plots and model card; returns the folder."""

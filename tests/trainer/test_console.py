@@ -60,3 +60,11 @@ def test_a_table_shows_markup_and_line_breaks_as_they_are_and_stops_at_its_limit
     console.table("nothing", [])
     assert "nothing" not in text.getvalue()
     assert shown(3) == "3"
+
+
+def test_a_table_shows_control_characters_instead_of_obeying_them(log):
+    console, text = log
+    console.table("samples", [{"completion": "\x1b[2J\x1b[31mred\x07\u202e"}])
+    assert "\x1b" not in text.getvalue()
+    assert "\x07" not in text.getvalue()
+    assert "\\x1b[2J\\x1b[31mred\\x07\\u202e" in text.getvalue()
