@@ -315,8 +315,8 @@ class SRPPOTrainer:
             path.replace(folder / path.name)
         names = {"prompt": "prompt", "completion": "completion", "score": "score", "score_per_token": "per token"}
         names |= {"kl": "KL", "length": "tokens", "truncated": "cut"}
-        shown = [{title: row[name] for name, title in names.items()} for row in rows[:4]]
-        self.console.table(f"iteration {self.step}", shown)
+        shown = [{title: row[name] for name, title in names.items()} for row in rows]
+        self.console.table(f"iteration {self.step}", shown, limit=4)
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Writes the policy, tokenizer, configuration, state, plots and model card; returns the folder."""
