@@ -1,4 +1,4 @@
-"""The torch backend's gradients; chunked.py has the maths and the forward.
+"""Gradients, in torch where native_gradients.py has nothing faster; chunked.py has the maths and the forward.
 
 Vocabulary groups are the outer loop: a group's dweight is then complete before the next begins, so that it is formed
 with K = all rows in the accumulation dtype and written once, in whatever dtype it is wanted; only dhidden accumulates.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srppo_kernels.linear_logprob import vocab_parallel
+from srppo_kernels.linear_logprob import native_gradients, vocab_parallel
 from srppo_kernels.linear_logprob.chunked import (
     BACKWARD_ELEMENTS,
     GROUP,
@@ -96,6 +96,7 @@ class Destination:
     bias: Tensor | None  # [V]
     accumulate_weight: bool = False  # add to them, rather than overwrite
     accumulate_bias: bool = False
+    exact_weight: bool = False  # dweight's sum must not be rounded to 16 bits on its way
 
 
 def gradients(
@@ -108,18 +109,23 @@ def gradients(
     *,
     residual: Residual | None = None,
     kept_rows: Tensor | None = None,
+    consume: bool = False,
     group: str = "",
 ) -> tuple[Rows, Tensor | None]:
     """Writes dweight and dbias; returns the rows that have a gradient and their dhidden, ``[count, D]``.
 
-    With a ``residual`` (which holds ``rows`` in order, or at ``kept_rows``) p is read from it, else it is recomputed.
+    With a ``residual`` (which holds ``rows`` in order, or at ``kept_rows``) p is read from it, else it is recomputed;
+    ``consume`` allows it to be overwritten.
     """
     wanted, position = rows.keep(upstream.nonzero(rows))
     if position is not None:
         kept_rows = position if kept_rows is None else kept_rows[position]
     scalars = RowScalars.of(wanted, upstream, accumulation_dtype(hidden))
-    dhidden = over_groups(hidden, head, targets, wanted, scalars, into, residual, kept_rows)
-    return wanted, None if dhidden is None else vocab_parallel.sum_over_ranks(dhidden, group)
+    dhidden = over_groups(hidden, head, targets, wanted, scalars, into, residual, kept_rows, consume)
+    if dhidden is None:
+        return wanted, None
+    dhidden = dhidden.to(accumulation_dtype(hidden)) if group else dhidden  # ranks add up unrounded sums
+    return wanted, vocab_parallel.sum_over_ranks(dhidden, group)
 
 
 def _temperature_and_chain(rows: Rows, head: Head, acc: torch.dtype) -> tuple[Tensor | None, Tensor | float]:
@@ -139,8 +145,9 @@ def over_groups(
     into: Destination,
     residual: Residual | None,
     kept_rows: Tensor | None,
+    consume: bool = False,
 ) -> Tensor | None:
-    """The loop over vocabulary groups; dhidden is this shard's part."""
+    """The loop over vocabulary groups; dhidden is this shard's part, rounded only where it is one GEMM's result."""
     acc, dtype = accumulation_dtype(hidden), operand_dtype(hidden, head.weight)
     temperature, chain = _temperature_and_chain(rows, head, acc)
     b, at_target = scalars.b * chain, scalars.at_target * chain
@@ -148,6 +155,15 @@ def over_groups(
     h = None if scalars.h is None else scalars.h * chain
     y = rows.take(targets).long()
     n, width, device = rows.count, hidden.shape[1], hidden.device
+    exact = into.weight is not None and into.exact_weight
+    # Rows that cannot be dropped may hold anything, which GEMMs over all rows would spread.
+    droppable = rows.live is None and min(n, head.weight.shape[0]) > 0
+    if droppable and native_gradients.serves(device, hidden.dtype, head.weight.dtype, exact_weight=exact):
+        return native_gradients.over_vocabulary(
+            hidden, head, y, rows, (b, h, at_target, row_max, log_sum), temperature,
+            (into.hidden, into.weight, into.bias), (into.accumulate_weight, into.accumulate_bias),
+            residual, kept_rows, consume,
+        )  # fmt: skip
     dhidden = torch.zeros(n, width, dtype=acc, device=device) if into.hidden else None
     step = max(128, BACKWARD_ELEMENTS // GROUP)
     for number, v in enumerate(groups(head.weight.shape[0])):
@@ -211,7 +227,7 @@ def context(hidden: Tensor, head: Head, targets: Tensor, rows: Rows, outputs: Ro
     """
     one, zero = torch.ones_like(outputs.logprob), torch.zeros_like(outputs.logprob)
     scalars = RowScalars(one, None, zero, outputs.row_max, outputs.log_sum)
-    result = over_groups(hidden, head, targets, rows, scalars, Destination(True, None, None), residual, None)
+    result = over_groups(hidden, head, targets, rows, scalars, Destination(True, None, None), residual, None, True)
     assert result is not None
     return result
 

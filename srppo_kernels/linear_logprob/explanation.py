@@ -46,5 +46,6 @@ def explain(
         softcap=softcap, grad_weight_out=grad_weight_out,
     )  # fmt: skip
     fused_loss = op in ("linear_loss", "linear_ppo_loss")
-    problem = problem_of(op, hidden, weight, bias, entropy=entropy or fused_loss)
+    exact = grad_weight_out is not None
+    problem = problem_of(op, hidden, weight, bias, entropy=entropy or fused_loss, exact_weight=exact)
     return choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)

@@ -104,10 +104,11 @@ def run(
                 bias=sums[1] if wanted.bias else None,
                 accumulate_weight=number > 0,
                 accumulate_bias=number > 0,
+                exact_weight=wanted.wide_weight,
             )
             upstream = grads.Upstream(g, h, None, whole[0], whole[1], whole[3], whole[4])
             rows_with_gradient, dhidden = grads.gradients(
-                hidden, head, targets, part, upstream, into, residual=residual, group=group
+                hidden, head, targets, part, upstream, into, residual=residual, consume=True, group=group
             )
             if dhidden is not None:
                 rows_with_gradient.put(formed.hidden, dhidden)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srppo_kernels.linear_logprob import native
+from srppo_kernels.linear_logprob import native, native_gradients
 from srppo_kernels.linear_logprob.chunked import BACKWARD_ELEMENTS, GROUP, row_block
 
 OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
@@ -41,6 +41,13 @@ class Problem:
     needs_weight: bool
     needs_bias: bool
     entropy: bool
+    exact_weight: bool = False  # dweight is added to a caller's buffer, unrounded
+
+    @property
+    def native_gradients(self) -> bool:
+        """Whether gradients come from native_gradients.py."""
+        exact = self.exact_weight and self.needs_weight
+        return native_gradients.serves(self.device, self.hidden_dtype, self.weight_dtype, exact_weight=exact)
 
     @property
     def needs_any(self) -> bool:
@@ -84,7 +91,8 @@ def check_choice(op: str, name: str, value: str, known: Sequence[str]) -> None:
 
 
 def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
-    """``(backend, why)`` for the forward scan; gradients are torch's GEMMs on every one of these."""
+    """``(backend, why)`` for the forward scan; gradients are torch's GEMMs on every one of these, with native passes
+    between them where native_gradients.py serves the inputs."""
     check_choice(problem.op, "backend", backend, BACKENDS)
     if backend in ("reference", "torch"):
         return backend, f"backend={backend!r} was asked for"
@@ -138,19 +146,25 @@ def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str
         )
     chunk = _rows_per_chunk(problem, budget, default)
     chunks = -(-problem.rows // chunk)
-    blocks = max(_backward_bytes(problem), _scan_bytes(problem, backend))  # one after the other
+    blocks = max(_backward_bytes(problem, chunk), _scan_bytes(problem, backend))  # one after the other
     size = chunk * problem.vocab * problem.kept_bytes + blocks
     accumulates = problem.needs_weight and chunks > 1 and problem.weight_dtype.itemsize == 2
     if accumulates:
         size += problem.vocab * problem.width * 4
     gemms = 1 + problem.needs_hidden + problem.needs_weight
     reason = f"{asked}the loss is known, so its gradients are formed in the forward, {chunks} chunk(s) of rows"
+    reason += _how(problem)
     return Plan(backend, "precompute", gemms, size, reason, chunk)
 
 
 def _rows_per_chunk(problem: Problem, budget: int, default: bool) -> int:
-    """Rows whose exponentials fit in ``budget``: a multiple of the row block, at least one, no more than there are."""
-    if default and problem.device.type == "cpu":
+    """Rows whose exponentials fit in ``budget``: a multiple of the row block, at least one, no more than there are.
+
+    The default is small on a CPU, except that a trainable head's chunks need an fp32 dweight to add up in: all rows'
+    exponentials, where they are no larger than that, are one chunk, which is both smaller and faster.
+    """
+    one_chunk = problem.needs_weight and problem.rows * problem.vocab * problem.kept_bytes <= budget
+    if default and problem.device.type == "cpu" and not one_chunk:
         budget = min(budget, CPU_CHUNK_BYTES)
     block = row_block(problem.device)
     fitting = budget // max(1, problem.vocab * problem.kept_bytes) // block * block
@@ -169,10 +183,11 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
     if plan in ("auto", "precompute") and frozen and not problem.entropy:
         chunk = _rows_per_chunk(problem, budget, default)
         size = problem.rows * problem.width * problem.hidden_dtype.itemsize
-        size += max(_backward_bytes(problem), _scan_bytes(problem, backend))  # one after the other
+        size += max(_backward_bytes(problem, chunk), _scan_bytes(problem, backend))  # one after the other
         size += chunk * problem.vocab * problem.kept_bytes
         reason = (
             f"{asked}the head is frozen and no entropy is wanted: dhidden is formed in the forward up to a row's scalar"
+            f"{_how(problem)}"
         )
         return Plan(backend, "precompute", 2, size, reason, chunk)
     kept = problem.rows * problem.vocab * problem.kept_bytes
@@ -184,10 +199,24 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
             f"pass workspace_bytes={kept} or more, or plan='recompute'"
         )
     if plan == "cache" or (plan == "auto" and fits):
-        reason = f"{asked}the exponentials of all rows fit: {kept / 2**20:.1f} of {budget / 2**20:.1f} MiB"
+        reason = (
+            f"{asked}the exponentials of all rows fit: {kept / 2**20:.1f} of {budget / 2**20:.1f} MiB{_how(problem)}"
+        )
         return Plan(backend, "cache", 1 + gradient_gemms, kept + size, reason)
     reason = f"{asked}the exponentials of all rows would be {kept / 2**20:.1f} MiB, above {budget / 2**20:.1f} MiB"
-    return Plan(backend, "recompute", 2 + gradient_gemms, size, asked.rstrip("; ") if asked else reason)
+    reason = (asked.rstrip("; ") if asked else reason) + _how(problem)
+    if problem.native_gradients:
+        size = max(size, native_gradients.scan_bytes(problem.rows, problem.width, problem.vocab, problem.kept_bytes))
+    return Plan(backend, "recompute", 2 + gradient_gemms, size, reason)
+
+
+def _how(problem: Problem) -> str:
+    """How GEMMs 2 and 3 run, for a reason's end."""
+    if problem.device.type != "cpu" or not problem.needs_any:
+        return ""
+    if problem.native_gradients:
+        return f"; gradients by a native pass and GEMMs in {str(problem.hidden_dtype).removeprefix('torch.')}"
+    return f"; gradients by torch in {'float64' if problem.accumulator_bytes == 8 else 'float32'}, block by block"
 
 
 def _weight_copy_bytes(problem: Problem) -> int:
@@ -206,8 +235,16 @@ def _scan_bytes(problem: Problem, backend: str) -> int:
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
 
 
-def _backward_bytes(problem: Problem) -> int:
-    """Blocks of the backward: log p and dz, the rows, dhidden, and one vocabulary group's dweight."""
+def _backward_bytes(problem: Problem, in_place_rows: int = 0) -> int:
+    """Blocks of the backward: log p and dz, the rows, dhidden, and one vocabulary group's dweight.
+
+    ``in_place_rows``: of a chunk whose exponentials may be overwritten; 0: they may not, or are none.
+    """
+    if problem.native_gradients:
+        return native_gradients.workspace_bytes(
+            in_place_rows or problem.rows, problem.width, problem.vocab, problem.kept_bytes,
+            in_place=in_place_rows > 0, weight=problem.needs_weight,
+        )  # fmt: skip
     group = min(GROUP, problem.vocab)
     block = min(problem.rows, BACKWARD_ELEMENTS // GROUP)
     numbers = 3 * block * group + block * problem.width + 8 * problem.rows
@@ -218,7 +255,9 @@ def _backward_bytes(problem: Problem) -> int:
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
 
 
-def problem_of(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, entropy: bool) -> Problem:
+def problem_of(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, entropy: bool, exact_weight: bool = False
+) -> Problem:
     """The problem that a call's tensors pose; gradients are wanted only while grad mode is on."""
     on = torch.is_grad_enabled()
     return Problem(
@@ -233,4 +272,5 @@ def problem_of(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, 
         needs_weight=on and weight.requires_grad,
         needs_bias=on and bias is not None and bias.requires_grad,
         entropy=entropy,
+        exact_weight=exact_weight,
     )

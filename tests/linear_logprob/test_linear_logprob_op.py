@@ -244,6 +244,9 @@ def test_explain():
     text = str(plan(backend="torch", op="linear_ppo_loss"))
     assert "torch backend, plan precompute: 3 GEMMs" in text
     assert "because the loss is known" in text
-    assert plan(workspace_bytes=BIG).workspace_bytes > plan(workspace_bytes=0).workspace_bytes
+    large, small = (plan(rows=1024, op="linear_loss", workspace_bytes=b) for b in (BIG, 0))
+    assert large.rows_per_chunk == 1024
+    assert small.rows_per_chunk == 128
+    assert large.workspace_bytes > small.workspace_bytes
     with pytest.raises(ValueError, match="op='other'"):
         plan(op="other")

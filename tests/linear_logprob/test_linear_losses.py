@@ -128,8 +128,10 @@ def test_clipped_tokens_cost_no_backward_gemm(monkeypatch):
     from srppo_kernels.linear_logprob import backward
 
     rows = []
-    original = backward.add_mm
-    monkeypatch.setattr(backward, "add_mm", lambda out, a, b: (rows.append(a.shape[0]), original(out, a, b)))
+    original = backward.over_groups
+    monkeypatch.setattr(
+        backward, "over_groups", lambda *arguments: (rows.append(arguments[3].count), original(*arguments))[1]
+    )
     p = make("random", n=100, v=60, grad=(True, False))
     old = p.run(plan="score").logprob - torch.where(torch.arange(100) < 70, 1.0, 0.0)  # ratio e or 1
     ones = torch.ones(100)

@@ -1,0 +1,170 @@
+"""Gradients on a CPU from one native pass and large GEMMs in the inputs' own dtype; chunked.py has the maths.
+
+A native kernel turns a vocabulary chunk's kept exponentials into dz, formed in fp32 (``p_y - 1`` too) and rounded
+once, in the memory of the exponentials where nobody needs them again. Then ``dX = dz W`` and ``dW = dz^T X`` are one
+GEMM each, with fp32 accumulators: in bf16 what they return is rounded once, to the dtype that the gradient has anyway,
+and only what several chunks add up is held in fp32. Without kept exponentials the forward's scan makes a chunk's anew.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from srppo_kernels import _extension
+from srppo_kernels.linear_logprob import native
+from srppo_kernels.linear_logprob.chunked import GROUP, Head, Residual
+from srppo_kernels.linear_logprob.rows import Rows
+
+CHUNK_BYTES = 32 << 20  # of dz at once, where it is not formed in place
+WEIGHT_PART = 4096  # vocabulary entries of a rounded dweight that is added to an fp32 one
+
+
+def serves(device: torch.device, hidden: torch.dtype, weight: torch.dtype, *, exact_weight: bool = False) -> bool:
+    """Whether these inputs' gradients come from here; ``exact_weight`` asks for an unrounded dweight."""
+    if hidden != weight or hidden not in (torch.float32, torch.bfloat16) or native.obstacle(device, (hidden, weight)):
+        return False
+    return _serves_bf16() and not exact_weight if hidden == torch.bfloat16 else not native.not_faster()
+
+
+# What a compiler that traces the public functions need not look into.
+@torch.compiler.assume_constant_result
+def _serves_bf16() -> bool:
+    """oneDNN's bf16 GEMM needs the instructions to be worth it; without them fp32 GEMMs are as fast, and exact."""
+    fast = _extension.build_info()["cpu_level"] in ("avx512_bf16", "amx")
+    return fast and torch.backends.mkldnn.is_available()
+
+
+def chunk_shape(rows: int, vocab: int, item: int) -> tuple[int, int]:
+    """Rows and vocabulary entries of a dz that is not formed in place."""
+    step = min(rows, CHUNK_BYTES // (GROUP * item))
+    return step, min(vocab, max(1, CHUNK_BYTES // (max(1, step) * item) // GROUP) * GROUP)
+
+
+def workspace_bytes(rows: int, width: int, vocab: int, item: int, *, in_place: bool, weight: bool) -> int:
+    """Beyond exponentials that are kept: dz, a chunk's rows, dhidden in fp32 and a chunk's part, a part of dweight."""
+    if in_place:
+        return 2 * rows * width * item + (WEIGHT_PART * width * item if weight else 0) + 32 * rows
+    step, entries = chunk_shape(rows, vocab, item)
+    size = step * entries * item + rows * width * 4 + 2 * step * width * item + 32 * rows
+    several = WEIGHT_PART * item + entries * 4 if step < rows else 0  # dweight of several blocks of rows
+    return size + (several * width if weight else 0)
+
+
+def scan_bytes(rows: int, width: int, vocab: int, item: int) -> int:
+    """At the peak of plan recompute, whose backward scans a chunk while dz's memory and dhidden are there."""
+    step, entries = chunk_shape(rows, vocab, item)
+    scan = native.workspace_bytes(step, width, entries, GROUP)
+    return step * entries * item + rows * width * 4 + step * width * item + scan + 32 * rows
+
+
+def over_vocabulary(
+    hidden: Tensor,
+    head: Head,
+    y: Tensor,  # [count]
+    rows: Rows,
+    row_scalars: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],  # b, h, at_target (chain included), m, log S
+    temperature: Tensor | None,  # [count]
+    destinations: tuple[bool, Tensor | None, Tensor | None],  # dhidden wanted; dweight; dbias
+    accumulate: tuple[bool, bool],
+    residual: Residual | None,
+    kept_rows: Tensor | None,
+    consume: bool,
+) -> Tensor | None:
+    """Writes dweight and dbias and returns dhidden, in float32 or in the hidden states' dtype.
+
+    ``consume``: the residual may be overwritten.
+    """
+    n, vocab, item = rows.count, head.weight.shape[0], hidden.element_size()
+    want_hidden, weight_out, bias_out = destinations
+    in_place = residual is not None and consume
+    step, entries = (n, vocab) if in_place else chunk_shape(n, vocab, item)
+    blocks = [slice(a, min(a + step, n)) for a in range(0, n, step)]
+    buffer = residual.kept if residual is not None and consume else hidden.new_empty(step * entries)
+    dhidden = None
+    if want_hidden and entries < vocab:
+        dhidden = hidden.new_zeros(n, hidden.shape[1], dtype=torch.float32)
+    elif want_hidden:
+        dhidden = hidden.new_empty(n, hidden.shape[1])
+    for v0 in range(0, vocab, entries):
+        v = slice(v0, min(v0 + entries, vocab))
+        weight = head.weight[v]
+        several = weight_out is not None and len(blocks) > 1
+        sums = hidden.new_zeros(weight.shape, dtype=torch.float32) if several else None
+        for r in blocks:
+            shape = r.stop - r.start, v.stop - v.start
+            dz = buffer[:n] if in_place else buffer[: shape[0] * shape[1]].view(shape)
+            _form_dz(hidden, head, y, rows, row_scalars, temperature, residual, kept_rows, r, v, dz)
+            if bias_out is not None:
+                _add(bias_out[v], torch.sum(dz, 0, dtype=torch.float32), accumulate[1] or r.start > 0)
+            if dhidden is not None and entries < vocab:
+                _add_product(dhidden[r], dz, weight)
+            elif dhidden is not None:
+                torch.mm(dz, weight, out=dhidden[r])
+            if weight_out is None:
+                continue
+            x = rows.block(hidden, r.start, r.stop, hidden.dtype)
+            if sums is not None:
+                _add_product(sums, dz.T, x)
+            elif accumulate[0]:
+                _add_product(weight_out[v], dz.T, x)
+            elif weight_out.dtype == dz.dtype:
+                torch.mm(dz.T, x, out=weight_out[v])
+            else:
+                _add_product(weight_out[v].zero_(), dz.T, x)
+        if weight_out is not None and sums is not None:
+            _add(weight_out[v], sums, accumulate[0])
+    return dhidden
+
+
+def _form_dz(
+    hidden: Tensor,
+    head: Head,
+    y: Tensor,
+    rows: Rows,
+    row_scalars: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    temperature: Tensor | None,
+    residual: Residual | None,
+    kept_rows: Tensor | None,
+    r: slice,
+    v: slice,
+    out: Tensor,
+) -> None:
+    """dz of a block of rows and a chunk of the vocabulary, written to ``out``."""
+    local = (y[r] - v.start).contiguous()
+    row_temperature = None if temperature is None else temperature[r].contiguous()
+    groups = slice(v.start // GROUP, -(-v.stop // GROUP))
+    where = None
+    if residual is None:
+        kept, group_max = out, hidden.new_empty(out.shape[0], groups.stop - groups.start, dtype=torch.float32)
+        part = replace(head, weight=head.weight[v], bias=None if head.bias is None else head.bias[v])
+        chunk = Residual(kept, group_max)
+        native.scan(hidden, part, local, row_temperature, rows.part(r.start, r.stop), False, chunk, None)
+    else:
+        kept, group_max = residual.kept[:, v], residual.group_max[:, groups]
+        if kept_rows is not None:
+            where = kept_rows[r].contiguous()
+        elif r.start > 0:
+            kept, group_max = kept[r], group_max[r]
+    b, h, at_target, row_max, log_sum = (None if t is None else t[r].contiguous() for t in row_scalars)
+    torch.ops.srppo_native.linear_logprob_dz(
+        kept, group_max, where, local, b, h, at_target, row_max, log_sum, row_temperature,
+        head.temperature, 0.0 if head.softcap is None else head.softcap, GROUP, out,
+    )  # fmt: skip
+
+
+def _add(destination: Tensor, part: Tensor, accumulate: bool) -> None:
+    if accumulate:
+        destination.add_(part)
+    else:
+        destination.copy_(part)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b``, with out in float32; a 16-bit product is made and added a part at a time."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+        return
+    for i in range(0, out.shape[0], WEIGHT_PART):
+        s = slice(i, i + WEIGHT_PART)
+        out[s] += torch.mm(a[s], b)

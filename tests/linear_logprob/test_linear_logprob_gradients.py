@@ -1,0 +1,142 @@
+"""Gradients by native passes and whole GEMMs: against the block-by-block path, over chunks, bits, what explain says."""
+
+import pytest
+import torch
+from backends import threads
+from linear_logprob.head_problems import make, naive_gradients, relative
+
+from srppo_kernels import _extension, explain, linear_loss
+from srppo_kernels.linear_logprob import native_gradients
+
+BIG = 1 << 30
+CPU = torch.device("cpu")
+DTYPES = [d for d in (torch.float32, torch.bfloat16) if native_gradients.serves(CPU, d, d)]
+if not DTYPES:
+    pytest.skip("no dtype has native gradients on this machine", allow_module_level=True)
+
+
+@pytest.fixture(params=["one chunk", "many"])
+def chunks(request, monkeypatch):
+    """dz whole, and 32-row blocks of one group each, whose last ones are smaller."""
+    if request.param == "many":
+        monkeypatch.setattr(
+            native_gradients, "chunk_shape", lambda rows, vocab, item: (min(rows, 32), min(vocab, 2048))
+        )
+
+
+def gradients(p, plan, **options):
+    """Of a loss that some rows do not enter, with gradients into all three outputs."""
+    g = torch.linspace(-1, 1, 150) * (torch.arange(150) % 3 > 0)
+    if plan == "precompute":
+
+        def loss(logprob, entropy, g):
+            return (g * logprob).sum() + (0.3 * g * entropy).sum(), {}
+
+        total = linear_loss(p.hidden, p.weight, p.targets, loss, g, **p.options, **options)[0]
+    else:
+        out = p.run(entropy=True, lse=True, plan=plan, workspace_bytes=BIG, **options)
+        total = (g * out.logprob).sum() + (0.3 * g * out.entropy).sum() + (0.1 * g * out.lse).sum()
+    return torch.autograd.grad(total, p.inputs())
+
+
+@pytest.mark.parametrize("more", [{}, {"softcap": 4.0, "logit_scale": 1.5}, {"rows": True}])
+@pytest.mark.parametrize("plan", ["cache", "recompute", "precompute"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_to_block_by_block(dtype, plan, more, chunks, monkeypatch):
+    p = make("random", v=4500, dtype=dtype, bias=True, **{k: v for k, v in more.items() if k != "rows"})
+    if "rows" in more:
+        p.options["mask"] = torch.rand(150) > 0.3
+        p.options["temperature"] = torch.rand(150) + 0.5
+        with torch.no_grad():
+            p.options["bias"][77] = -torch.inf
+            p.hidden[~p.options["mask"]] = torch.nan
+        p.targets[p.targets == 77] = 0
+    got = gradients(p, plan)
+    monkeypatch.setattr(native_gradients, "serves", lambda *arguments, **options: False)
+    for a, b in zip(got, gradients(p, plan), strict=True):
+        assert a.isfinite().all()
+        assert relative(a, b.double()) < (2e-6 if dtype == torch.float32 else 6e-3)
+
+
+@pytest.mark.parametrize("workspace_bytes", [BIG, 0])
+@pytest.mark.parametrize("kind", ["random", "peaked"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_loss_no_worse_than_torch(dtype, kind, workspace_bytes):
+    """The op's plans are held to this elsewhere; here one chunk, and several whose dweights add up."""
+    p = make(kind, n=300, v=6000, dtype=dtype)
+
+    def loss(logprob, entropy):
+        return (torch.linspace(-1, 1, 300)[: logprob.numel()] * logprob).sum(), {}
+
+    def whole(logprob, *_):
+        step = 300 if workspace_bytes else 128
+        return sum(loss(part, None)[0] for part in logprob.split(step))
+
+    twin = p.double()
+    want = torch.autograd.grad(whole(twin.oracle()[0]), twin.inputs())
+    total, _ = linear_loss(p.hidden, p.weight, p.targets, loss, workspace_bytes=workspace_bytes)
+    theirs = naive_gradients(p, whole)
+    for a, b, t in zip(torch.autograd.grad(total, p.inputs()), want, theirs, strict=True):
+        assert relative(a, b) <= max(1.2 * relative(t, b), 1e-6)
+
+
+@pytest.mark.parametrize("plan", ["cache", "recompute", "precompute"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_over_threads_and_backwards(dtype, plan):
+    """dz is formed in place over exponentials: not over those that a second backward reads."""
+    p = make("random", v=4500, dtype=dtype)
+    want = gradients(p, plan)
+    with threads(2):
+        two = gradients(p, plan)
+    # A BLAS may cut K among threads; what is native may not.
+    assert all(relative(a, b.double()) < 5e-3 for a, b in zip(two, want, strict=True))
+    if plan != "precompute":
+        out = p.run(plan=plan, workspace_bytes=BIG)
+        first, second = (torch.autograd.grad(out.logprob.sum(), p.inputs(), retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_dz_in_place_drops_rows():
+    """Row i of dz is written over exponentials of rows that have been read, for one thread or several."""
+    n, vocab = 40, 5000
+    kept, maxima = torch.rand(n, vocab).bfloat16(), torch.randn(n, 3)
+    position = (torch.arange(n) % 4 > 0).nonzero()[:, 0]
+    count = position.shape[0]
+    y = torch.randint(0, vocab, (count,))
+    b, h, at, m, s = (torch.randn(count) for _ in range(5))
+    arguments = (maxima, position, y, b, h, at, m, s, None, 1.0, 0.0, 2048)
+    apart = torch.empty(count, vocab, dtype=torch.bfloat16)
+    torch.ops.srppo_native.linear_logprob_dz(kept, *arguments, apart)
+    e = kept[position].double()
+    shift = (maxima[position].double() - m[:, None].double() - s[:, None].double()).repeat_interleave(2048, 1)[
+        :, :vocab
+    ]
+    want = e * shift.exp() * (b[:, None] - h[:, None] * (e.clamp_min(2.0**-126).log() + shift))
+    want[torch.arange(count), y] = at.double()
+    assert ((apart.double() - want).abs() <= 2.0**-8 * want.abs() + 1e-5 * shift.exp()).all()
+    for number in (1, 2):
+        over = kept.clone()
+        with threads(number):
+            torch.ops.srppo_native.linear_logprob_dz(over, *arguments, over[:count])
+        assert torch.equal(over[:count], apart)
+
+
+def test_explain_says_where_gradients_come_from():
+    dtype = DTYPES[-1]
+    p = make("random", n=16, dtype=dtype)
+    buffer = torch.zeros(p.weight.shape)
+    name = str(dtype).removeprefix("torch.")
+    assert f"by a native pass and GEMMs in {name}" in explain(p.hidden, p.weight, p.targets).reason
+    with _extension.cpu_level("portable"):
+        assert "by torch in float32, block by block" in explain(p.hidden, p.weight, p.targets).reason
+    if dtype == torch.bfloat16:
+        reason = explain(p.hidden, p.weight, p.targets, grad_weight_out=buffer).reason
+        assert "by torch in float32" in reason
+    # All rows' exponentials (160 MB) are no larger than an fp32 dweight: one chunk, unless the caller says less.
+    wide = torch.zeros(2 * 1024 // dtype.itemsize, 1024, dtype=dtype, requires_grad=True)
+    head = torch.zeros(1, 1024, dtype=dtype).expand(40000, -1).requires_grad_()
+    targets = torch.zeros(wide.shape[0], dtype=torch.long)
+    whole = explain(wide, head, targets, op="linear_loss")
+    assert whole.rows_per_chunk == wide.shape[0]
+    assert explain(wide, head, targets, op="linear_loss", workspace_bytes=64 << 20).rows_per_chunk < wide.shape[0]
+    assert explain(wide, head.detach(), targets, op="linear_loss").rows_per_chunk < wide.shape[0]
