@@ -8,7 +8,7 @@ precompute   2      linear_logprob, frozen head, no entropy wanted: dhidden   N 
                     is a row's scalar times a vector that the forward has
 cache        3      linear_logprob, and exp(z) of all rows fits in            N x V, 2 bytes (4 for fp32 inputs)
                     workspace_bytes; 2 with a frozen head
-recompute    4      else; 3 with a frozen head                                blocks only
+recompute    4      else; 3 with a frozen head                                blocks only, 32 MiB of dz
 """
 
 from collections.abc import Sequence
