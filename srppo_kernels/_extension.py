@@ -6,15 +6,24 @@ plain-torch references, and `why()` says what is missing.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["available", "build_info", "cpu_level", "cpu_levels", "native_input", "resolve", "why"]
+__all__ = [
+    "available",
+    "build_info",
+    "constant_when_traced",
+    "cpu_level",
+    "cpu_levels",
+    "native_input",
+    "resolve",
+    "why",
+]
 
 # Ops with a CUDA C++ kernel. These compile but have not run on a device yet, so "auto" leaves them alone.
 CUDA_OPS = frozenset({"gae", "ppo_loss", "value_loss"})
@@ -34,6 +43,18 @@ except ImportError as error:
         _reason = f"the extension does not load: {error}"
 
 _warned: set[str] = set()
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_when_traced(function: _Function) -> _Function:
+    """Marks a function whose result torch.compile may take as it is: it cannot look into the extension.
+
+    The same mark as `torch.compiler.assume_constant_result` sets, which imports the whole compiler to set it: a second
+    of everybody's `import srppo`. A test holds the two equal.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def available() -> bool:

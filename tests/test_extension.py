@@ -97,3 +97,15 @@ def test_a_failing_build_leaves_an_installation(tmp_path):
     assert len(lines) == 1
     assert "runs on plain torch without its native kernels" in lines[0]
     assert not list((tmp_path / "lib").rglob("_C*"))
+
+
+def test_the_mark_for_the_compiler_is_the_one_that_torch_sets():
+    def ours() -> int:
+        return 1
+
+    def theirs() -> int:
+        return 1
+
+    _extension.constant_when_traced(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}

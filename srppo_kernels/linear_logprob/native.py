@@ -32,7 +32,7 @@ def obstacle(device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> s
 
 
 # A compiler that traces the public functions cannot look into the extension; what it says does not change under it.
-@torch.compiler.assume_constant_result
+@_extension.constant_when_traced
 def _missing() -> str:
     if not _extension.available():
         return _extension.why()
@@ -41,7 +41,7 @@ def _missing() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@_extension.constant_when_traced
 def not_faster() -> str:
     """Why "auto" leaves a scan that could run alone; empty where it takes it."""
     level = _extension.build_info()["cpu_level"]
@@ -56,7 +56,7 @@ def workspace_bytes(rows: int, width: int, vocab: int, group: int) -> int:
     return 4 * scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)
 
 
-@torch.compiler.assume_constant_result
+@_extension.constant_when_traced
 def _threads() -> int:
     return torch.get_num_threads()
 

@@ -28,7 +28,7 @@ def serves(device: torch.device, hidden: torch.dtype, weight: torch.dtype, *, ex
 
 
 # What a compiler that traces the public functions need not look into.
-@torch.compiler.assume_constant_result
+@_extension.constant_when_traced
 def _serves_bf16() -> bool:
     """oneDNN's bf16 GEMM needs the instructions to be worth it; without them fp32 GEMMs are as fast, and exact."""
     fast = _extension.build_info()["cpu_level"] in ("avx512_bf16", "amx")

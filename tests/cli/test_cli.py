@@ -534,7 +534,8 @@ def test_importing_srppo_imports_neither_transformers_nor_triton():
     code = (
         "import sys, srppo, srppo_kernels\n"
         "srppo.linear_logprob, srppo.gae, srppo.SRPPOConfig()\n"
-        "heavy = {'transformers', 'triton', 'peft', 'datasets', 'matplotlib', 'rich', 'pyarrow', 'tensorboard'}\n"
+        "heavy = {'transformers', 'triton', 'peft', 'datasets', 'matplotlib', 'rich', 'pyarrow', 'tensorboard',"
+        " 'torch._dynamo', 'torch._inductor'}\n"  # a second of import time, for what only torch.compile needs
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
