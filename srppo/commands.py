@@ -11,9 +11,9 @@ import torch
 from srppo.checkpoint import require_new_folder
 from srppo.config import SRPPOConfig
 from srppo.console import Console
-from srppo.data import Example, load_rows, prepare, stop_tokens
+from srppo.data import Example, filler_token, load_rows, prepare, stop_tokens
 from srppo.errors import UserError
-from srppo.models import check_positions, load_tokenizer
+from srppo.models import check_positions, tokenizer_for
 from srppo.roles import frozen_roles, policy_to_judge
 
 if TYPE_CHECKING:
@@ -65,20 +65,13 @@ def load_data(
     return train, held_out
 
 
-def tokenizer_of(args: SRPPOConfig) -> PreTrainedTokenizerBase:
-    sft, base = args.sft_model_name_or_path, args.base_model_name_or_path
-    path = sft if sft and (Path(sft) / "tokenizer_config.json").is_file() else base or sft
-    assert path is not None
-    return load_tokenizer(path, trust_remote_code=args.trust_remote_code)
-
-
 def sft(args: SRPPOConfig, options: argparse.Namespace) -> None:
     from srppo.sft import run_sft
 
     console = Console()
     require(args, "base_model_name_or_path", "dataset_name")
     require_new_folder(Path(args.output_dir))
-    tokenizer = tokenizer_of(args)
+    tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
     train, held_out = load_data(args, tokenizer, console)
     run_sft(
         args,
@@ -98,7 +91,7 @@ def train(args: SRPPOConfig, options: argparse.Namespace) -> None:
     require(args, "base_model_name_or_path", "dataset_name")
     if args.resume_from_checkpoint is None:
         require_new_folder(Path(args.output_dir))
-    tokenizer = tokenizer_of(args)
+    tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
     train_examples, held_out = load_data(args, tokenizer, console)
     model = args.sft_model_name_or_path
     if model is None:
@@ -139,7 +132,7 @@ def score(args: SRPPOConfig, options: argparse.Namespace) -> None:
     console = Console()
     require(args, "base_model_name_or_path", "sft_model_name_or_path", "dataset_name")
     assert args.base_model_name_or_path and args.sft_model_name_or_path and args.dataset_name
-    tokenizer = tokenizer_of(args)
+    tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
     stops = stop_tokens(tokenizer, args.stop_token_ids)
     rows = examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
     missing = next((row for row in rows if row.completion_ids is None), None)
@@ -152,7 +145,7 @@ def score(args: SRPPOConfig, options: argparse.Namespace) -> None:
         for start in range(0, len(rows), args.per_device_train_batch_size):
             part = rows[start : start + args.per_device_train_batch_size]
             rollout = collate_demonstrations(
-                part, pad_token_id=tokenizer.pad_token_id or 0, stop_token_ids=stops, device=base.device
+                part, pad_token_id=filler_token(tokenizer, stops), stop_token_ids=stops, device=base.device
             )
             pair = [logprobs(role, rollout, temperature=args.score_temperature)[0].cpu() for role in (sft_model, base)]
             for row, example in enumerate(part):
@@ -193,7 +186,7 @@ def eval(args: SRPPOConfig, options: argparse.Namespace) -> None:
     console = Console()
     require(args, "base_model_name_or_path", "sft_model_name_or_path", "dataset_name")
     assert args.base_model_name_or_path and args.sft_model_name_or_path and args.dataset_name
-    tokenizer = tokenizer_of(args)
+    tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
     rows = examples(args, tokenizer, args.dataset_name, args.dataset_test_split, missing_split_ok=True)
     if not rows:
         console.note(

@@ -173,6 +173,11 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int
     return [int(tokenizer.eos_token_id)]
 
 
+def filler_token(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> int:
+    """What padding is filled with: the pad token, or where there is none a stop token. No mask is derived from it."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0])
+
+
 def prepare(
     rows: Iterable[tuple[str, Mapping[str, Any]]] | Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,

@@ -33,7 +33,7 @@ def describe() -> Iterator[str]:
     for name, value in _extension.build_info().items():
         yield f"  {name}: {value}"
     yield f"cuda: {cuda_state()}"
-    yield f"triton kernels: {triton_state()}"
+    yield "triton kernels: off: this version has none yet; a GPU runs the torch path"
     yield f"flash attention: {flash_state()}"
 
 
@@ -43,14 +43,6 @@ def cuda_state() -> str:
         return f"off: {f'torch is built for CUDA {built} and sees no device' if built else 'torch is a CPU build'}"
     properties = torch.cuda.get_device_properties(0)
     return f"on: {properties.name}, compute capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
-
-
-def triton_state() -> str:
-    if importlib.util.find_spec("srppo_kernels.linear_logprob.triton_forward") is None:
-        return "off: this version has none yet; a GPU runs the torch path"
-    if version("triton") is None:
-        return "off: triton is not installed"
-    return "on" if torch.cuda.is_available() else "off: no CUDA device"
 
 
 def flash_state() -> str:

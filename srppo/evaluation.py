@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srppo.config import SRPPOConfig
-from srppo.data import Example
+from srppo.data import Example, filler_token
 from srppo.models import Head
 from srppo.ppo import logprobs
 from srppo.roles import Role
@@ -65,7 +65,7 @@ def evaluate_policy(
     Returns:
         The metrics, and a row per prompt with its completion and what it scored.
     """
-    pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0])
+    pad = filler_token(tokenizer, stop_token_ids)
     size = args.per_device_train_batch_size
     with fixed_seed(args.seed):
         rollout = generate(
@@ -104,18 +104,7 @@ def evaluate_policy(
         "eval/completions/mean_length": lengths.float().mean().item(),
         "eval/completions/clipped_ratio": rollout.truncated.float().mean().item(),
     }
-    rows = []
-    for row, example in enumerate(examples):
-        completion = rollout.completions[row][rollout.completion_mask[row]].tolist()
-        rows.append({
-            "prompt": tokenizer.decode(example.prompt_ids),
-            "completion": tokenizer.decode(completion, skip_special_tokens=True),
-            "score": scores[row].item(),
-            "score_per_token": scores[row].item() / max(len(completion), 1),
-            "kl": kl[row].item(),
-            "length": len(completion),
-            "truncated": bool(rollout.truncated[row]),
-        })  # fmt: skip
+    rows = completion_rows(examples, rollout, scores, kl, tokenizer, skip_special_tokens=True)
     with_answer = [
         (row, example.answer) for row, example in zip(rows, examples, strict=True) if example.answer is not None
     ]
@@ -132,6 +121,31 @@ def evaluate_policy(
         metrics["eval/demonstrations/logp"] = policy_logp(demos, 1.0).sum().item() / tokens
         metrics["eval/demonstrations/logp_sft"] = sequence_logprobs(sft, demos, 1.0, size).sum().item() / tokens
     return metrics, rows
+
+
+def completion_rows(
+    examples: Sequence[Example],
+    rollout: Rollout,
+    scores: torch.Tensor,
+    kl: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    skip_special_tokens: bool,
+) -> list[dict[str, Any]]:
+    """A row per completion for people to read, with its score ``[B]`` and KL ``[B]``; the texts are for show only."""
+    rows = []
+    for row, example in enumerate(examples):
+        ids = rollout.completions[row][rollout.completion_mask[row]].tolist()
+        rows.append({
+            "prompt": tokenizer.decode(example.prompt_ids),
+            "completion": tokenizer.decode(ids, skip_special_tokens=skip_special_tokens),
+            "score": scores[row].item(),
+            "score_per_token": scores[row].item() / max(len(ids), 1),
+            "kl": kl[row].item(),
+            "length": len(ids),
+            "truncated": bool(rollout.truncated[row]),
+        })  # fmt: skip
+    return rows
 
 
 def sequence_logprobs(role: Role, rollout: Rollout, temperature: float, batch_size: int) -> torch.Tensor:

@@ -109,6 +109,17 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     return tokenizer
 
 
+def tokenizer_for(
+    sft: str | PreTrainedModel | None, base: str | PreTrainedModel | None, args: SRPPOConfig
+) -> PreTrainedTokenizerBase:
+    """The SFT model's tokenizer where its folder has one, else the base model's."""
+    paths = [path for path in (sft, base) if isinstance(path, str)]
+    if not paths:
+        raise UserError("give processing_class: the tokenizer cannot be found from models in memory")
+    with_tokenizer = [path for path in paths if (Path(path) / "tokenizer_config.json").is_file()]
+    return load_tokenizer((with_tokenizer or paths[-1:])[0], trust_remote_code=args.trust_remote_code)
+
+
 def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
     """A causal LM from a folder or the hub, in safetensors only; an adapter folder is merged into its base."""
     from transformers import AutoModelForCausalLM

@@ -17,7 +17,7 @@ from torch import Tensor
 from srppo.checkpoint import atomic_folder, require_new_folder, save_model, write_text
 from srppo.config import SRPPOConfig
 from srppo.console import Console
-from srppo.data import Example, stop_tokens
+from srppo.data import Example, filler_token, stop_tokens
 from srppo.errors import UserError
 from srppo.metrics import MetricsWriter
 from srppo.models import check_positions, load_model, load_tokenizer, require_full_precision
@@ -95,7 +95,7 @@ def run_sft(
     role = sft_role(args, model)
     parameters = [parameter for _, parameter in role.parameters()]
     stops = stop_tokens(tokenizer, args.stop_token_ids)
-    pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0])
+    pad = filler_token(tokenizer, stops)
 
     def as_rollout(examples: Sequence[Example]) -> Rollout:
         return collate_demonstrations(examples, pad_token_id=pad, stop_token_ids=stops, device=role.device)

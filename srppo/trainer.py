@@ -21,12 +21,12 @@ import torch
 from srppo import checkpoint, ppo
 from srppo.config import SRPPOConfig
 from srppo.console import Bar, Console
-from srppo.data import Example, Sampler, prepare, stop_tokens
+from srppo.data import Example, Sampler, filler_token, prepare, stop_tokens
 from srppo.errors import UserError
-from srppo.evaluation import evaluate_policy
+from srppo.evaluation import completion_rows, evaluate_policy
 from srppo.metrics import MetricsWriter, iteration_metrics, peak_memory_gib
 from srppo.model_card import model_card
-from srppo.models import check_positions, load_tokenizer
+from srppo.models import check_positions, tokenizer_for
 from srppo.plots import plot_history
 from srppo.roles import Roles, build_roles
 from srppo.rollout import Rollout, generate
@@ -204,12 +204,11 @@ class SRPPOTrainer:
 
     def rollout(self, batch: Sequence[Example]) -> Rollout:
         """A completion from the policy for each prompt."""
-        pad = self.tokenizer.pad_token_id
         return generate(
             self.roles.policy,
             [example.prompt_ids for example in batch],
             max_completion_length=self.args.max_completion_length,
-            pad_token_id=int(pad if pad is not None else self.stop_token_ids[0]),
+            pad_token_id=filler_token(self.tokenizer, self.stop_token_ids),
             stop_token_ids=self.stop_token_ids,
             temperature=self.args.temperature,
             top_p=self.args.top_p,
@@ -295,19 +294,8 @@ class SRPPOTrainer:
         import pyarrow.parquet
 
         kl = (scores.policy - scores.reference).sum(-1)
-        rows = []
-        for row, example in enumerate(batch):
-            ids = rollout.completions[row][rollout.completion_mask[row]].tolist()
-            rows.append({
-                "step": self.step,
-                "prompt": self.tokenizer.decode(example.prompt_ids),
-                "completion": self.tokenizer.decode(ids),
-                "score": targets.scores[row].item(),
-                "score_per_token": targets.scores[row].item() / len(ids),
-                "kl": kl[row].item(),
-                "length": len(ids),
-                "truncated": bool(rollout.truncated[row]),
-            })  # fmt: skip
+        rows = completion_rows(batch, rollout, targets.scores, kl, self.tokenizer, skip_special_tokens=False)
+        rows = [{"step": self.step, **row} for row in rows]
         folder = self.output_dir / "completions"
         with checkpoint.temporary_folder(folder) as writing:
             path = writing / f"completions_{self.step:05d}.parquet"
@@ -374,14 +362,3 @@ class SRPPOTrainer:
         self.step, self.episodes, self.tokens = state["step"], state["episode"], state["num_tokens"]
         self.history = state["log_history"]
         self.console.note(f"resumed from {folder} after iteration {self.step}")
-
-
-def tokenizer_for(
-    model: str | PreTrainedModel, base_model: str | PreTrainedModel, args: SRPPOConfig
-) -> PreTrainedTokenizerBase:
-    """The SFT model's tokenizer where its folder has one, else the base model's."""
-    paths = [path for path in (model, base_model) if isinstance(path, str)]
-    if not paths:
-        raise UserError("give processing_class: the tokenizer cannot be found from models in memory")
-    with_tokenizer = [path for path in paths if (Path(path) / "tokenizer_config.json").is_file()]
-    return load_tokenizer((with_tokenizer or paths[-1:])[0], trust_remote_code=args.trust_remote_code)
