@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from linear_logprob import ranks
+from on_ranks import on_ranks
 
 from srppo_kernels import linear_logprob
 
 
 def test_two_ranks(tmp_path):
     """Uneven shards, a rank without targets, one without vocabulary, a frozen head, the losses, DTensor heads."""
-    mp.spawn(ranks.run, args=(2, str(tmp_path / "store")), nprocs=2)
+    on_ranks(ranks.run, tmp_path)
 
 
 def test_reference_has_no_group():
