@@ -32,12 +32,13 @@ from srppo_kernels import (
 )
 
 if TYPE_CHECKING:
-    from srppo.config import SRPPOConfig
+    from srppo.config import PipelineConfig, SRPPOConfig
     from srppo.errors import UserError
     from srppo.sft import run_sft
     from srppo.trainer import SRPPOTrainer
 
 _LAZY = {
+    "PipelineConfig": "srppo.config",
     "SRPPOConfig": "srppo.config",
     "SRPPOTrainer": "srppo.trainer",
     "UserError": "srppo.errors",
@@ -47,6 +48,7 @@ _LAZY = {
 __all__ = [
     "LinearLogprob",
     "PPOStats",
+    "PipelineConfig",
     "SRPPOConfig",
     "SRPPOTrainer",
     "UserError",

@@ -1,6 +1,6 @@
 """The command line: ``srppo train | sft | score | eval | demo | env``.
 
-Flags are the fields of :class:`srppo.config.SRPPOConfig`; ``--config FILE`` reads them from YAML first, and flags win.
+Flags are the fields of :class:`srppo.config.PipelineConfig`; ``--config FILE`` reads them from YAML first, flags win.
 A mistake of the user's ends in one message that says what to do and exit code 2; Ctrl-C in 130; a full disk in 1.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from srppo.config import SRPPOConfig, fields_and_types, read_yaml
+from srppo.config import PipelineConfig, fields_and_types, read_yaml
 from srppo.errors import UserError
 
 MODEL = ("base_model_name_or_path", "sft_model_name_or_path", "dtype", "attn_implementation", "trust_remote_code")
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_config_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None) -> None:
-    for field, hint in fields_and_types():
+    for field, hint in fields_and_types(PipelineConfig):
         if names is not None and field.name not in names:
             continue
         kind = (
@@ -99,12 +99,12 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Sequence[str] | Non
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **extra)
 
 
-def config_from(options: argparse.Namespace) -> SRPPOConfig:
-    names = {field.name for field in dataclasses.fields(SRPPOConfig)}
+def config_from(options: argparse.Namespace) -> PipelineConfig:
+    names = {field.name for field in dataclasses.fields(PipelineConfig)}
     flags = {name: value for name, value in vars(options).items() if name in names}
     flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in flags.items()}
     settings = read_yaml(options.config) if options.config else {}
-    return SRPPOConfig.from_dict({**settings, **flags}, source=options.config or "the flags")
+    return PipelineConfig.from_dict({**settings, **flags}, source=options.config or "the flags")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srppo.checkpoint import require_new_folder
-from srppo.config import SRPPOConfig
+from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, filler_token, load_rows, prepare, stop_tokens
 from srppo.errors import UserError
@@ -31,10 +31,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
 
 
-def require(args: SRPPOConfig, *names: str) -> None:
+def require(args: PipelineConfig, *names: str) -> None:
     for name in names:
         if getattr(args, name) is None:
-            raise UserError(f"--{name} is needed: {SRPPOConfig.__dataclass_fields__[name].metadata['help']}")
+            raise UserError(f"--{name} is needed: {PipelineConfig.__dataclass_fields__[name].metadata['help']}")
 
 
 def examples(
@@ -50,7 +50,7 @@ def examples(
 
 
 def load_data(
-    args: SRPPOConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+    args: PipelineConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> tuple[list[Example], list[Example]]:
     """Training and evaluation rows; what is missing is said in one line."""
     assert args.dataset_name is not None
@@ -65,7 +65,7 @@ def load_data(
     return train, held_out
 
 
-def sft(args: SRPPOConfig, options: argparse.Namespace) -> None:
+def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
     from srppo.sft import run_sft
 
     console = Console()
@@ -83,7 +83,7 @@ def sft(args: SRPPOConfig, options: argparse.Namespace) -> None:
     )
 
 
-def train(args: SRPPOConfig, options: argparse.Namespace) -> None:
+def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     from srppo.sft import run_sft
     from srppo.trainer import SRPPOTrainer
 
@@ -123,7 +123,7 @@ def train(args: SRPPOConfig, options: argparse.Namespace) -> None:
         raise
 
 
-def score(args: SRPPOConfig, options: argparse.Namespace) -> None:
+def score(args: PipelineConfig, options: argparse.Namespace) -> None:
     """JSON lines with the log-ratio of each given completion."""
     from srppo.cli import write_lines
     from srppo.ppo import logprobs
@@ -178,7 +178,7 @@ def scored(
     }
 
 
-def eval(args: SRPPOConfig, options: argparse.Namespace) -> None:
+def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
     """Metrics of a model on the test split (the train split of a single file), and its completions as JSON lines."""
     from srppo.cli import write_lines
     from srppo.evaluation import evaluate_policy

@@ -1,5 +1,8 @@
 """The configuration of a run: one flat dataclass, whose field documentation is the command line's help.
 
+:class:`SRPPOConfig` is what the trainer reads. :class:`PipelineConfig` adds what ``srppo train`` needs around it: the
+SFT stage before PPO, and a second source of prompts.
+
 Names are TRL's where TRL has one, so that scripts and dashboards carry over. Batch arithmetic, per PPO iteration::
 
     micro-batch = per_device_train_batch_size                     sequences in one forward and backward
@@ -19,7 +22,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from srppo.errors import UserError
 
@@ -31,7 +34,7 @@ def option(default: Any, doc: str, *, minimum: float | None = None, maximum: flo
 
 @dataclass(kw_only=True)
 class SRPPOConfig:
-    """Every setting of ``srppo train``; the other commands read the part that concerns them."""
+    """Every setting of :class:`srppo.SRPPOTrainer`."""
 
     # Models
     base_model_name_or_path: str | None = option(None, "pretrained base model pi_pt: a folder or a hub name")
@@ -59,7 +62,6 @@ class SRPPOConfig:
         None,
         "demonstrations and prompts: a JSONL, Parquet or CSV file, a folder with train.* and test.*, or a hub name",
     )
-    prompt_dataset_name: str | None = option(None, "further prompts for PPO, with no completions; same kinds of source")
     dataset_train_split: str = option("train", "split to train on")
     dataset_test_split: str = option("test", "split to evaluate on, where the source has it")
     max_prompt_length: int = option(512, "longest prompt, in tokens; a longer one is an error", minimum=1)
@@ -123,15 +125,15 @@ class SRPPOConfig:
     learning_rate: float = option(3e-6, "peak learning rate of the policy", minimum=0)
     per_device_train_batch_size: int = option(8, "sequences in one forward and backward", minimum=1)
     gradient_accumulation_steps: int = option(1, "forwards and backwards in one optimizer step", minimum=1)
+    max_tokens_per_micro_batch: int | None = option(
+        None, "most tokens in one forward and backward; absent: per_device_train_batch_size sequences", minimum=1
+    )
     max_grad_norm: float | None = option(1.0, "gradient norm is clipped to this; absent or 0: not clipped", minimum=0)
     adam_betas: list[float] = option((0.9, 0.999), "AdamW's two decay rates", minimum=0, maximum=1)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = option("linear", "decay after warm-up")
     warmup_ratio: float = option(0.0, "part of the run in which the learning rate rises", minimum=0, maximum=1)
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")
     seed: int = option(0, "seed of data order, sampling and new weights")
-    # The SFT stage
-    sft_learning_rate: float = option(2e-5, "peak learning rate of SFT; LoRA wants about ten times more", minimum=0)
-    sft_num_train_epochs: int = option(3, "passes over the demonstrations", minimum=1)
     # Run
     output_dir: str = option("srppo-output", "new or empty folder for everything the run writes")
     max_steps: int = option(100, "PPO iterations", minimum=0)
@@ -145,7 +147,7 @@ class SRPPOConfig:
     log_completions: int = option(10, "print and save sample completions every so many iterations; 0: never", minimum=0)
 
     def __post_init__(self) -> None:
-        for field, hint in fields_and_types():
+        for field, hint in fields_and_types(type(self)):
             value = coerce(field.name, getattr(self, field.name), hint)
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, int | float) and not isinstance(number, bool):
@@ -156,6 +158,8 @@ class SRPPOConfig:
         unknown = set(self.report_to) - {"tensorboard", "none"}
         if unknown:
             raise UserError(f"report_to knows tensorboard and none, got {sorted(unknown)}")
+        if self.max_tokens_per_micro_batch is not None:
+            raise UserError("max_tokens_per_micro_batch is not available yet: use per_device_train_batch_size")
         if self.reward_normalization == "running" and self.reward_placement == "token":
             raise UserError(
                 "reward_normalization=running is for reward_placement=eos: it tracks the scores of sequences"
@@ -172,7 +176,7 @@ class SRPPOConfig:
         return self.mini_batch_size * self.num_mini_batches
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, source: str = "the configuration") -> SRPPOConfig:
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "the configuration") -> Self:
         """Builds a configuration; an unknown key is an error that names its nearest relative."""
         names = [field.name for field in dataclasses.fields(cls)]
         for key in values:
@@ -183,7 +187,7 @@ class SRPPOConfig:
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: Any) -> SRPPOConfig:
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
         """Reads a YAML file of ``name: value`` lines; ``overrides`` win."""
         return cls.from_dict({**read_yaml(path), **overrides}, source=str(path))
 
@@ -192,6 +196,15 @@ class SRPPOConfig:
         import yaml
 
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+@dataclass(kw_only=True)
+class PipelineConfig(SRPPOConfig):
+    """The trainer's settings and those of what ``srppo train`` does before it; every command reads its part."""
+
+    prompt_dataset_name: str | None = option(None, "further prompts for PPO, with no completions; same kinds of source")
+    sft_learning_rate: float = option(2e-5, "peak learning rate of SFT; LoRA wants about ten times more", minimum=0)
+    sft_num_train_epochs: int = option(3, "passes over the demonstrations", minimum=1)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -211,10 +224,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def fields_and_types() -> list[tuple[dataclasses.Field, Any]]:
-    """Fields of the configuration with their resolved types, in order."""
-    hints = typing.get_type_hints(SRPPOConfig)
-    return [(field, hints[field.name]) for field in dataclasses.fields(SRPPOConfig)]
+def fields_and_types(config: type[SRPPOConfig]) -> list[tuple[dataclasses.Field, Any]]:
+    """Fields of a configuration with their resolved types, in order."""
+    hints = typing.get_type_hints(config)
+    return [(field, hints[field.name]) for field in dataclasses.fields(config)]
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:

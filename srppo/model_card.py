@@ -23,6 +23,7 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
         f"base_model: {base}",
     ]
     front += ["tags: [srppo, ppo, self-reward]", "---", ""]
+    prompts = getattr(args, "prompt_dataset_name", None)  # a setting of the command, not of the trainer
     steps = [entry for entry in history if "objective/scores" in entry]
     lines = [
         "# Tuned with Self-Rewarding PPO",
@@ -34,8 +35,7 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
         "",
         f"- base model: `{base}`",
         f"- SFT model: `{args.sft_model_name_or_path or 'made by the first stage of the same run'}`",
-        f"- data: `{args.dataset_name}`"
-        + (f", prompts: `{args.prompt_dataset_name}`" if args.prompt_dataset_name else ""),
+        f"- data: `{args.dataset_name}`" + (f", prompts: `{prompts}`" if prompts else ""),
         f"- KL penalty: beta {args.kl_coef} towards {args.kl_reference}",
         f"- {len(steps)} iterations of {args.batch_size} prompts",
         "",
@@ -53,7 +53,7 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
         lines += ["| evaluation | value |", "|---|---|"]
         lines += [f"| `{name}` | {value:.4f} |" for name, value in evaluations[-1].items() if name.startswith("eval/")]
         lines.append("")
-    defaults = SRPPOConfig()
+    defaults = type(args)()
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
     changed = {name: value for name, value in changed.items() if value != getattr(defaults, name)}
     lines += ["Settings that differ from the defaults:", "", "```yaml"]

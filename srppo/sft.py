@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from srppo.checkpoint import atomic_folder, require_new_folder, save_model, write_text
-from srppo.config import SRPPOConfig
+from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, filler_token, stop_tokens
 from srppo.errors import UserError
@@ -54,7 +54,7 @@ def demonstration_loss(role: Role, rollout: Rollout, normalizer: int) -> Tensor:
 
 
 def run_sft(
-    args: SRPPOConfig,
+    args: PipelineConfig,
     *,
     train_dataset: Sequence[Example],
     eval_dataset: Sequence[Example] = (),

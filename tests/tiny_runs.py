@@ -14,7 +14,7 @@ import torch
 from tiny import save, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from srppo import SRPPOConfig
+from srppo import PipelineConfig, SRPPOConfig
 from srppo import sft as sft_module
 from srppo import trainer as trainer_module
 from srppo.commands import quiet_libraries
@@ -90,7 +90,7 @@ def lean_runs() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def config(folder: Path, **settings: Any) -> SRPPOConfig:
+def config(folder: Path, **settings: Any) -> PipelineConfig:
     """Two iterations of four prompts and up to five tokens, with a learning rate that moves a tiny model."""
     defaults: dict[str, Any] = {
         "output_dir": str(folder / "run"),
@@ -106,7 +106,7 @@ def config(folder: Path, **settings: Any) -> SRPPOConfig:
         "log_completions": 0,
         "sft_num_train_epochs": 2,
     }
-    return SRPPOConfig(**{**defaults, **settings})
+    return PipelineConfig(**{**defaults, **settings})
 
 
 def examples(rows: Iterable[Mapping[str, Any]], stops: Sequence[int] = (0,)) -> list[Example]:

@@ -29,7 +29,7 @@ import torch
 
 from srppo.checkpoint import atomic_folder, require_new_folder, save_model, write_text
 from srppo.commands import examples, quiet_libraries
-from srppo.config import SRPPOConfig
+from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example
 from srppo.models import load_model, load_tokenizer
@@ -167,9 +167,9 @@ def run_stages(folder: Path, settings: DemoSettings, seed: int, console: Console
         sft_rows[f"SFT, {factor}x as long"] = (f"sft-longer-{factor}x", settings.sft_epochs * factor)
     with stopwatch.time("SFT, all lengths"):
         for name, epochs in sft_rows.values():
-            args = sft_config(folder, name, epochs, settings, seed)
-            demonstrations = load(args, tokenizer, folder / "data" / "demonstrations.jsonl")
-            run_sft(args, train_dataset=demonstrations, output_dir=folder / name, tokenizer=tokenizer, console=console)
+            stage = sft_config(folder, name, epochs, settings, seed)
+            demonstrations = load(stage, tokenizer, folder / "data" / "demonstrations.jsonl")
+            run_sft(stage, train_dataset=demonstrations, output_dir=folder / name, tokenizer=tokenizer, console=console)
 
     args = srppo_config(folder, settings, seed)
     base, sft = frozen_roles(args, str(folder / "base"), str(folder / "sft"), share=False)
@@ -261,8 +261,8 @@ def limits() -> dict[str, Any]:
     return {"max_prompt_length": prompt, "max_completion_length": world.longest_completion() + 1}
 
 
-def sft_config(folder: Path, name: str, epochs: int, settings: DemoSettings, seed: int) -> SRPPOConfig:
-    return SRPPOConfig(
+def sft_config(folder: Path, name: str, epochs: int, settings: DemoSettings, seed: int) -> PipelineConfig:
+    return PipelineConfig(
         base_model_name_or_path=str(folder / "base"),
         dataset_name=str(folder / "data" / "demonstrations.jsonl"),
         output_dir=str(folder / name),

@@ -325,7 +325,7 @@ def test_flags_win_over_the_configuration_file(tiny_models, data, tmp_path):
     (tmp_path / "run.yaml").write_text("max_steps: 5\nkl_coef: 0.25\nlearning_rate: 1e-4\nuse_peft: false\n")
     arguments = train_flags(tiny_models, data, out, max_steps=1, sft_model_name_or_path=tiny_models.sft)
     assert main(["train", "--config", str(tmp_path / "run.yaml"), *arguments]) == 0
-    written = srppo.SRPPOConfig.from_yaml(out / "srppo_config.yaml")
+    written = srppo.PipelineConfig.from_yaml(out / "srppo_config.yaml")
     assert (written.max_steps, written.kl_coef, written.learning_rate) == (1, 0.25, 1e-3)
 
 
@@ -358,7 +358,7 @@ def test_help_lists_the_options_with_their_defaults(command, capsys):
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     if command == "train":
-        for field in srppo.SRPPOConfig.__dataclass_fields__.values():
+        for field in srppo.PipelineConfig.__dataclass_fields__.values():
             assert f"--{field.name}" in text
         assert (
             "beta: weight of the KL penalty; see kl_reference, and the README on how to choose (default: 1.0)" in text

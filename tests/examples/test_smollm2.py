@@ -315,9 +315,9 @@ def test_damaged_or_foreign_wheel_is_named(tmp_path: Path) -> None:
 
 
 def test_configuration_and_questions_are_valid() -> None:
-    from srppo.config import SRPPOConfig
+    from srppo.config import PipelineConfig
 
-    args = SRPPOConfig.from_yaml(EXAMPLE / "config.yaml")
+    args = PipelineConfig.from_yaml(EXAMPLE / "config.yaml")
     assert args.use_peft
     assert args.max_steps >= 30
     rows = [json.loads(text) for text in (EXAMPLE / "questions.jsonl").read_text().splitlines()]

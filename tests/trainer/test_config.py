@@ -17,7 +17,7 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import QUIET, ROWS, TinyModels, config, examples, full_roles, rollout, trainer, write_jsonl
 from transformers import dynamic_module_utils
 
-from srppo import SRPPOConfig, UserError, ppo, run_sft
+from srppo import PipelineConfig, SRPPOConfig, UserError, ppo, run_sft
 from srppo.cli import main
 from srppo.commands import load_data
 from srppo.config import read_yaml
@@ -25,7 +25,7 @@ from srppo.models import load_model, lora_config
 from srppo.roles import build_roles, is_peft
 from srppo.rollout import Rollout
 
-FIELDS = [field.name for field in dataclasses.fields(SRPPOConfig)]
+FIELDS = [field.name for field in dataclasses.fields(PipelineConfig)]  # the trainer's and those around it
 
 
 @dataclass
@@ -205,6 +205,13 @@ def resumed(world: World, **settings: Any) -> Any:
     return done
 
 
+def refusal(world: World, **settings: Any) -> Any:
+    try:
+        return config(world.fresh(), **settings) and "accepted"
+    except UserError as error:
+        return str(error)
+
+
 def batches(world: World, **settings: Any) -> Any:
     args = config(world.fresh(), **settings)
     return [[len(rows) for rows in mini] for mini in ppo.split_rows(args.batch_size, args)]
@@ -258,6 +265,7 @@ EFFECTS: dict[str, tuple[Any, Any, Observation]] = {
     "learning_rate": (1e-3, 1e-4, trained),
     "per_device_train_batch_size": (2, 4, batches),
     "gradient_accumulation_steps": (2, 4, batches),
+    "max_tokens_per_micro_batch": (None, 8, refusal),
     "max_grad_norm": (None, 1e-6, updated),
     "adam_betas": ([0.9, 0.999], [0.5, 0.999], updated),
     "lr_scheduler_type": ("linear", "constant", trained),
@@ -300,8 +308,8 @@ def test_an_observation_without_a_change_is_always_the_same(world, observe):
 
 
 def test_there_are_at_most_sixty_fields_each_with_documentation():
-    assert len(FIELDS) <= 60
-    for field in dataclasses.fields(SRPPOConfig):
+    assert len(dataclasses.fields(SRPPOConfig)) <= 60
+    for field in dataclasses.fields(PipelineConfig):
         assert len(field.metadata["help"]) >= 8, field.name
 
 
@@ -390,6 +398,16 @@ def test_yaml_is_read_overridden_and_written_back_alike(tmp_path):
     assert SRPPOConfig.from_yaml(path) == args
     path.write_text("")
     assert SRPPOConfig.from_yaml(path) == SRPPOConfig()
+
+
+def test_what_only_the_command_takes_is_in_its_configuration_and_not_in_the_trainers(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("sft_learning_rate: 1e-3\nseed: 4\n")
+    args = PipelineConfig.from_yaml(path)
+    assert (args.sft_learning_rate, args.seed) == (1e-3, 4)
+    assert PipelineConfig.from_dict(dataclasses.asdict(args)) == args
+    with pytest.raises(UserError, match="unknown option 'sft_learning_rate'"):
+        SRPPOConfig.from_yaml(path)
 
 
 @pytest.mark.parametrize(

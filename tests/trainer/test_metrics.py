@@ -26,7 +26,7 @@ from tiny_runs import (
     with_plots,
 )
 
-from srppo import SRPPOConfig, UserError, ppo, run_sft
+from srppo import PipelineConfig, UserError, ppo, run_sft
 from srppo.evaluation import EVAL_METRICS, answers_match, evaluate_policy
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
 from srppo.plots import plot_history
@@ -246,8 +246,8 @@ def test_trainer_state_and_configuration_can_be_read_back(finished):
     state = json.loads((folder / "trainer_state.json").read_text())
     assert (state["step"], state["episode"]) == (3, 12)
     assert state["log_history"] == run.history
-    assert SRPPOConfig.from_yaml(folder / "srppo_config.yaml") == run.args
-    assert list(yaml.safe_load((folder / "srppo_config.yaml").read_text())) == list(SRPPOConfig.__dataclass_fields__)
+    assert PipelineConfig.from_yaml(folder / "srppo_config.yaml") == run.args
+    assert list(yaml.safe_load((folder / "srppo_config.yaml").read_text())) == list(PipelineConfig.__dataclass_fields__)
 
 
 def test_tensorboard_has_every_metric_at_every_step(finished):
