@@ -34,6 +34,7 @@ from srppo_kernels import (
 if TYPE_CHECKING:
     from srppo.config import PipelineConfig, SRPPOConfig
     from srppo.errors import UserError
+    from srppo.self_reward import SelfReward
     from srppo.sft import run_sft
     from srppo.trainer import SRPPOTrainer
 
@@ -41,6 +42,7 @@ _LAZY = {
     "PipelineConfig": "srppo.config",
     "SRPPOConfig": "srppo.config",
     "SRPPOTrainer": "srppo.trainer",
+    "SelfReward": "srppo.self_reward",
     "UserError": "srppo.errors",
     "run_sft": "srppo.sft",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "PipelineConfig",
     "SRPPOConfig",
     "SRPPOTrainer",
+    "SelfReward",
     "UserError",
     "ValueStats",
     "explain",

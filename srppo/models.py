@@ -210,15 +210,21 @@ def check_same_vocabulary(
         )
     folders = [Path(p) for p in (base_path, sft_path) if p is not None]
     if len(folders) == 2 and all((f / "tokenizer_config.json").is_file() for f in folders):
-        vocabularies = [load_tokenizer(f).get_vocab() for f in folders]
-        if vocabularies[0] != vocabularies[1]:
-            differing = sorted(set(vocabularies[0].items()) ^ set(vocabularies[1].items()), key=lambda item: item[1])
-            token, index = differing[0]
-            raise UserError(
-                f"the tokenizers of base and SFT model differ, first at token {index} ({token!r}): the reward "
-                f"compares the two "
-                "models token by token, so they must share one vocabulary"
-            )
+        check_same_tokenizer(
+            *(load_tokenizer(f) for f in folders),
+            what="the tokenizers of base and SFT model differ",
+            why="the reward compares the two models token by token, so they must share one vocabulary",
+        )
+
+
+def check_same_tokenizer(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, *, what: str, why: str
+) -> None:
+    """Two tokenizers must give every token the same number; the error names the first that has another one."""
+    one, other = first.get_vocab(), second.get_vocab()
+    if one != other:
+        token, index = min(set(one.items()) ^ set(other.items()), key=lambda item: item[1])
+        raise UserError(f"{what}, first at token {index} ({token!r}): {why}")
 
 
 def freeze(model: nn.Module) -> None:
