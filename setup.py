@@ -73,10 +73,12 @@ class CheckCuda(Command):
     """Compile the CUDA sources with nvcc alone, for machines that cannot run them."""
 
     description = "compile csrc/**/*.cu and discard the objects"
-    user_options: ClassVar = []
+    user_options: ClassVar = [
+        ("keep=", None, "keep the objects in this folder and print ptxas's figures of every kernel"),
+    ]
 
     def initialize_options(self):
-        pass
+        self.keep = None
 
     def finalize_options(self):
         pass
@@ -85,9 +87,11 @@ class CheckCuda(Command):
         nvcc = shutil.which("nvcc")
         if nvcc is None:
             raise SystemExit("check_cuda: nvcc is not on PATH; install the CUDA toolkit or skip this check")
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as discarded:
             for source in relative("**/*.cu"):
-                command = nvcc_command(nvcc, source, Path(folder) / "object.o", torch_include_dirs())
+                output = Path(self.keep or discarded) / (source.replace("/", "_") + ".o")
+                command = nvcc_command(nvcc, source, output, torch_include_dirs())
+                command += ["-Xptxas", "-v"] if self.keep else []
                 subprocess.run(command, check=True, cwd=ROOT)
                 say(f"{source} compiles for sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
 

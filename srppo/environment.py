@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from srppo_kernels import _extension
+from srppo_kernels import _extension, _triton
 
 PACKAGES = ("srppo", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors",
             "flash-attn", "bitsandbytes", "tensorboard")  # fmt: skip
@@ -33,7 +33,7 @@ def describe() -> Iterator[str]:
     for name, value in _extension.build_info().items():
         yield f"  {name}: {value}"
     yield f"cuda: {cuda_state()}"
-    yield "triton kernels: off: this version has none yet; a GPU runs the torch path"
+    yield f"triton kernels: {_triton.why()}"
     yield f"flash attention: {flash_state()}"
 
 

@@ -1,7 +1,13 @@
-"""What every test shares: a fixed seed, and `gpu` tests skipped where there is no GPU."""
+"""What every test shares: a fixed seed, `gpu` tests skipped where there is no GPU, and Triton interpreted there."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports triton: it reads the variable when it decorates a function.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
