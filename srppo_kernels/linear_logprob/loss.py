@@ -110,7 +110,7 @@ class _ChunkLosses:
         """A chunk's rows of an argument of the targets' shape, zero where masked; anything else as it is."""
         if not (isinstance(value, Tensor) and value.shape == self.shape):
             return value
-        return torch.where(self.live[r], value.reshape(-1)[r], 0)
+        return value.reshape(-1)[r].masked_fill(~self.live[r], 0)  # keeps the dtype: a mask stays bool
 
     def __call__(self, start: int, stop: int, logprob: Tensor, entropy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         r = slice(start, stop)
@@ -291,7 +291,7 @@ def _on_all_rows(
     assert entropy is not None
     live = live_rows(targets.reshape(-1), mask, ignore_index)
     args = [
-        torch.where(live, a.reshape(-1), 0) if isinstance(a, Tensor) and a.shape == targets.shape else a
+        a.reshape(-1).masked_fill(~live, 0) if isinstance(a, Tensor) and a.shape == targets.shape else a
         for a in loss_args
     ]
     scalar, aux = call_loss(loss_fn, logprob.reshape(-1), entropy.reshape(-1), args)

@@ -86,6 +86,7 @@ def test_any_loss(frozen, more):
     def loss_fn(logprob, entropy, w, s, name, m):
         assert name == "constant"
         assert logprob.shape == entropy.shape == w.shape == m.shape
+        assert m.dtype == torch.bool  # an argument keeps its dtype
         terms = s[0] * w * logprob.exp() + s[1] * entropy * w.square()
         return terms.sum(), {"count": m.sum(), "terms": terms, "pair": torch.stack([terms.sum(), m.sum() * 1.0])}
 
