@@ -1,0 +1,38 @@
+"""The largest tensor that is made while a block of code runs, whoever makes it: the model, autograd, an op's inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LargestTensor(TorchDispatchMode):
+    """``numel`` is that of the largest storage of any operator's output inside the block, backward passes included.
+
+    A mode is off while it handles a call, so a custom op would hide what its Python code allocates; that code is
+    therefore run with the mode on, in place of the op.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel, self.by, self.custom_ops = 0, "", set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        op = OPDEFS.get(func._schema.name)
+        if op is None:
+            result = func(*args, **kwargs)
+        else:
+            self.custom_ops.add(func._schema.name)
+            with self:
+                result = op._init_fn(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):  # the storage, as a view or an expanded scalar takes no memory of its own
+                stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+                if stored > self.numel:
+                    self.numel, self.by = stored, f"{func} {tuple(tensor.shape)}"
+        return result
