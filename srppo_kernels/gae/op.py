@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from srppo_kernels._arguments import (
     check_backend,
@@ -15,6 +14,7 @@ from srppo_kernels._arguments import (
     compute_dtype,
 )
 from srppo_kernels._extension import native_input, resolve
+from srppo_kernels._library import Op
 from srppo_kernels.gae import reference
 
 __all__ = ["gae"]
@@ -42,8 +42,7 @@ def _check_starts(cu_seqlens: Tensor | None, total: int) -> None:
         raise ValueError(f"gae: cu_seqlens decreases after position {int((cu_seqlens.diff() < 0).nonzero()[0])}")
 
 
-@custom_op("srppo::gae", mutates_args=())
-def _gae(
+def _run_gae(
     rewards: Tensor,
     values: Tensor,
     mask: Tensor,
@@ -74,14 +73,16 @@ def _gae(
     return advantages[inside], returns[inside]
 
 
+_gae = Op("gae", _run_gae)
+
+
 @_gae.register_fake
 def _(rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, mask_mode, cu_seqlens, backend):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(rewards, values)
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
 
 
-@custom_op("srppo::gae_backward", mutates_args=())
-def _gae_backward(
+def _run_gae_backward(
     grad_advantages: Tensor,
     grad_returns: Tensor,
     mask: Tensor,
@@ -102,6 +103,9 @@ def _gae_backward(
     return dr[inside], dv[inside], db
 
 
+_gae_backward = Op("gae_backward", _run_gae_backward)
+
+
 @_gae_backward.register_fake
 def _(grad_advantages, grad_returns, mask, gamma, lam, gamma_rows, lam_rows, mask_mode, cu_seqlens, backend):  # type: ignore[no-untyped-def]
     rows = grad_advantages.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -110,6 +114,13 @@ def _(grad_advantages, grad_returns, mask, gamma, lam, gamma_rows, lam_rows, mas
         torch.empty_like(grad_advantages, memory_format=torch.contiguous_format),
         grad_advantages.new_empty(rows),
     )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    raise NotImplementedError("gae is differentiable once: its gradient has no gradient of its own")
+
+
+_gae_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
 def _gae_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.library import custom_op
 
 from srppo_kernels._arguments import check_backend, check_mask, check_same_shape, compute_dtype
 from srppo_kernels._extension import native_input, resolve
+from srppo_kernels._library import Op
 from srppo_kernels.gae import reference
 
 __all__ = ["whiten"]
@@ -16,11 +16,13 @@ __all__ = ["whiten"]
 BACKENDS = ("native", "reference")
 
 
-@custom_op("srppo::whiten_moments", mutates_args=())
-def _whiten_moments(x: Tensor, mask: Tensor, backend: str) -> Tensor:
+def _run_whiten_moments(x: Tensor, mask: Tensor, backend: str) -> Tensor:
     if resolve("whiten", backend, x, compute_dtype(x)) == "native":
         return torch.ops.srppo_native.whiten_moments(native_input(x), native_input(mask))
     return reference.whiten_moments(x, mask)
+
+
+_whiten_moments = Op("whiten_moments", _run_whiten_moments)
 
 
 @_whiten_moments.register_fake
@@ -44,12 +46,14 @@ def _moments_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _whiten_moments.register_autograd(_moments_autograd, setup_context=_moments_setup)
 
 
-@custom_op("srppo::whiten_apply", mutates_args=())
-def _whiten_apply(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, backend: str) -> Tensor:
+def _run_whiten_apply(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, backend: str) -> Tensor:
     if resolve("whiten", backend, x, compute_dtype(x)) == "native":
         inputs = native_input(x), native_input(mask), moments.contiguous()
         return torch.ops.srppo_native.whiten_apply(*inputs, shift_mean, reference.WHITEN_EPS)
     return reference.whiten_apply(x, mask, moments, shift_mean)
+
+
+_whiten_apply = Op("whiten_apply", _run_whiten_apply)
 
 
 @_whiten_apply.register_fake

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from srppo_kernels._arguments import (
     check_backend,
@@ -15,6 +14,7 @@ from srppo_kernels._arguments import (
     compute_dtype,
 )
 from srppo_kernels._extension import native_input, resolve
+from srppo_kernels._library import Op
 from srppo_kernels.log_ratio import reference
 
 __all__ = ["log_ratio_reward"]
@@ -22,8 +22,7 @@ __all__ = ["log_ratio_reward"]
 BACKENDS = ("native", "reference")
 
 
-@custom_op("srppo::log_ratio_reward", mutates_args=())
-def _log_ratio_reward(
+def _run_log_ratio_reward(
     logprobs_sft: Tensor,
     logprobs_base: Tensor,
     mask: Tensor,
@@ -76,6 +75,9 @@ def _log_ratio_reward(
         kl_coef,
         kl_estimator,
     )
+
+
+_log_ratio_reward = Op("log_ratio_reward", _run_log_ratio_reward)
 
 
 @_log_ratio_reward.register_fake

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from srppo_kernels._arguments import check_backend, check_choice, check_mask, check_same_shape, compute_dtype
 from srppo_kernels._extension import native_input, resolve
+from srppo_kernels._library import Op
 from srppo_kernels.ppo_loss import reference
 from srppo_kernels.ppo_loss.stats import PPOStats, ValueStats
 
@@ -19,8 +19,7 @@ __all__ = ["PPOTerms", "ppo_loss", "ppo_terms", "value_loss"]
 BACKENDS = ("native", "reference")
 
 
-@custom_op("srppo::ppo_loss", mutates_args=())
-def _ppo_loss(
+def _run_ppo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -66,6 +65,9 @@ def _ppo_loss(
     )
 
 
+_ppo_loss = Op("ppo_loss", _run_ppo_loss)
+
+
 @_ppo_loss.register_fake
 def _(logprobs, old_logprobs, advantages, mask, entropy, *options):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(logprobs, old_logprobs, advantages, entropy)
@@ -97,8 +99,7 @@ def _ppo_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 _ppo_loss.register_autograd(_ppo_autograd, setup_context=_ppo_setup)
 
 
-@custom_op("srppo::value_loss", mutates_args=())
-def _value_loss(
+def _run_value_loss(
     values: Tensor,
     old_values: Tensor,
     returns: Tensor,
@@ -114,6 +115,9 @@ def _value_loss(
         return torch.ops.srppo_native.value_loss(*tokens, clip, divisor, total)
     weights = reference.weights_for((values, old_values, returns), mask, "token_mean", divisor, divisor_tensor)
     return reference.value_loss_reference(values, old_values, returns, mask, clip, weights)
+
+
+_value_loss = Op("value_loss", _run_value_loss)
 
 
 @_value_loss.register_fake

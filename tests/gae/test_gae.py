@@ -216,6 +216,15 @@ def test_gradient(mask_mode, kind, packed):
     assert all(torch.equal(x.grad, 2 * g) for x, g in zip(nan, first, strict=True))
 
 
+def test_a_second_derivative_is_refused_and_not_silently_zero():
+    rewards, values, mask, _ = inputs(2, 5)
+    (gradient,) = torch.autograd.grad(
+        gae(rewards.requires_grad_(), values, mask)[0].square().sum(), rewards, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="gae is differentiable once"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(backend, packed):
