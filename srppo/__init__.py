@@ -32,12 +32,14 @@ from srppo_kernels import (
 )
 
 if TYPE_CHECKING:
+    from srppo import losses, modules
     from srppo.config import PipelineConfig, SRPPOConfig
     from srppo.errors import UserError
     from srppo.self_reward import SelfReward
     from srppo.sft import run_sft
     from srppo.trainer import SRPPOTrainer
 
+_SUBMODULES = ("losses", "modules")
 _LAZY = {
     "PipelineConfig": "srppo.config",
     "SRPPOConfig": "srppo.config",
@@ -63,6 +65,8 @@ __all__ = [
     "linear_loss",
     "linear_ppo_loss",
     "log_ratio_reward",
+    "losses",
+    "modules",
     "ppo_loss",
     "run_sft",
     "value_loss",
@@ -73,8 +77,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"srppo.{name}")
     raise AttributeError(f"module 'srppo' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, *_SUBMODULES])
