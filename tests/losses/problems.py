@@ -108,7 +108,7 @@ def judge_sequences(
     (grad,) = torch.autograd.grad(result, [logprob])
     rows = [logprob[i][mask[i]].tolist() for i in range(mask.shape[0])]
     want, by_row = whole(rows)
-    assert math.isclose(float(result.detach()), want, rel_tol=tolerance), (result, want)
+    assert math.isclose(float(result.detach()), want, rel_tol=tolerance, abs_tol=1e-30), (result, want)
     for i in range(mask.shape[0]):
         for got in grad[i][mask[i]].tolist():
             assert math.isclose(got, by_row[i], rel_tol=tolerance, abs_tol=1e-30), (i, got, by_row[i])
