@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATE_FILE = "training_state.pt"
-STATE_KEYS = {"policy", "critic", "optimizers", "schedulers", "sampler", "moments", "generator", "rng", "cuda_rng",
-              "step", "episode", "num_tokens", "log_history"}  # fmt: skip
+STATE_KEYS = {"policy", "critic", "optimizers", "schedulers", "sampler", "moments", "guard", "controller", "generator",
+              "rng", "cuda_rng", "step", "episode", "num_tokens", "log_history"}  # fmt: skip
 
 
 def sync(path: Path) -> None:
@@ -113,6 +113,12 @@ def require_new_folder(path: Path, option: str = "output_dir") -> None:
             f"{option} {path} exists and is not empty: choose a new folder, or move the old run away (nothing was "
             f"touched)"
         )
+
+
+def require_fresh_output(path: Path) -> None:
+    """Stops unless ``path`` is new or empty; what this run's own SFT stage wrote there may be there."""
+    if not path.is_dir() or {entry.name for entry in path.iterdir()} != {"sft"}:
+        require_new_folder(path)
 
 
 def require_space(path: Path, needed: int) -> None:

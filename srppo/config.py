@@ -108,6 +108,9 @@ class SRPPOConfig:
     kl_coef: float = option(
         1.0, "beta: weight of the KL penalty; see kl_reference, and the README on how to choose", minimum=0
     )
+    kl_target: float | None = option(
+        None, "adapts beta, from kl_coef on, to hold this KL to the reference, in nats a sequence", minimum=1e-6
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = option(
         "k1", "per-token KL estimate in the reward; only k1 is unbiased in gradient"
     )
@@ -158,6 +161,8 @@ class SRPPOConfig:
         unknown = set(self.report_to) - {"tensorboard", "none"}
         if unknown:
             raise UserError(f"report_to knows tensorboard and none, got {sorted(unknown)}")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise UserError("kl_target adapts beta from kl_coef on, so kl_coef must be above 0")
         if self.max_tokens_per_micro_batch is not None:
             raise UserError("max_tokens_per_micro_batch is not available yet: use per_device_train_batch_size")
         if self.reward_normalization == "running" and self.reward_placement == "token":

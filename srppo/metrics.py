@@ -13,15 +13,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from srppo.checkpoint import write_text
 from srppo.ppo import Advantages, Scores, UpdateResult
 from srppo.rollout import Rollout
 
+if TYPE_CHECKING:
+    from srppo.config import SRPPOConfig
+
 METRICS = {
     "objective/kl": "sum over tokens of log pi - log pi_ref, mean over sequences (the k1 estimate of KL, in nats)",
+    "objective/kl_coef": "beta, the weight of the KL penalty, in this iteration",
     "objective/entropy": "sum over tokens of -log pi of the token taken, mean over sequences",
     "objective/scores": "self-reward, sum over tokens of log pi_sft - log pi_base, mean over sequences",
     "objective/scores_per_token": "self-reward summed over all tokens of the batch, divided by their number",
@@ -48,12 +53,14 @@ METRICS = {
     "value_grad_norm": "norm of the critic's gradient before clipping, mean over optimizer steps",
     "skipped_steps": "optimizer steps dropped because a gradient was not finite, count",
     "ppo_epochs": "epochs done before target_kl ended them, count",
+    "guard/demonstrations_logp": "log pi of held-out demonstrations under the policy that sampled, mean over their "
+    "tokens (at most as many demonstrations as an iteration has prompts)",
     "lr": "learning rate of the policy in this iteration",
     "episode": "completions sampled so far",
     "num_tokens": "completion tokens sampled so far",
     "step_time": "seconds for the iteration",
     "time/rollout": "seconds for sampling",
-    "time/score": "seconds for the frozen passes and advantages",
+    "time/score": "seconds for the frozen passes, advantages and the guard's look",
     "time/update": "seconds for the updates",
     "perf/tokens_per_second": "completion tokens of the iteration divided by its seconds",
     "perf/peak_memory_gib": "largest memory so far: of the GPU, or on a CPU of the process",
@@ -108,32 +115,48 @@ def peak_memory_gib() -> float:
 
 
 class MetricsWriter:
-    """Writes metrics to ``metrics.jsonl`` and, if asked for, TensorBoard; keeps the history for the plots."""
+    """Writes metrics to ``metrics.jsonl`` and, if asked for, TensorBoard; keeps the history for the plots.
 
-    def __init__(self, folder: Path, report_to: Sequence[str], history: Sequence[Mapping[str, Any]] = ()) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    The configuration and all files are written with the first entry: a run that is refused at its start leaves nothing.
+    """
+
+    def __init__(self, folder: Path, args: SRPPOConfig, history: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.folder, self.args = folder, args
         self.history: list[dict[str, Any]] = [dict(entry) for entry in history]
-        self.file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        for entry in self.history:
-            self.file.write(json.dumps(entry) + "\n")
-        self.board = None
-        if "tensorboard" in report_to:
+        self.file: IO[str] | None = None
+        self.board: Any = None
+
+    def open(self) -> IO[str]:
+        write_text(self.folder / "srppo_config.yaml", self.args.to_yaml())
+        if "tensorboard" in self.args.report_to:
             from torch.utils.tensorboard import SummaryWriter
 
             # of a run that is resumed, the board forgets what came after the checkpoint
             purge = self.history[-1]["step"] + 1 if self.history else None
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+        return self.rewrite()
+
+    def rewrite(self) -> IO[str]:
+        path = self.folder / "metrics.jsonl"
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.history))
+        return path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One entry; metrics that are not a number here (no variance yet, say) are left out."""
-        entry = {"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}}
-        self.history.append(entry)
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        """One entry, or more of the last one where the step is the same; metrics that are not a number here (no
+        variance yet, say) are left out."""
+        self.file = self.file or self.open()
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if self.history and self.history[-1]["step"] == step:
+            self.history[-1] |= finite
+            self.file.close()
+            self.file = self.rewrite()
+        else:
+            self.history.append({"step": step, **finite})
+            self.file.write(json.dumps(self.history[-1]) + "\n")
+            self.file.flush()
         if self.board is not None:
-            for name, value in entry.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, step)
+            for name, value in finite.items():
+                self.board.add_scalar(name, value, step)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -141,6 +164,7 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.board is not None:
             self.board.close()

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from srppo_kernels import (
     value_loss,
     whiten,
 )
+from srppo_kernels.log_ratio.reference import kl_per_token
 
 RewardFn = Callable[[list[list[int]], list[list[int]]], Sequence[float]]
 
@@ -166,44 +166,46 @@ def advantages(
     *,
     moments: RunningMoments | None = None,
     reward_fn: RewardFn | None = None,
+    kl_coef: float | None = None,
 ) -> Advantages:
     """Rewards, advantages and returns of a scored rollout.
 
     Args:
         moments: running moments of the scores, updated here; needed for ``reward_normalization=running``.
         reward_fn: ``(prompts, completions) -> a number per sequence`` on token ids, added at the last token.
+        kl_coef: beta in place of ``args.kl_coef``.
     """
+    beta = args.kl_coef if kl_coef is None else kl_coef
     mask = rollout.completion_mask
     sequence_scores = (scores.sft - scores.base).sum(-1)
     if moments is not None:
         moments.update(sequence_scores)
-    options: dict[str, Any] = {
-        "placement": args.reward_placement,
-        "normalize": args.reward_normalization,
-        "running_std": moments.std if args.reward_normalization == "running" and moments is not None else None,
-        "scale": args.reward_scale,
-        "clip": args.reward_clip,
-        "truncated": rollout.truncated,
-        "missing_eos_penalty": args.missing_eos_penalty,
-    }
-    kl: dict[str, Any] = {
-        "logprobs_policy": scores.policy,
-        "logprobs_ref": scores.reference,
-        "kl_coef": args.kl_coef,
-        "kl_estimator": args.kl_estimator,
-    }
-    shaped = log_ratio_reward(scores.sft, scores.base, mask, **options)
-    rewards = log_ratio_reward(scores.sft, scores.base, mask, **options, **kl)
-    penalties = rewards - shaped
+    rewards = log_ratio_reward(
+        scores.sft,
+        scores.base,
+        mask,
+        placement=args.reward_placement,
+        normalize=args.reward_normalization,
+        running_std=moments.std if args.reward_normalization == "running" and moments is not None else None,
+        scale=args.reward_scale,
+        clip=args.reward_clip,
+        truncated=rollout.truncated,
+        missing_eos_penalty=args.missing_eos_penalty,
+        logprobs_policy=scores.policy,
+        logprobs_ref=scores.reference,
+        kl_coef=beta,
+        kl_estimator=args.kl_estimator,
+    )
+    penalties = -beta * kl_per_token(scores.policy - scores.reference, args.kl_estimator)  # scores are 0 where masked
     if reward_fn is not None:
-        extra = at_last_token(call_reward_fn(reward_fn, rollout), mask)
-        shaped, rewards = shaped + extra, rewards + extra
+        rewards = rewards + at_last_token(call_reward_fn(reward_fn, rollout), mask)
+    shaped = (rewards - penalties).sum(-1)
     if args.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantage, returns = gae(rewards, scores.values, mask, gamma=args.gamma, lam=args.lam)
     if args.whiten_advantages:
         advantage = whiten(advantage, mask)
-    return Advantages(sequence_scores, shaped.sum(-1), penalties, advantage, returns)
+    return Advantages(sequence_scores, shaped, penalties, advantage, returns)
 
 
 def call_reward_fn(reward_fn: RewardFn, rollout: Rollout) -> Tensor:
@@ -267,11 +269,17 @@ class Learner:
 def lr_schedule(
     args: SRPPOConfig, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Warm-up and decay. transformers' "constant" ignores a warm-up; with one of no steps its relative is the same."""
-    from transformers import get_scheduler
+    """Warm-up to the peak rate, then decay. With w steps of warm-up, step i of them runs at ``(i + 1) / (w + 1)`` of
+    the peak: none is spent at a rate of 0, which would learn nothing."""
+    warmup = math.ceil(args.warmup_ratio * total_steps)
 
-    kind = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
-    return get_scheduler(kind, optimizer, math.ceil(args.warmup_ratio * total_steps), max(total_steps, 1))
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        left = max(total_steps - step, 0) / max(total_steps - warmup, 1)
+        return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[args.lr_scheduler_type]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 @dataclass(frozen=True, slots=True)

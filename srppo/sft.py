@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from srppo.checkpoint import atomic_folder, require_new_folder, save_model, write_text
+from srppo.checkpoint import atomic_folder, require_new_folder, save_model
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, filler_token, stop_tokens
@@ -112,7 +112,7 @@ def run_sft(
     )
     generator = torch.Generator().manual_seed(args.seed)
     with atomic_folder(target) as folder:
-        with MetricsWriter(folder, args.report_to) as writer, console.progress("SFT", total) as progress:
+        with MetricsWriter(folder, args) as writer, console.progress("SFT", total) as progress:
             for epoch in range(args.sft_num_train_epochs):
                 order = torch.randperm(len(train), generator=generator)
                 for rows in order.split(args.mini_batch_size):
@@ -136,7 +136,6 @@ def run_sft(
             history = writer.history
         role.model.eval()
         save_model(role, tokenizer, folder)
-        write_text(folder / "srppo_config.yaml", args.to_yaml())
         plot_history(history, folder / "plots", {"sft_loss": ["sft/loss", "eval/loss"]})
     console.note(f"SFT model written to {target}")
     return target

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from srppo import checkpoint, ppo
+from srppo import checkpoint, ppo, startup
 from srppo.config import SRPPOConfig
 from srppo.console import Bar, Console
 from srppo.data import Example, Sampler, filler_token, prepare, stop_tokens
 from srppo.errors import UserError
 from srppo.evaluation import completion_rows, evaluate_policy
+from srppo.guard import Guard, HeldOut, KLController, look_at
 from srppo.metrics import MetricsWriter, iteration_metrics, peak_memory_gib
 from srppo.model_card import model_card
 from srppo.models import check_positions, tokenizer_for
@@ -90,6 +91,15 @@ class SRPPOTrainer:
         self.critic = ppo.Learner.create(self.roles.critic, args, value_rate, args.max_steps)
         self.sampler = Sampler(self.train_dataset, args.batch_size, args.seed)
         self.moments = ppo.RunningMoments()
+        self.controller = KLController(args)
+        self.guard = Guard()
+        demonstrations = [example for example in self.eval_dataset if example.completion_ids is not None]
+        self.held_out = None
+        if demonstrations:
+            self.held_out = HeldOut(
+                demonstrations, args, self.roles.sft, stop_token_ids=self.stop_token_ids,
+                pad_token_id=filler_token(self.tokenizer, self.stop_token_ids),
+            )  # fmt: skip
         self.generator = torch.Generator().manual_seed(args.seed + 1)  # of the mini-batch partitions
         self.step = self.episodes = self.tokens = 0
         self.history: list[dict[str, Any]] = []
@@ -115,12 +125,13 @@ class SRPPOTrainer:
                 checkpoint.require_new_folder(self.output_dir)
             self.load_checkpoint(source)
         else:
-            self.require_fresh_output()
-        checkpoint.require_space(self.output_dir, 2 * checkpoint.model_bytes(self.roles.policy) + 2**20)
-        self.announce()
-        checkpoint.write_text(self.output_dir / "srppo_config.yaml", args.to_yaml())
+            checkpoint.require_fresh_output(self.output_dir)
+        checkpoint.require_space(self.output_dir, 3 * checkpoint.model_bytes(self.roles.policy) + 2**20)
+        held_out = 0 if self.held_out is None else len(self.held_out.rollout)
+        for line in startup.describe(args, self.roles, prompts=len(self.train_dataset), held_out=held_out):
+            self.console.note(f"  {line}")
         with (
-            MetricsWriter(self.output_dir, args.report_to, self.history) as writer,
+            MetricsWriter(self.output_dir, args, self.history) as writer,
             self.console.progress("SRPPO", args.max_steps) as progress,
         ):
             progress.advance(0, steps=self.step)
@@ -140,8 +151,7 @@ class SRPPOTrainer:
                     self.console.note(f"a callback ended the run after iteration {self.step}")
                     break
             if self.eval_dataset and "eval/objective/kl" not in (writer.history or [{}])[-1]:
-                metrics = self.evaluate()
-                writer.write(self.step, metrics)
+                writer.write(self.step, self.evaluate())  # joins the last iteration's entry
         self.save_model()
         last = self.history[-1] if self.history else {}
         self.console.table("evaluation", [{"metric": n, "value": v} for n, v in last.items() if n.startswith("eval/")])
@@ -160,8 +170,10 @@ class SRPPOTrainer:
         micro_batches = [rows for mini_batch in mini_batches for rows in mini_batch]
         scores = ppo.score(self.roles, rollout, args, micro_batches)
         if self.step == 0:
-            self.check_start(rollout, scores, micro_batches)
-        targets = ppo.advantages(rollout, scores, args, moments=self.moments, reward_fn=self.reward_fn)
+            self.console.note("  " + startup.check_start(self.roles, args, rollout, scores, micro_batches))
+        beta = self.controller.beta
+        targets = ppo.advantages(rollout, scores, args, moments=self.moments, reward_fn=self.reward_fn, kl_coef=beta)
+        watched = self.watch(rollout, scores, targets)
         scored = time.perf_counter()
 
         progress.status("updating")
@@ -171,7 +183,7 @@ class SRPPOTrainer:
             generator=self.generator, train_policy=self.step >= args.value_warmup_steps,
         )  # fmt: skip
         if self.step == 0:
-            self.check_first_ratio(result)
+            self.console.note("  " + startup.check_first_ratio(result))
         self.policy.scheduler.step()
         self.critic.scheduler.step()
         updated = time.perf_counter()
@@ -180,8 +192,10 @@ class SRPPOTrainer:
         self.episodes += len(rollout)
         tokens = int(rollout.completion_mask.sum())
         self.tokens += tokens
-        metrics = iteration_metrics(rollout, scores, targets, result)
+        metrics = iteration_metrics(rollout, scores, targets, result) | watched
+        self.controller.update(metrics["objective/kl"])
         metrics |= {
+            "objective/kl_coef": beta,
             "lr": lr,
             "episode": self.episodes,
             "num_tokens": self.tokens,
@@ -214,6 +228,21 @@ class SRPPOTrainer:
             top_p=self.args.top_p,
         )
 
+    def watch(self, rollout: Rollout, scores: ppo.Scores, targets: ppo.Advantages) -> dict[str, float]:
+        """The guard's look at the policy that sampled: warnings, ``best/``, and the likelihood of demonstrations."""
+        metrics, gain, error = {}, None, 0.0
+        if self.held_out is not None:
+            metrics["guard/demonstrations_logp"], gain, error = self.held_out.look(self.roles.policy)
+        seen = look_at(scores, targets, rollout, self.args, gain=gain, gain_error=error)
+        verdict = self.guard.look(self.step, seen, beta=self.controller.beta)
+        if verdict.best:
+            self.save_best()
+        for text in verdict.warnings:
+            self.console.warn(text)
+        for text in verdict.notes:
+            self.console.note(text)
+        return metrics
+
     def evaluate(self) -> dict[str, float]:
         """Metrics of the policy on the evaluation data, ``eval/*``."""
         if not self.eval_dataset:
@@ -223,66 +252,6 @@ class SRPPOTrainer:
             stop_token_ids=self.stop_token_ids,
         )  # fmt: skip
         return metrics
-
-    # -- start-up -----------------------------------------------------------------------------------------------------
-
-    def require_fresh_output(self) -> None:
-        """The output folder may hold what this run's own SFT stage wrote, and nothing else."""
-        entries = {path.name for path in self.output_dir.iterdir()} if self.output_dir.is_dir() else set()
-        if entries - {"sft"}:
-            checkpoint.require_new_folder(self.output_dir)
-
-    def announce(self) -> None:
-        """The first lines of a run: what plays which role, the arithmetic, and the choices that decide the outcome."""
-        args, note = self.args, self.console.note
-        for line in self.roles.describe():
-            note(f"  {line}")
-        note(
-            f"  batch: {args.batch_size} prompts = {args.per_device_train_batch_size} a micro-batch x "
-            f"{args.gradient_accumulation_steps} accumulation x {args.num_mini_batches} mini-batches; "
-            f"{args.num_ppo_epochs * args.num_mini_batches} optimizer steps an iteration, {args.max_steps} iterations, "
-            f"{len(self.train_dataset)} prompts in all"
-        )
-        note(f"  KL penalty: beta {args.kl_coef} towards {args.kl_reference}, estimator {args.kl_estimator}")
-        clip = "off" if args.cliprange_value is None else f"{args.cliprange_value} nats"
-        note(f"  old log-probs: from the training forward, before the update; value clip: {clip}")
-        penalty = args.missing_eos_penalty
-        note(
-            f"  a completion cut at {args.max_completion_length} tokens keeps its score"
-            + (f" minus {penalty} nats" if penalty else "; missing_eos_penalty is off")
-        )
-
-    def check_start(self, rollout: Rollout, scores: ppo.Scores, micro_batches: Sequence[torch.Tensor]) -> None:
-        """Stops unless the policy is SFT exactly, and SFT is not base."""
-        if self.args.temperature == self.args.score_temperature:
-            sft = scores.sft
-        elif self.args.kl_reference == "sft":
-            sft = scores.reference
-        else:  # nothing so far needed SFT at this temperature; in the same micro-batches it is equal to the last bit
-            sft = ppo.score_role(self.roles.sft, rollout, self.args.temperature, micro_batches)
-        gap = (scores.policy - sft).abs().max().item()
-        if not gap == 0:
-            raise UserError(
-                f"the policy does not start as the SFT model: log-probs of the first rollout differ by up to "
-                f"{gap:.3g} nats. "
-                "Is something random in the forward (dropout), or were the weights changed after loading?"
-            )
-        if not (scores.sft - scores.base).abs().max() > 0:
-            raise UserError(
-                "SFT and base model give the same log-probs on every token: the reward is 0 everywhere; check the two "
-                "paths"
-            )
-        self.console.note(f"  start: KL(policy || SFT) = {gap:g} on {int(rollout.completion_mask.sum())} tokens")
-
-    def check_first_ratio(self, result: ppo.UpdateResult) -> None:
-        spread = max(abs(result.first.ratio_max.item() - 1), abs(result.first.ratio_mean.item() - 1))
-        self.console.note(
-            f"  start: PPO ratio on the first mini-batch {'exactly 1' if spread == 0 else f'1 +- {spread:.2g}'}"
-        )
-        if spread > 1e-3:
-            raise UserError(
-                f"the PPO ratio on the first mini-batch is off 1 by {spread:.3g}: scoring and training forward differ"
-            )
 
     # -- output -------------------------------------------------------------------------------------------------------
 
@@ -318,6 +287,14 @@ class SRPPOTrainer:
         self.console.note(f"model written to {target}" + (f", plots to {target / 'plots'}" if plots else ""))
         return target
 
+    def save_best(self) -> None:
+        """``best/``: the policy that the guard thinks best so far, as a model of its own."""
+        with checkpoint.atomic_folder(self.output_dir / "best", replace=True) as folder:
+            checkpoint.save_model(self.roles.policy, self.tokenizer, folder)
+            checkpoint.write_text(
+                folder / "trainer_state.json", checkpoint.to_json({"step": self.step, "guard": self.guard.best})
+            )
+
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "episode": self.episodes, "num_tokens": self.tokens, "log_history": self.history}
 
@@ -330,6 +307,8 @@ class SRPPOTrainer:
             "schedulers": [learner.scheduler.state_dict() for learner in (self.policy, self.critic)],
             "sampler": self.sampler.state_dict(),
             "moments": vars(self.moments),
+            "guard": self.guard.state_dict(),
+            "controller": self.controller.state_dict(),
             "generator": self.generator.get_state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -355,6 +334,8 @@ class SRPPOTrainer:
             learner.scheduler.load_state_dict(scheduler)
         self.sampler.load_state_dict(tensors["sampler"])
         vars(self.moments).update(tensors["moments"])
+        self.guard.load_state_dict(tensors["guard"])
+        self.controller.load_state_dict(tensors["controller"])
         self.generator.set_state(tensors["generator"])
         torch.set_rng_state(tensors["rng"])
         if torch.cuda.is_available() and tensors["cuda_rng"]:

@@ -256,6 +256,7 @@ EFFECTS: dict[str, tuple[Any, Any, Observation]] = {
     "reward_clip": (None, 0.1, rewards),
     "whiten_rewards": (False, True, rewards),
     "kl_coef": (1.0, 0.5, rewards),
+    "kl_target": (None, 1e-3, lambda world, **s: trained(world, max_steps=3, **s)),
     "kl_estimator": ("k1", "k3", rewards),
     "kl_reference": ("sft", "base", scored),
     "score_temperature": (1.0, 2.0, scored),
@@ -352,6 +353,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_is_named(key, hint):
         ({"dtype": "fp8"}, "dtype must be one of auto, float32, bfloat16, float16; got 'fp8'"),
         ({"output_dir": 3}, "output_dir must be text; got 3"),
         ({"report_to": ["wandb"]}, r"report_to knows tensorboard and none, got \['wandb'\]"),
+        ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_coef must be above 0"),
         ({"reward_normalization": "running", "reward_placement": "token"}, "running is for reward_placement=eos"),
     ],
 )

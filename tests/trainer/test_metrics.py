@@ -147,7 +147,7 @@ def test_clip_fraction_counts_the_tokens_whose_clipped_term_was_the_smaller_one(
 
 
 def test_metrics_that_are_no_number_are_left_out(tmp_path):
-    with MetricsWriter(tmp_path, ["none"]) as writer:
+    with MetricsWriter(tmp_path, config(tmp_path)) as writer:
         writer.write(1, {"a": 1.0, "b": math.nan, "c": math.inf})
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 1.0}]
     one = collate([[10]], [[0]], pad_token_id=1, stop_token_ids=[0])
@@ -157,6 +157,23 @@ def test_metrics_that_are_no_number_are_left_out(tmp_path):
     targets = ppo.advantages(one, scores, args)
     result = ppo.update(*learners(roles, args), one, scores, targets, args, [[torch.tensor([0])]])
     assert math.isnan(iteration_metrics(one, scores, targets, result)["val/explained_variance"])
+
+
+def test_a_step_has_one_entry_however_often_it_is_written(tmp_path):
+    with MetricsWriter(tmp_path, config(tmp_path)) as writer:
+        writer.write(1, {"a": 1.0})
+        writer.write(2, {"a": 2.0})
+        writer.write(2, {"eval/a": 3.0})
+        writer.write(3, {"a": 4.0})
+    entries = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "eval/a": 3.0}, {"step": 3, "a": 4.0}]
+    assert read_jsonl(tmp_path / "metrics.jsonl") == writer.history == entries
+
+
+def test_the_evaluation_at_the_end_joins_the_last_iterations_entry(finished):
+    run, folder, _ = finished
+    assert [entry["step"] for entry in run.history] == [1, 2, 3]
+    assert "eval/objective/kl" in run.history[-1] and "objective/kl" in run.history[-1]
+    assert read_jsonl(folder / "metrics.jsonl") == run.history
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
@@ -304,7 +321,7 @@ def test_nothing_temporary_is_left(finished):
     _, folder, _ = finished
     assert not list(folder.rglob(".writing-*"))
     assert {path.name for path in folder.iterdir()} == {
-        "README.md", "checkpoint-3", "completions", "config.json", "generation_config.json", "metrics.jsonl",
+        "README.md", "best", "checkpoint-3", "completions", "config.json", "generation_config.json", "metrics.jsonl",
         "model.safetensors", "plots", "srppo_config.yaml", "tensorboard", "tokenizer.json", "tokenizer_config.json",
         "trainer_state.json", "chat_template.jinja",
     }  # fmt: skip

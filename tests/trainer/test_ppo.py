@@ -451,9 +451,9 @@ def test_loss_is_divided_by_the_mini_batchs_tokens_and_not_by_its_sequences(tmp_
     ("kind", "warmup", "rates"),
     [
         ("constant", 0.0, [1, 1, 1, 1]),
-        ("constant", 0.5, [0, 0.5, 1, 1]),
+        ("constant", 0.5, [1 / 3, 2 / 3, 1, 1]),
         ("linear", 0.0, [1, 0.75, 0.5, 0.25]),
-        ("linear", 0.5, [0, 0.5, 1, 0.5]),
+        ("linear", 0.5, [1 / 3, 2 / 3, 1, 0.5]),
         ("cosine", 0.0, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
     ],
 )

@@ -13,10 +13,10 @@ from srppo.ppo import lr_schedule
     ("kind", "warmup", "rates"),
     [
         ("constant", 0.0, [1, 1, 1, 1]),
-        ("constant", 0.5, [0, 0.5, 1, 1]),
+        ("constant", 0.5, [1 / 3, 2 / 3, 1, 1]),
         ("linear", 0.0, [1, 0.75, 0.5, 0.25]),
-        ("linear", 0.5, [0, 0.5, 1, 0.5]),
-        ("cosine", 0.5, [0, 0.5, 1, 0.5]),
+        ("linear", 0.5, [1 / 3, 2 / 3, 1, 0.5]),
+        ("cosine", 0.5, [1 / 3, 2 / 3, 1, 0.5]),
     ],
 )
 def test_rates(kind: str, warmup: float, rates: list[float]) -> None:

@@ -1,0 +1,74 @@
+"""What a run says and checks before it trains: the choices that decide its outcome, and that it starts as it must."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from srppo import ppo
+from srppo.config import SRPPOConfig
+from srppo.errors import UserError
+from srppo.roles import Roles
+from srppo.rollout import Rollout
+
+
+def describe(args: SRPPOConfig, roles: Roles, *, prompts: int, held_out: int) -> list[str]:
+    """The first lines of a run: what plays which role, the arithmetic, and the choices that decide the outcome.
+
+    Args:
+        prompts: in the training data.
+        held_out: demonstrations that the guard watches.
+    """
+    clip = "off" if args.cliprange_value is None else f"{args.cliprange_value} nats"
+    penalty = f" minus {args.missing_eos_penalty} nats" if args.missing_eos_penalty else "; missing_eos_penalty is off"
+    held = "" if args.kl_target is None else f", adapted to hold {args.kl_target} nats a sequence"
+    return [
+        *roles.describe(),
+        f"batch: {args.batch_size} prompts = {args.per_device_train_batch_size} a micro-batch x "
+        f"{args.gradient_accumulation_steps} accumulation x {args.num_mini_batches} mini-batches; "
+        f"{args.num_ppo_epochs * args.num_mini_batches} optimizer steps an iteration, {args.max_steps} iterations, "
+        f"{prompts} prompts in all",
+        f"KL penalty: beta {args.kl_coef}{held} towards {args.kl_reference}, estimator {args.kl_estimator}",
+        f"old log-probs: from the training forward, before the update; value clip: {clip}",
+        f"a completion cut at {args.max_completion_length} tokens keeps its score{penalty}",
+        "guard: KL to SFT, length"
+        + (
+            f", and the likelihood of {held_out} held-out demonstrations"
+            if held_out
+            else " only, as the evaluation data has no demonstrations whose likelihood could be followed"
+        ),
+    ]
+
+
+def check_start(
+    roles: Roles, args: SRPPOConfig, rollout: Rollout, scores: ppo.Scores, micro_batches: Sequence[torch.Tensor]
+) -> str:
+    """Stops unless the policy is SFT exactly, and SFT is not base; returns what was found."""
+    if args.temperature == args.score_temperature:
+        sft = scores.sft
+    elif args.kl_reference == "sft":
+        sft = scores.reference
+    else:  # nothing so far needed SFT at this temperature; in the same micro-batches it is equal to the last bit
+        sft = ppo.score_role(roles.sft, rollout, args.temperature, micro_batches)
+    gap = (scores.policy - sft).abs().max().item()
+    if not gap == 0:
+        raise UserError(
+            f"the policy does not start as the SFT model: log-probs of the first rollout differ by up to {gap:.3g} "
+            "nats. Is something random in the forward (dropout), or were the weights changed after loading?"
+        )
+    if not (scores.sft - scores.base).abs().max() > 0:
+        raise UserError(
+            "SFT and base model give the same log-probs on every token: the reward is 0 everywhere; check the two paths"
+        )
+    return f"start: KL(policy || SFT) = {gap:g} on {int(rollout.completion_mask.sum())} tokens"
+
+
+def check_first_ratio(result: ppo.UpdateResult) -> str:
+    """Stops if the ratio is not 1 before the first step; returns what was found."""
+    spread = max(abs(result.first.ratio_max.item() - 1), abs(result.first.ratio_mean.item() - 1))
+    if spread > 1e-3:
+        raise UserError(
+            f"the PPO ratio on the first mini-batch is off 1 by {spread:.3g}: scoring and training forward differ"
+        )
+    return f"start: PPO ratio on the first mini-batch {'exactly 1' if spread == 0 else f'1 +- {spread:.2g}'}"
