@@ -45,6 +45,8 @@ class SelfReward:
         reward.reward(prompt_ids, completion_ids)              # [B] fp32, by token ids: exact
         reward(prompts=["2+2="], completions=["4"])            # [float], text or message lists
         GRPOTrainer(..., reward_funcs=reward)                  # the shape that TRL calls
+
+    It reads the heads' weights whole: models whose parameters are sharded over ranks (ZeRO-3, FSDP) are not for it.
     """
 
     __name__ = "self_reward"  # what trainers log it as

@@ -57,8 +57,7 @@ def linear(
             f"{name_of(loss)}: needs whole sequences, and targets has shape {tuple(targets.shape)}; pass [B, T]"
         )
     out = linear_logprob(hidden, weight, targets, mask=mask, **head)
-    result, aux = loss(out.logprob, None, mask, *tensors)
-    return result, aux
+    return loss(out.logprob, None, mask, *tensors)
 
 
 def whole_sequences(loss: LossFn, shape: torch.Size | tuple[int, int]) -> LossFn:
