@@ -19,8 +19,9 @@ Without held-out demonstrations the other two are all there is. k, l and the rew
 (weight 1/2 on the newest), since a batch of samples is noisy.
 
 The *best* policy so far is the one with the highest objective ``E[r] - beta KL`` among those for which no sign had
-turned; SFT is the first of them. The highest likelihood alone would nearly always name SFT: on the demo's seed 0, the
-tuned policy is 1.4 % below SFT in likelihood per token, and solves 0.89 of the tasks without demonstrations, SFT 0.77.
+turned and whose g is not below 0 by more than its standard error or 1 %: no worse than SFT, as far as demonstrations
+can tell. SFT is the first of them. It is an insurance against collapse, and no verdict on the last policy: on the
+demo's seed 0, that is 1.4 % below SFT in likelihood, and solves 0.89 of the tasks without demonstrations, SFT 0.77.
 
 Everything is measured on the policy that an iteration sampled from, before its update.
 """
@@ -42,6 +43,7 @@ from srppo.roles import Role
 from srppo.rollout import Rollout, collate_demonstrations
 
 LOST_LIKELIHOOD = 0.03  # per token, of held-out demonstrations
+NO_WORSE = 0.01  # largest such loss of a policy that is kept as the best
 KL_FACTOR = 2.0  # times KL(pi_sft || pi_base)
 LENGTH_FACTOR = 1.5
 SMOOTHING = 0.5  # weight of the newest iteration in running means
@@ -118,8 +120,11 @@ class Guard:
             value = getattr(seen, name)
             self.mean[name] = self.mean.get(name, value) + SMOOTHING * (value - self.mean.get(name, value))
         turned = self.turned(seen)
-        best = not turned and (
-            self.best is None or self.mean["objective"] > self.best["objective"] + seen.objective_error
+        no_worse = seen.gain is None or seen.gain >= -min(seen.gain_error, NO_WORSE)
+        best = (
+            not turned
+            and no_worse
+            and (self.best is None or self.mean["objective"] > self.best["objective"] + seen.objective_error)
         )
         if best:
             self.best = {"step": step, "objective": self.mean["objective"]}
