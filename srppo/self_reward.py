@@ -83,7 +83,8 @@ class SelfReward:
             clip: bound on the scaled score, in nats; off, as a summed log-ratio often passes the usual 10.
             missing_eos_penalty: subtracted, in nats, from the score of a completion without a stop token.
             temperature: at which the two models are compared.
-            stop_token_ids: tokens that end a completion; absent: the tokenizer's EOS, else the base model's.
+            stop_token_ids: tokens that end a completion, all of them where a model has several; absent: the tokenizer's
+                EOS, else the base model's.
             append_eos: whether text that holds no stop token was finished and gets one, as where a trainer decodes
                 without special tokens; False: it was cut. A message list was always finished.
             batch_size: sequences in one forward.

@@ -14,14 +14,14 @@ rules that they share. Three ways to call one:
     sequence level  gspo poft
     pair level      dpo spin orpo asft
     tensors         group_advantages mean_weights tis_weights icepop_weights exopd_advantages dense_path_rewards
-                    dense_path_returns
+                    dense_path_returns sequence_means sequence_sums
     components      srppo.losses.sapo  srppo.losses.sgpo
 
 A docstring's tags: [paper] from the paper, [paper's code] from its authors' code, [code] from others' implementations,
 [second-hand] from summaries, [derived] worked out here. What is a reconstruction says so.
 """
 
-from srppo.losses.contract import level_of
+from srppo.losses.contract import level_of, sequence_means, sequence_sums
 from srppo.losses.distillation import dense_path_returns, dense_path_rewards, exopd, exopd_advantages
 from srppo.losses.group import dapo, dr_grpo, group_advantages, grpo, gspo, mean_weights
 from srppo.losses.importance import icepop_weights, tis_weights
@@ -58,6 +58,8 @@ __all__ = [
     "poft",
     "ppo",
     "reinforce",
+    "sequence_means",
+    "sequence_sums",
     "sft",
     "spin",
     "tis_weights",

@@ -10,7 +10,6 @@ gspo      (R - mean) / std             over sequences, ratio of sequences     se
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from srppo.losses.contract import LossResult, level, per_sequence, require, sequence_means, whole
@@ -195,6 +194,5 @@ def gspo(
             raise ValueError(f"gspo: {name} has shape {tuple(value.shape)}; pass one a sequence, ({mask.shape[0]},)")
     old = per_sequence("gspo", "old_logprobs", old_logprobs, mask, mean=True)
     mean = sequence_means(logprob, mask)
-    old = old.to(torch.promote_types(old.dtype, mean.dtype))
     return clipped("gspo", mean, None, mask.any(-1), old, advantages, weights, normalizer, clip_low, clip_high,
                    unit="sequences")  # fmt: skip

@@ -1,8 +1,9 @@
 """Any loss of this package straight from hidden states and a head, without the logits.
 
-Token-level losses run on ``linear_loss``: chunk by chunk, gradients formed in the forward, three GEMMs (two with a
-frozen head). Losses of sequences and pairs need all rows at once; they run on the per-token op, whose plan keeps a
-row's exponentials where they fit (three GEMMs) and recomputes them where not (four). ``explain`` tells:
+Token-level losses run on ``linear_loss``: chunk by chunk, gradients formed in the forward, three GEMMs, two with a
+frozen head, and less where tokens are masked or clipped. Losses of sequences and pairs need all rows at once; they run
+on the per-token op: two GEMMs with a frozen head, else three where the exponentials of all rows fit and four where not.
+``explain`` tells:
 
     srppo.explain(hidden, weight, targets, op="linear_loss")         # token level
     srppo.explain(hidden, weight, targets, op="linear_logprob")      # sequences and pairs
@@ -39,7 +40,7 @@ def linear(
         hidden, weight, targets: ``[B, T, D]``, ``[V, D]``, ``[B, T]`` (token level: any leading dimensions).
         mask: bool, of ``targets``' shape. Masked rows cost no GEMM; so do targets of ``ignore_index``, which are masked
             for the loss as well.
-        tensors: what the loss takes after ``mask``.
+        tensors: what the loss takes after ``mask``. (The entropy is there at token level, and None at the others.)
         head: the other options of ``linear_loss``: ``bias``, ``temperature``, ``softcap``, ``plan``, ...
 
     Returns:

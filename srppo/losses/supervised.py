@@ -178,7 +178,8 @@ def poft(
 
     Args:
         logprob, mask: ``[B, T]``; ``entropy`` is not read. A sequence without tokens has no part in it.
-        aligned_mean_logprobs: ``[B]`` or ``[models, B]``, scored beforehand with the aligned models' own tokenizers.
+        aligned_mean_logprobs: ``[B]`` or ``[models, B]``, scored beforehand: ``sequence_means`` of each
+            aligned model's log-probs, of the same text under its own tokenizer.
         normalizer: the number of sequences of the whole batch.
         beta, gamma: scale and margin.
 

@@ -165,24 +165,37 @@ def test_token_losses_take_three_gemms_in_chunks_and_explain_says_so(name):
     assert seen.elements < B * T * V
 
 
-def test_fewer_gemms_are_counted_too():
-    """At one size of rows: three GEMMs by linear_loss, four by the per-token op under the same bound on memory."""
+def test_gemms_as_counted():
+    """What explain says, counted by the profiler, in units of one product of all rows with the head.
+
+    Logits in memory take three and keep them; the per-token op, under a bound on memory, four; linear_loss three under
+    the same bound, and less where rows are masked or get no gradient, as where a group's answers are all as good.
+    """
     torch.manual_seed(0)
     rows = 512  # whole blocks, so that padding costs nothing
     # in float64, which no native scan serves: every product is then one that the profiler sees
     hidden, weight = (torch.randn(n, 64, dtype=torch.float64, requires_grad=True) for n in (rows, 2048))
-    targets, mask = torch.randint(2048, (rows,)), torch.ones(rows).bool()
-    fn = partial(losses.dft, normalizer=rows)
-    work = {}
-    for name, plan in (("fused", "auto"), ("per token", "recompute")):
-        options = {"plan": plan, "workspace_bytes": 0, "backend": "torch"}
+    targets = torch.randint(2048, (rows,))
+    every, half = torch.ones(rows).bool(), torch.arange(rows) < rows // 2
+    advantages = torch.where(torch.arange(rows) < rows // 4, 1.0, 0.0)
+    fn = partial(losses.reinforce, normalizer=rows)
 
-        def run(options=options):
-            linear_loss(hidden, weight, targets, fn, mask, mask=mask, **options)[0].backward()
+    def fused(mask, advantages, **options):
+        options = {"workspace_bytes": 0, "backend": "torch", **options}
+        return linear_loss(hidden, weight, targets, fn, mask, advantages, mask=mask, **options)[0]
 
-        work[name] = multiply_adds(run) / (rows * 64 * 2048)
-    assert work["fused"] == pytest.approx(3, abs=0.1)
-    assert work["per token"] == pytest.approx(4, abs=0.1)
+    def on_logits(mask, advantages):
+        logprob = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+        return fn(logprob, None, mask, advantages)[0]
+
+    def work(make, *args, **options):
+        return multiply_adds(lambda: make(*args, **options).backward()) / (rows * 64 * 2048)
+
+    assert work(on_logits, half, advantages) == pytest.approx(3)
+    assert work(fused, every, torch.ones(rows), plan="recompute") == pytest.approx(4)
+    assert work(fused, every, torch.ones(rows)) == pytest.approx(3)
+    assert work(fused, half, torch.ones(rows)) == pytest.approx(1.5)
+    assert work(fused, half, advantages) == pytest.approx(0.5 + 2 * 0.25)
 
 
 @pytest.mark.parametrize("name", WHOLE)
