@@ -118,6 +118,26 @@ class Role:
         return self.value_head(self.hidden(rollout).float()).squeeze(-1)
 
 
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; training modes and ``requires_grad`` as before outside.
+
+    peft's ``set_adapter`` switches ``requires_grad``, so a policy that shares its model with the reward would come back
+    from being scored with nothing to train.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, need in needs:
+            parameter.requires_grad_(need)
+
+
 @dataclass(frozen=True, slots=True)
 class Roles:
     base: Role

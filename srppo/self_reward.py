@@ -12,8 +12,9 @@ Where SFT is an adapter folder, both models are one base with that adapter on an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,8 @@ from srppo.data import filler_token, stop_tokens, tokenize_row
 from srppo.errors import UserError
 from srppo.models import check_positions, check_same_tokenizer, check_same_vocabulary, load_tokenizer, tokenizer_for
 from srppo.ppo import RunningMoments
-from srppo.roles import Role, check_head, frozen_roles
-from srppo.rollout import Rollout, collate
+from srppo.roles import Role, check_head, frozen_roles, undisturbed
+from srppo.rollout import Rollout, collate, until_stop
 from srppo_kernels import linear_log_ratio, log_ratio_reward
 
 if TYPE_CHECKING:
@@ -208,8 +209,8 @@ class SelfReward:
             raise UserError(
                 f"prompt_ids[{empty}] is empty: the first completion token needs a token before it, such as BOS"
             )
-        stops = set(self.stop_token_ids)
-        completions = [_until_stop(completion, stops) for completion in completions]
+        stops = torch.tensor(self.stop_token_ids)
+        completions = [until_stop(torch.tensor(completion, dtype=torch.int64), stops) for completion in completions]
         longest = max((len(p) + len(c) for p, c in zip(prompts, completions, strict=False)), default=0)
         for role in (self.base, self.sft):
             check_positions(role.causal_lm, longest)
@@ -320,26 +321,6 @@ class SelfReward:
         return stops
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; training modes and ``requires_grad`` as before outside.
-
-    peft's ``set_adapter`` switches ``requires_grad``, so a policy that shares its model with the reward would come back
-    from being scored with nothing to train.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, need in needs:
-            parameter.requires_grad_(need)
-
-
 def _roles(
     args: SRPPOConfig, base: str | PreTrainedModel | Role, sft: str | PreTrainedModel | Role
 ) -> tuple[Role, Role]:
@@ -377,8 +358,6 @@ def _tokenizer(
     args: SRPPOConfig, base: Any, sft: Any, tokenizer: PreTrainedTokenizerBase | str | None
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer asked for, held against those in the models' folders; else theirs; None for models in memory."""
-    from pathlib import Path
-
     folders = [path for path in (sft, base) if isinstance(path, str)]
     if tokenizer is None:
         return tokenizer_for(sft, base, args) if folders else None
@@ -407,12 +386,6 @@ def _checked(rows: Ids, name: str, vocabulary: int) -> list[list[int]]:
                 f"{name}[{number}] has token {bad}, and base and SFT have {vocabulary}: it comes from another tokenizer"
             )
     return lists
-
-
-def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
-    """The tokens up to and including the first stop token; a batch's filler may follow."""
-    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
-    return ids[: end + 1]
 
 
 def _pairs(
