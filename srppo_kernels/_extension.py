@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from srppo_kernels import _triton
+
 __all__ = [
     "available",
     "build_info",
@@ -25,7 +27,7 @@ __all__ = [
     "why",
 ]
 
-# Ops with a CUDA C++ kernel. These compile but have not run on a device yet, so "auto" leaves them alone.
+# Ops with a CUDA C++ kernel, for backend="native" on a CUDA device; "auto" takes Triton's there.
 CUDA_OPS = frozenset({"gae", "ppo_loss", "value_loss"})
 CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -114,16 +116,35 @@ def _warn_once(key: str, text: str) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def resolve(op: str, backend: str, like: Tensor, dtype: torch.dtype) -> str:
-    """The backend that runs `op` for inputs like `like` in compute dtype `dtype`: "native" or "reference".
+def _resolve_triton(op: str, backend: str, like: Tensor, dtype: torch.dtype) -> str:
+    explicit = backend == "triton"
+    obstacle = _triton.obstacle(like.device, explicit)
+    if not obstacle and dtype != torch.float32:
+        obstacle = "it computes in float32 and an input is float64"
+    if not obstacle:
+        return "triton"
+    if explicit:
+        raise ValueError(f"{op}: backend='triton' cannot run: {obstacle}; pass backend='auto'")
+    if dtype == torch.float32:  # float64 has the reference everywhere
+        _warn_once(f"auto:{obstacle}", f"srppo: running on plain torch instead of Triton kernels: {obstacle}")
+    return "reference"
 
-    "auto" takes the native CPU kernel where it can run, and says once if the extension is missing; an explicit "native"
-    that cannot run falls back to the reference with one warning that says why.
+
+def resolve(op: str, backend: str, like: Tensor, dtype: torch.dtype) -> str:
+    """The backend that runs `op` for inputs like `like` in compute dtype `dtype`: "native", "triton" or "reference".
+
+    "auto" takes the native kernel on a CPU and Triton's on a CUDA device, and says once why it cannot run; an explicit
+    "native" that cannot run falls back to the reference with one warning that says why.
+
+    Raises:
+        ValueError: an explicit "triton" that cannot run.
     """
     if backend == "reference":
         return "reference"
+    if backend == "triton" or (backend == "auto" and like.device.type == "cuda"):
+        return _resolve_triton(op, backend, like, dtype)
     if like.device.type == "cuda" and dtype == torch.float32 and op in CUDA_OPS and build_info().get("cuda"):
-        return "native" if backend == "native" else "reference"
+        return "native"
     if like.device.type != "cpu":
         obstacle = f"it has no kernel for device {like.device.type!r}"
     elif dtype != torch.float32:

@@ -27,6 +27,7 @@ __all__ = [
     "CompileCase",
     "available",
     "compile_cases",
+    "finish_counter",
     "interpreted",
     "obstacle",
     "on_device",
@@ -34,7 +35,12 @@ __all__ = [
     "why",
 ]
 
-KERNEL_MODULES: tuple[str, ...] = ()
+KERNEL_MODULES: tuple[str, ...] = (
+    "srppo_kernels.gae.triton_scan",
+    "srppo_kernels.gae.triton_whiten",
+    "srppo_kernels.log_ratio.triton_reward",
+    "srppo_kernels.ppo_loss.triton_losses",
+)
 ARCHITECTURES = (80, 90, 100)
 LEAST_CAPABILITY = (8, 0)
 
@@ -136,3 +142,21 @@ def require(op: str, device: torch.device) -> None:
     reason = obstacle(device)
     if reason:
         raise ValueError(f"{op}: backend='triton' cannot run: {reason}; pass backend='auto'")
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def finish_counter(device: torch.device) -> Tensor:
+    """An int32 that is 0 whenever a kernel starts, for `_triton_language.arrived_last`; call it on the current device.
+
+    One a stream, as launches of a stream follow each other and each leaves 0 behind: no launch just to clear it. While
+    a CUDA graph is captured it is a fresh one, cleared by the graph itself: replays may overlap with anything.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    key = (stream.device_index, stream.cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[key]

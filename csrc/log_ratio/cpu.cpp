@@ -16,10 +16,13 @@ struct RewardArgs {
   const float* ref;
   const bool* truncated;  // null: no penalty
   bool per_token, by_length;
-  float std, scale, clip, penalty, kl_coef;
+  float std, scale, clip, missing_eos, kl_coef;
   int estimator;
   std::int64_t steps;
   float* reward;
+  float* penalty;  // null: no parts; with it score and shaped, one value a row
+  float* score;
+  float* shaped;
 };
 
 }  // namespace
@@ -31,10 +34,11 @@ struct RewardArgs {
 namespace srppo {
 namespace {
 
-Tensor log_ratio_reward(const Tensor& sft, const Tensor& base, const Tensor& mask, bool per_token, bool by_length,
-                        double std, const std::optional<Tensor>& std_tensor, double scale, std::optional<double> clip,
-                        const std::optional<Tensor>& truncated, double penalty, const std::optional<Tensor>& policy,
-                        const std::optional<Tensor>& ref, double kl_coef, std::int64_t estimator) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_ratio_reward(
+    const Tensor& sft, const Tensor& base, const Tensor& mask, bool per_token, bool by_length, double std,
+    const std::optional<Tensor>& std_tensor, double scale, std::optional<double> clip,
+    const std::optional<Tensor>& truncated, double missing_eos, const std::optional<Tensor>& policy,
+    const std::optional<Tensor>& ref, double kl_coef, std::int64_t estimator, bool parts) {
   const std::int64_t total = sft.numel(), rows = sft.size(0);
   RewardArgs args{};
   args.sft = floats(sft, total, "logprobs_sft");
@@ -48,16 +52,22 @@ Tensor log_ratio_reward(const Tensor& sft, const Tensor& base, const Tensor& mas
   args.std = std_tensor ? *floats(*std_tensor, 1, "running_std") : static_cast<float>(std);
   args.scale = static_cast<float>(scale);
   args.clip = clip ? static_cast<float>(*clip) : std::numeric_limits<float>::infinity();
-  args.penalty = static_cast<float>(penalty);
+  args.missing_eos = static_cast<float>(missing_eos);
   args.kl_coef = args.policy && args.ref ? static_cast<float>(kl_coef) : 0.0f;
   args.estimator = static_cast<int>(estimator);
   args.steps = sft.size(1);
   Tensor reward = torch::stable::empty_like(sft);
   args.reward = mutable_floats(reward);
+  Tensor penalty = parts ? torch::stable::empty_like(sft) : torch::stable::new_empty(sft, {0});
+  Tensor score = torch::stable::new_empty(sft, {parts ? rows : 0});
+  Tensor shaped = torch::stable::new_empty(sft, {parts ? rows : 0});
+  args.penalty = parts ? mutable_floats(penalty) : nullptr;
+  args.score = mutable_floats(score);
+  args.shaped = mutable_floats(shaped);
   const auto compute = SRPPO_AT_LEVEL(reward_rows);
   const std::int64_t grain = std::max<std::int64_t>(1, kTokensPerThread / std::max<std::int64_t>(args.steps, 1));
   torch::stable::parallel_for(0, rows, grain, [&](std::int64_t begin, std::int64_t end) { compute(args, begin, end); });
-  return reward;
+  return {reward, penalty, score, shaped};
 }
 
 }  // namespace
@@ -66,8 +76,8 @@ Tensor log_ratio_reward(const Tensor& sft, const Tensor& base, const Tensor& mas
 STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
   m.def(
       "log_ratio_reward(Tensor sft, Tensor base, Tensor mask, bool per_token, bool by_length, float std, "
-      "Tensor? std_tensor, float scale, float? clip, Tensor? truncated, float penalty, Tensor? policy, Tensor? ref, "
-      "float kl_coef, int estimator) -> Tensor");
+      "Tensor? std_tensor, float scale, float? clip, Tensor? truncated, float missing_eos, Tensor? policy, Tensor? ref, "
+      "float kl_coef, int estimator, bool parts) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(srppo_native, CPU, m) { m.impl("log_ratio_reward", TORCH_BOX(&srppo::log_ratio_reward)); }

@@ -20,7 +20,7 @@ from srppo_kernels.gae import reference
 __all__ = ["gae"]
 
 MASK_MODES = ("carry", "zero")
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 
 
 def _as_rows(tensors: tuple[Tensor, ...], cu_seqlens: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -57,7 +57,13 @@ def _run_gae(
 ) -> tuple[Tensor, Tensor]:
     _check_starts(cu_seqlens, rewards.shape[0])
     dtype = compute_dtype(rewards, values)
-    if resolve("gae", backend, rewards, dtype) == "native":
+    chosen = resolve("gae", backend, rewards, dtype)
+    if chosen == "triton":
+        from srppo_kernels.gae.triton_scan import gae_triton
+
+        carry = mask_mode == "carry"
+        return gae_triton(rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, carry, cu_seqlens)
+    if chosen == "native":
         rows = [None if row is None else native_input(row) for row in (gamma_rows, lam_rows, bootstrap)]
         starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
         tokens = native_input(rewards), native_input(values), native_input(mask)
@@ -168,7 +174,7 @@ def gae(
         mask_mode: `"carry"` skips masked tokens (verl, AReaL), `"zero"` treats gaps as steps of value and reward 0
             (TRL); `reference.py` writes both down.
         cu_seqlens: `[B + 1]` int32 or int64, starts of the packed sequences: `0 = cu[0] <= ... <= cu[B] = total`.
-        backend: `"auto"`, `"native"` or `"reference"`.
+        backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
 
     Returns:
         `(advantages, returns)`, the inputs' shape, both 0 on masked tokens. Gradients reach rewards, values, bootstrap.

@@ -13,11 +13,16 @@ from srppo_kernels.gae import reference
 
 __all__ = ["whiten"]
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 
 
 def _run_whiten_moments(x: Tensor, mask: Tensor, backend: str) -> Tensor:
-    if resolve("whiten", backend, x, compute_dtype(x)) == "native":
+    chosen = resolve("whiten", backend, x, compute_dtype(x))
+    if chosen == "triton":
+        from srppo_kernels.gae.triton_whiten import whiten_moments_triton
+
+        return whiten_moments_triton(x, mask)
+    if chosen == "native":
         return torch.ops.srppo_native.whiten_moments(native_input(x), native_input(mask))
     return reference.whiten_moments(x, mask)
 
@@ -47,7 +52,12 @@ _whiten_moments.register_autograd(_moments_autograd, setup_context=_moments_setu
 
 
 def _run_whiten_apply(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, backend: str) -> Tensor:
-    if resolve("whiten", backend, x, compute_dtype(x)) == "native":
+    chosen = resolve("whiten", backend, x, compute_dtype(x))
+    if chosen == "triton":
+        from srppo_kernels.gae.triton_whiten import whiten_apply_triton
+
+        return whiten_apply_triton(x, mask, moments, shift_mean, reference.WHITEN_EPS)
+    if chosen == "native":
         inputs = native_input(x), native_input(mask), moments.contiguous()
         return torch.ops.srppo_native.whiten_apply(*inputs, shift_mean, reference.WHITEN_EPS)
     return reference.whiten_apply(x, mask, moments, shift_mean)
@@ -110,7 +120,7 @@ def whiten(
         shift_mean: False adds the mean back, which only rescales around it (used for rewards).
         group: a process group over whose ranks mean and variance are taken; None means this process alone.
             Collective: all ranks call it. It has no gradient: detach x first.
-        backend: `"auto"`, `"native"` or `"reference"`.
+        backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
 
     Returns:
         `x.shape`. With a single valid token it is 0 (variance counts as 0), without any there is nothing to scale.

@@ -1,6 +1,6 @@
 """`srppo::log_ratio_reward`: schema, fake, autograd and the choice of backend. `reference.py` has the maths."""
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -17,9 +17,18 @@ from srppo_kernels._extension import native_input, resolve
 from srppo_kernels._library import Op
 from srppo_kernels.log_ratio import reference
 
-__all__ = ["log_ratio_reward"]
+__all__ = ["RewardParts", "log_ratio_reward"]
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
+
+
+class RewardParts(NamedTuple):
+    """A reward and what it is made of, float32 (float64 for float64 inputs); only `reward` carries a gradient."""
+
+    reward: Tensor  # [B, T]
+    penalty: Tensor  # [B, T], -kl_coef kl_t: what the KL penalty adds to each token; 0 without one
+    score: Tensor  # [B], sum_t log pi_sft - log pi_base, before normalisation, scale and clip
+    shaped: Tensor  # [B], the row's sum of rewards before the KL penalty
 
 
 def _run_log_ratio_reward(
@@ -38,43 +47,31 @@ def _run_log_ratio_reward(
     logprobs_ref: Tensor | None,
     kl_coef: float,
     kl_estimator: str,
+    parts: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = (logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref)
-    if resolve("log_ratio_reward", backend, logprobs_sft, compute_dtype(*tokens)) == "native":
-        return torch.ops.srppo_native.log_ratio_reward(
-            native_input(logprobs_sft),
-            native_input(logprobs_base),
-            native_input(mask),
-            placement == "token",
-            normalize == "length",
-            1.0 if std is None else std,
-            None if std_tensor is None else native_input(std_tensor),
-            scale,
-            clip,
-            None if truncated is None else native_input(truncated),
-            0.0 if missing_eos_penalty is None else missing_eos_penalty,
-            None if logprobs_policy is None else native_input(logprobs_policy),
-            None if logprobs_ref is None else native_input(logprobs_ref),
-            kl_coef,
-            reference.KL_ESTIMATORS.index(kl_estimator) + 1,
-        )
-    return reference.log_ratio_reward_reference(
-        logprobs_sft,
-        logprobs_base,
-        mask,
-        placement,
-        normalize,
-        std if std_tensor is None else std_tensor,
-        scale,
-        clip,
-        truncated,
-        missing_eos_penalty,
-        logprobs_policy,
-        logprobs_ref,
-        kl_coef,
-        kl_estimator,
-    )
+    chosen = resolve("log_ratio_reward", backend, logprobs_sft, compute_dtype(*tokens))
+    if chosen == "reference":
+        reward, penalty, score, shaped = reference.log_ratio_reward_reference(
+            logprobs_sft, logprobs_base, mask, placement, normalize, std if std_tensor is None else std_tensor, scale,
+            clip, truncated, missing_eos_penalty, logprobs_policy, logprobs_ref, kl_coef, kl_estimator,
+        )  # fmt: skip
+        if not parts:
+            penalty, score, shaped = (reward.new_empty(0) for _ in range(3))
+        return reward, penalty, score, shaped
+    run: Any = torch.ops.srppo_native.log_ratio_reward
+    inputs: Any = (logprobs_sft, logprobs_base, mask, std_tensor, truncated, logprobs_policy, logprobs_ref)
+    if chosen == "triton":
+        from srppo_kernels.log_ratio.triton_reward import log_ratio_reward_triton as run
+    else:
+        inputs = [None if x is None else native_input(x) for x in inputs]
+    sft, base, inside, std_input, cut, policy, ref = inputs
+    return run(
+        sft, base, inside, placement == "token", normalize == "length", 1.0 if std is None else std, std_input, scale,
+        clip, cut, missing_eos_penalty or 0.0, policy, ref, kl_coef, reference.KL_ESTIMATORS.index(kl_estimator) + 1,
+        parts,
+    )  # fmt: skip
 
 
 _log_ratio_reward = Op("log_ratio_reward", _run_log_ratio_reward)
@@ -83,21 +80,27 @@ _log_ratio_reward = Op("log_ratio_reward", _run_log_ratio_reward)
 @_log_ratio_reward.register_fake
 def _(  # type: ignore[no-untyped-def]
     logprobs_sft, logprobs_base, mask, placement, normalize, std, std_tensor, scale, clip, truncated,
-    missing_eos_penalty, logprobs_policy, logprobs_ref, kl_coef, kl_estimator, backend,
+    missing_eos_penalty, logprobs_policy, logprobs_ref, kl_coef, kl_estimator, parts, backend,
 ):  # fmt: skip
     dtype = compute_dtype(logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref)
-    return logprobs_sft.new_empty(logprobs_sft.shape, dtype=dtype)
+    shape = logprobs_sft.shape
+    tokens, rows = (shape, shape[:1]) if parts else ((0,), (0,))
+    return tuple(logprobs_sft.new_empty(size, dtype=dtype) for size in (shape, tokens, rows, rows))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    sft, base, mask, placement, normalize, std, std_tensor, scale, clip, _, _, policy, ref, kl_coef, estimator, _ = (
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    sft, base, mask, placement, normalize, std, std_tensor, scale, clip, _, _, policy, ref, kl_coef, estimator, *_ = (
         inputs
     )
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(sft, base, mask, std_tensor, policy, ref)
     ctx.options = (placement, normalize, std, scale, clip, kl_coef, estimator)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 17
     # In plain torch: a reward is rarely differentiated (it never is in PPO), and then this is a handful of launches.
     sft, base, mask, std_tensor, policy, ref = ctx.saved_tensors
     placement, normalize, std, scale, clip, kl_coef, estimator = ctx.options
@@ -128,12 +131,52 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         d_kl = -kl_coef * grad * slope
         d_policy, d_ref = d_kl.to(policy.dtype), (-d_kl).to(ref.dtype)
     none = (None,) * 9
-    return (d_ratio.to(sft.dtype), (-d_ratio).to(base.dtype), *none, d_policy, d_ref, None, None, None)
+    return (d_ratio.to(sft.dtype), (-d_ratio).to(base.dtype), *none, d_policy, d_ref, *(None,) * 4)
 
 
 _log_ratio_reward.register_autograd(_autograd, setup_context=_setup)
 
 
+@overload
+def log_ratio_reward(
+    logprobs_sft: Tensor,
+    logprobs_base: Tensor,
+    mask: Tensor,
+    *,
+    placement: str = ...,
+    normalize: str = ...,
+    running_std: float | Tensor | None = ...,
+    scale: float = ...,
+    clip: float | None = ...,
+    truncated: Tensor | None = ...,
+    missing_eos_penalty: float | None = ...,
+    logprobs_policy: Tensor | None = ...,
+    logprobs_ref: Tensor | None = ...,
+    kl_coef: float = ...,
+    kl_estimator: str = ...,
+    parts: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def log_ratio_reward(
+    logprobs_sft: Tensor,
+    logprobs_base: Tensor,
+    mask: Tensor,
+    *,
+    placement: str = ...,
+    normalize: str = ...,
+    running_std: float | Tensor | None = ...,
+    scale: float = ...,
+    clip: float | None = ...,
+    truncated: Tensor | None = ...,
+    missing_eos_penalty: float | None = ...,
+    logprobs_policy: Tensor | None = ...,
+    logprobs_ref: Tensor | None = ...,
+    kl_coef: float = ...,
+    kl_estimator: str = ...,
+    parts: Literal[True],
+    backend: str = ...,
+) -> RewardParts: ...
 def log_ratio_reward(
     logprobs_sft: Tensor,
     logprobs_base: Tensor,
@@ -150,8 +193,9 @@ def log_ratio_reward(
     logprobs_ref: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k1",
+    parts: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | RewardParts:
     """The reward `log pi_sft - log pi_base`: summed, normalised, scaled, clipped, penalised, placed, and minus the KL.
 
     Args:
@@ -167,11 +211,12 @@ def log_ratio_reward(
         logprobs_policy, logprobs_ref: `[B, T]` for the KL penalty; both or neither.
         kl_coef: weight of the KL penalty; 0 for none.
         kl_estimator: `"k1"`, `"k2"` or `"k3"`.
-        backend: `"auto"`, `"native"` or `"reference"`.
+        parts: return what the reward is made of as well, for logs, out of the same pass.
+        backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
 
     Returns:
         `[B, T]` float32 (float64 for float64 inputs), 0 on masked tokens and in rows without valid ones. Gradients
-        reach all four log-probs.
+        reach all four log-probs. With `parts` a `RewardParts`, whose `reward` this is.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, modes or combinations that do not fit, by the argument's name.
@@ -223,7 +268,7 @@ def log_ratio_reward(
         raise ValueError(f"{op}: the KL penalty needs logprobs_policy and logprobs_ref; {missing} is missing")
     if kl_coef != 0 and logprobs_policy is None:
         raise ValueError(f"{op}: kl_coef={kl_coef} needs logprobs_policy and logprobs_ref")
-    return torch.ops.srppo.log_ratio_reward(
+    made = torch.ops.srppo.log_ratio_reward(
         logprobs_sft,
         logprobs_base,
         mask,
@@ -239,5 +284,7 @@ def log_ratio_reward(
         logprobs_ref,
         float(kl_coef),
         kl_estimator,
+        parts,
         backend,
     )
+    return RewardParts(*made) if parts else made[0]

@@ -11,6 +11,9 @@ Coherent reward (arXiv 2510.21090): `r(x, y) = log pi_sft(y|x) - log pi_base(y|x
 With `d_t = log pi - log pi_ref` of the policy that sampled: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (Schulman,
 "Approximating KL divergence"); in k3's exponential `-d` is clamped to [-20, 20], with derivative 0 outside.
 
+The parts of it that a trainer logs: the row's `score` sum_t u_t as it is, its `shaped` score, which is the row's sum of
+rewards before the KL penalty, and every token's `penalty` -kl_coef kl_t.
+
 Dividing by n under "token" keeps the row's sum what "eos" gives. A row without valid tokens gets no reward and no
 penalty: it has no token to carry one. Equal sft and base log-probs give exactly 0.
 """
@@ -57,11 +60,12 @@ def log_ratio_reward_reference(
     logprobs_ref: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k1",
-) -> Tensor:
-    """-> `[B, T]` per-token reward, 0 on masked tokens; differentiable by autograd."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> reward and penalty `[B, T]`, 0 on masked tokens; score and shaped score `[B]`; differentiable by autograd."""
     dtype = compute_dtype(logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref)
     ratio = torch.where(mask, logprobs_sft.to(dtype), 0) - torch.where(mask, logprobs_base.to(dtype), 0)
-    score = ratio if placement == "token" else ratio.sum(-1, keepdim=True, dtype=torch.float64).to(dtype)
+    total = ratio.sum(-1, keepdim=True, dtype=torch.float64).to(dtype)
+    score = ratio if placement == "token" else total
     if normalize == "length":
         score = score / mask.sum(-1, keepdim=True).clamp(min=1).to(dtype)
     elif normalize == "running":
@@ -75,7 +79,10 @@ def log_ratio_reward_reference(
     reward = torch.where(mask if placement == "token" else last, score, 0)
     if truncated is not None and missing_eos_penalty is not None:
         reward = reward - torch.where(last & truncated[:, None], missing_eos_penalty, 0.0).to(dtype)
+    shaped = reward.sum(-1, dtype=torch.float64).to(dtype)
+    penalty = torch.zeros_like(ratio)
     if logprobs_policy is not None and logprobs_ref is not None and kl_coef != 0:
         d = torch.where(mask, logprobs_policy.to(dtype), 0) - torch.where(mask, logprobs_ref.to(dtype), 0)
-        reward = reward - kl_coef * torch.where(mask, kl_per_token(d, kl_estimator), 0)
-    return reward.to(dtype)
+        penalty = -kl_coef * torch.where(mask, kl_per_token(d, kl_estimator), 0)
+        reward = reward + penalty
+    return reward.to(dtype), penalty, total.squeeze(-1), shaped

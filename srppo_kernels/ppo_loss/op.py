@@ -16,7 +16,7 @@ from srppo_kernels.ppo_loss.stats import PPOStats, ValueStats
 
 __all__ = ["PPOTerms", "ppo_loss", "ppo_terms", "value_loss"]
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 
 
 def _run_ppo_loss(
@@ -35,7 +35,13 @@ def _run_ppo_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (logprobs, old_logprobs, advantages, entropy)
-    if resolve("ppo_loss", backend, logprobs, compute_dtype(*inputs)) == "native":
+    chosen = resolve("ppo_loss", backend, logprobs, compute_dtype(*inputs))
+    if chosen == "triton":
+        from srppo_kernels.ppo_loss.triton_losses import ppo_loss_triton
+
+        options = (clip_low, clip_high, dual_clip, entropy_coef, reduction, divisor, divisor_tensor)
+        return ppo_loss_triton(logprobs, old_logprobs, advantages, mask, entropy, *options)
+    if chosen == "native":
         return torch.ops.srppo_native.ppo_loss(
             native_input(logprobs),
             native_input(old_logprobs),
@@ -109,7 +115,12 @@ def _run_value_loss(
     divisor_tensor: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if resolve("value_loss", backend, values, compute_dtype(values, old_values, returns)) == "native":
+    chosen = resolve("value_loss", backend, values, compute_dtype(values, old_values, returns))
+    if chosen == "triton":
+        from srppo_kernels.ppo_loss.triton_losses import value_loss_triton
+
+        return value_loss_triton(values, old_values, returns, mask, clip, divisor, divisor_tensor)
+    if chosen == "native":
         tokens = (native_input(x) for x in (values, old_values, returns, mask))
         total = None if divisor_tensor is None else native_input(divisor_tensor)
         return torch.ops.srppo_native.value_loss(*tokens, clip, divisor, total)
@@ -278,7 +289,7 @@ def ppo_loss(
         reduction: `"token_mean"`, `"sequence_mean"`, `"sum"` or `"constant_length"` (divides by B T).
         normalizer: replaces the reduction's divisor: a number or a 0-d tensor, which the caller took over the global
             batch.
-        backend: `"auto"`, `"native"` or `"reference"`.
+        backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
 
     Returns:
         `(loss, PPOStats)`; the loss is a float32 0-d tensor (float64 for float64 inputs), differentiable once.
@@ -342,7 +353,7 @@ def value_loss(
         mask: bool, same shape, True on valid tokens. What masked places hold, NaN included, is not read.
         clip: half-width of the range around `old_values`; None switches clipping off.
         normalizer: replaces the number of valid tokens as divisor, as in `ppo_loss`.
-        backend: `"auto"`, `"native"` or `"reference"`.
+        backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
 
     Returns:
         `(loss, ValueStats)`; the loss is a float32 0-d tensor (float64 for float64 inputs), differentiable once.

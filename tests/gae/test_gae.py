@@ -260,7 +260,11 @@ def test_compiles_to_one_graph():
         ({"values": torch.ones(2, 3, dtype=torch.long)}, TypeError, "values has dtype torch.int64"),
         ({"rewards": torch.ones(2, 3, dtype=torch.long)}, TypeError, "rewards has dtype torch.int64"),
         ({"mask_mode": "skip"}, ValueError, "mask_mode='skip' is unknown; choose one of 'carry', 'zero'"),
-        ({"backend": "metal"}, ValueError, "backend='metal' is unknown; choose one of 'auto', 'native', 'reference'"),
+        (
+            {"backend": "metal"},
+            ValueError,
+            "backend='metal' is unknown; choose one of 'auto', 'native', 'triton', 'reference'",
+        ),
         ({"gamma": torch.ones(3)}, ValueError, r"gamma has shape \(3,\); pass one value a row, shape \(2,\)"),
         ({"lam": torch.ones(2, 1)}, ValueError, "lam has shape"),
         ({"bootstrap": torch.ones(2, 3)}, ValueError, "bootstrap has shape"),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import BACKENDS, MASKS, NATIVE, make_mask, poison, running, same_bits, threads
+from backends import BACKENDS, MASKS, NATIVE, TRITON, make_mask, poison, running, same_bits, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -207,6 +207,34 @@ def test_gradient(placement, kl_estimator, normalize):
         assert (gradient[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
+@pytest.mark.parametrize("placement", ["eos", "token"])
+@pytest.mark.parametrize("kl", [True, False])
+def test_parts_are_what_two_calls_tell_apart(backend, placement, kl):
+    sft, base, policy, ref, mask, truncated = inputs(6, 40, "gaps", seed=9)
+    mask[2] = False
+    options = {
+        "placement": placement, "normalize": "length", "scale": 3.0, "clip": 2.0, "truncated": truncated,
+        "missing_eos_penalty": 0.7,
+    }  # fmt: skip
+    towards = {"logprobs_policy": poison(policy, mask), "logprobs_ref": poison(ref, mask), "kl_coef": 0.3} if kl else {}
+    sft.requires_grad_()
+    leaf = poison(sft, mask)
+    with running(backend) as name:
+        parts = log_ratio_reward(leaf, poison(base, mask), mask, **options, **towards, parts=True, backend=name)
+        reward = log_ratio_reward(leaf, poison(base, mask), mask, **options, **towards, backend=name)
+        alone = log_ratio_reward(leaf, poison(base, mask), mask, **options, backend=name)
+    assert same_bits(parts.reward, reward)
+    assert parts.reward.requires_grad
+    assert not any(part.requires_grad for part in parts[1:])
+    torch.testing.assert_close(parts.score, torch.where(mask, sft - base, 0).sum(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(parts.shaped, alone.sum(-1), rtol=1e-6, atol=1e-6)
+    expected = torch.where(mask, -0.3 * (policy - ref), 0) if kl else torch.zeros_like(mask, dtype=torch.float32)
+    torch.testing.assert_close(parts.penalty, expected, rtol=1e-6, atol=1e-7)
+    (gradient,) = torch.autograd.grad(parts.reward.sum(), leaf)
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes_and_strides(dtype):
     tensors = inputs(5, 12)
@@ -223,7 +251,25 @@ def test_opcheck_and_compile(backend):
     sft, base, policy, ref, mask, truncated = inputs(3, 6)
     leaves = [x.requires_grad_() for x in (sft, base, policy, ref)]
     std = torch.tensor(2.0)
-    args = (sft, base, mask, "eos", "running", None, std, 0.5, 3.0, truncated, 1.0, policy, ref, 0.1, "k3", backend)
+    args = (
+        sft,
+        base,
+        mask,
+        "eos",
+        "running",
+        None,
+        std,
+        0.5,
+        3.0,
+        truncated,
+        1.0,
+        policy,
+        ref,
+        0.1,
+        "k3",
+        True,
+        backend,
+    )
     torch.library.opcheck(torch.ops.srppo.log_ratio_reward, args)
 
     def run(sft, base, policy, ref):

@@ -1,0 +1,78 @@
+# mypy: allow-untyped-defs
+"""Device functions that several ops' Triton kernels call. Imports triton: only `triton_*.py` modules import this.
+
+Grid-wide sums. Every program leaves one float64 partial a sum in `partials[sum, program]`; the program that finishes
+last adds them up. It adds in the order of the programs, not of their finishing, so a result has the same bits every
+time. It also sets the counter back to 0 for the next launch (`_triton.finish_counter`). That makes a loss with all its
+statistics one launch and no wait.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["TOKENS", "arrived_last", "clamp", "exp_parts", "grid_max", "grid_sum"]
+
+TOKENS = 512  # that a program of an elementwise kernel takes: 64 programs for 32k tokens
+_CHUNK = tl.constexpr(1024)  # partials that are added at a time
+
+
+@triton.jit
+def clamp(x, bound):
+    """By comparison: `tl.clamp` may drop a NaN, and a NaN on a valid token must be seen."""
+    return tl.where(x < -bound, -bound, tl.where(x > bound, bound, x))
+
+
+@triton.jit
+def exp_parts(x):
+    """`(e^x, e^x - 1 - x)` for |x| <= 20, the second without cancellation near 0; as csrc/common/scalar_math.h."""
+    n = tl.floor(tl.fma(x, 1.44269504089, 0.5))
+    r = tl.fma(n, -0.693359375, x)  # ln 2 in two parts: n times the first, of 9 bits, is exact
+    r = tl.fma(n, 2.12194440e-4, r)
+    q = tl.fma(r, 1.0 / 5040, 1.0 / 720)
+    q = tl.fma(q, r, 1.0 / 120)
+    q = tl.fma(q, r, 1.0 / 24)
+    q = tl.fma(q, r, 1.0 / 6)
+    q = tl.fma(q, r, 0.5)
+    tail = (r * r) * q
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    e = (1.0 + (r + tail)) * power
+    return e, tl.where(n == 0, tail, (e - 1.0) - x)
+
+
+@triton.jit
+def arrived_last(finished):
+    """Whether all other programs have left their partials; then they can be read. Called once by each program."""
+    tl.debug_barrier()  # the partials are stored by any of the threads, the ticket is drawn by one
+    ticket = tl.atomic_add(finished, 1, sem="acq_rel")
+    last = ticket == tl.num_programs(0) - 1
+    if last:
+        tl.store(finished, 0)
+    return last
+
+
+@triton.jit
+def grid_sum(partials, which, programs):
+    """Sum `which` over the programs."""
+    at = tl.arange(0, _CHUNK)
+    total = tl.zeros([_CHUNK], tl.float64)
+    start = 0
+    while start < programs:
+        # .cg reads L2, where the other programs' stores are; L1 knows nothing of them.
+        place = which * programs + start + at
+        total += tl.load(partials + place, mask=start + at < programs, other=0.0, cache_modifier=".cg")
+        start += _CHUNK
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def grid_max(partials, which, programs):
+    """Maximum `which` of values that are not negative; drops a NaN."""
+    at = tl.arange(0, _CHUNK)
+    largest = tl.zeros([_CHUNK], tl.float64)
+    start = 0
+    while start < programs:
+        place = which * programs + start + at
+        part = tl.load(partials + place, mask=start + at < programs, other=0.0, cache_modifier=".cg")
+        largest = tl.maximum(largest, part)
+        start += _CHUNK
+    return tl.max(largest, 0)

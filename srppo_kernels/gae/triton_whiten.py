@@ -1,0 +1,123 @@
+# mypy: allow-untyped-defs
+"""Masked moments and whitening on Triton: a launch each, in float64. `reference.py` has the maths.
+
+A program takes 512 tokens, held in registers, to their count, mean and sum of squared deviations from that mean: two
+passes that read memory once. The last program merges all of them by Chan's formula, in a fixed order.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from srppo_kernels._triton import CompileCase, finish_counter, on_device
+from srppo_kernels._triton_language import TOKENS, arrived_last, grid_sum
+
+__all__ = ["compile_cases", "whiten_apply_triton", "whiten_moments_triton"]
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+@triton.jit
+def _tokens(x, mask, total, TOKENS: tl.constexpr):
+    """Places, which of them exist, which are valid, and x in float64, 0 where not valid."""
+    at = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    inside = at < total
+    valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+    return at, inside, valid, tl.load(x + at, mask=valid, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def whiten_moments(
+    x,  # any float dtype
+    mask,  # bool
+    total,
+    partials,  # [3, programs] float64: count, mean, squared deviations
+    finished,
+    moments,  # [3] float64
+    TOKENS: tl.constexpr,
+):
+    _, _, valid, x = _tokens(x, mask, total, TOKENS)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    count = tl.sum(valid.to(tl.float64), 0)
+    mean = tl.sum(x, 0) / tl.maximum(count, 1.0)
+    deviation = tl.where(valid, x - mean, 0.0)
+    tl.store(partials + program, count)
+    tl.store(partials + programs + program, mean * count)
+    tl.store(partials + 2 * programs + program, tl.sum(deviation * deviation, 0))
+    if arrived_last(finished):
+        count = grid_sum(partials, 0, programs)
+        mean = grid_sum(partials, 1, programs) / tl.maximum(count, 1.0)
+        squares = grid_sum(partials, 2, programs)
+        lane = tl.arange(0, TOKENS)
+        between = tl.zeros([TOKENS], tl.float64)
+        start = 0
+        while start < programs:
+            there = start + lane < programs
+            n = tl.load(partials + start + lane, mask=there, other=0.0, cache_modifier=".cg")
+            sums = tl.load(partials + programs + start + lane, mask=there, other=0.0, cache_modifier=".cg")
+            off = tl.where(n > 0, sums / tl.maximum(n, 1.0) - mean, 0.0)
+            between += n * off * off
+            start += TOKENS
+        tl.store(moments, count)
+        tl.store(moments + 1, mean)
+        tl.store(moments + 2, squares + tl.sum(between, 0))
+
+
+@triton.jit
+def whiten_apply(
+    x,
+    mask,
+    moments,
+    total,
+    eps,
+    out,  # float32
+    SHIFT_MEAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    at, inside, valid, x = _tokens(x, mask, total, TOKENS)
+    count = tl.load(moments)
+    mean = tl.load(moments + 1)
+    variance = tl.load(moments + 2) / tl.maximum(count - 1.0, 1.0)
+    whitened = (x - mean) * (1.0 / tl.sqrt(variance + eps))
+    if not SHIFT_MEAN:
+        whitened += mean
+    tl.store(out + at, tl.where(valid, whitened, 0.0).to(tl.float32), mask=inside)
+
+
+def whiten_moments_triton(x: Tensor, mask: Tensor) -> Tensor:
+    programs = max(1, triton.cdiv(x.numel(), TOKENS))  # one at least, to write the zeros of an empty batch
+    partials = torch.empty((3, programs), dtype=torch.float64, device=x.device)
+    moments = torch.empty(3, dtype=torch.float64, device=x.device)
+    with on_device(x):
+        whiten_moments[(programs,)](
+            x.contiguous(), mask.contiguous(), x.numel(), partials, finish_counter(x.device), moments,
+            TOKENS=TOKENS, **OPTIONS,
+        )  # fmt: skip
+    return moments
+
+
+def whiten_apply_triton(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: float) -> Tensor:
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if x.numel():
+        with on_device(x):
+            whiten_apply[(triton.cdiv(x.numel(), TOKENS),)](
+                x.contiguous(), mask.contiguous(), moments.contiguous(), x.numel(), eps, out,
+                SHIFT_MEAN=shift_mean, TOKENS=TOKENS, **OPTIONS,
+            )  # fmt: skip
+    return out
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    types = {
+        "x": "*fp32", "mask": "*i1", "total": "i64", "partials": "*fp64", "finished": "*i32", "moments": "*fp64",
+        "eps": "fp32", "out": "*fp32",
+    }  # fmt: skip
+    options = {"enable_fp_fusion": False}
+    yield CompileCase("whiten_moments", whiten_moments, types, {"TOKENS": TOKENS}, 4, options=options)
+    for shift in (True, False):
+        name = f"whiten_apply: {'mean removed' if shift else 'mean kept'}"
+        yield CompileCase(name, whiten_apply, types, {"TOKENS": TOKENS, "SHIFT_MEAN": shift}, 4, options=options)

@@ -1,0 +1,97 @@
+"""GAE's Triton kernels, interpreted: against the float64 reference, and tile by tile against the walk over a row."""
+
+import pytest
+import torch
+from backends import MASKS, make_mask, needs_triton, poison, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from srppo_kernels.gae import gae
+from srppo_kernels.gae.reference import gae_reference
+
+pytestmark = needs_triton
+
+
+def inputs(rows: int, steps: int, kind: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = (torch.randn(rows, steps, generator=generator) for _ in range(2))
+    return rewards, values, make_mask(kind, rows, steps, generator), torch.randn(rows, generator=generator)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(0, 3),
+    steps=st.sampled_from([0, 1, 7, 31, 32, 33, 70]),  # tiles have 32 tokens in the interpreter
+    kind=st.sampled_from(MASKS),
+    mask_mode=st.sampled_from(("carry", "zero")),
+    by_row=st.sampled_from(("", "gamma", "lam", "both")),
+    bootstrapped=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    seed=st.integers(0, 2**20),
+)
+def test_is_the_reference(rows, steps, kind, mask_mode, by_row, bootstrapped, dtype, seed):
+    rewards, values, mask, end = inputs(rows, steps, kind, seed)
+    rewards, values = rewards.to(dtype), values.to(dtype)
+    gamma = torch.linspace(0.5, 1.0, rows) if by_row in ("gamma", "both") else 0.97
+    lam = torch.linspace(0.0, 1.0, rows) if by_row in ("lam", "both") else 0.9
+    end = end if bootstrapped else None
+    options = {"gamma": gamma, "lam": lam, "bootstrap": end, "mask_mode": mask_mode}
+    got = gae(poison(rewards, mask), poison(values, mask), mask, **options, backend="triton")
+    exact = [x.double() if isinstance(x, Tensor) else x for x in (gamma, lam)]
+    expected = gae_reference(rewards.double(), values.double(), mask, *exact, end, mask_mode)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-5)
+        assert (a[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["gaps", "sparse", "empty rows", "left"])
+@pytest.mark.parametrize("mask_mode", ["carry", "zero"])
+def test_bits_do_not_depend_on_padding_packing_or_how_tiles_are_spread(kind, mask_mode):
+    from srppo_kernels.gae.triton_scan import gae_triton
+
+    rewards, values, mask, end = inputs(3, 50, kind, seed=4)
+    mask[0, -20:] = False
+
+    def run(r, v, m, starts=None, spread=False):
+        return gae_triton(r, v, m, 1.0, 0.95, None, None, end, mask_mode == "carry", starts, tile=16, spread=spread)
+
+    whole = run(rewards, values, mask)
+    for a, b in zip(whole, run(rewards, values, mask, spread=True), strict=True):
+        assert same_bits(a, b)
+    pad = torch.nn.functional.pad
+    wide = [pad(x, (5, 40), value=float("nan")) for x in (rewards, values)]
+    padded = run(*wide, pad(mask, (5, 40), value=False), spread=mask_mode == "carry")
+    for a, b in zip(whole, padded, strict=True):
+        assert same_bits(a, b[:, 5:55].contiguous())
+        assert (b[:, 55:] == 0).all() and (b[:, :5] == 0).all()
+    starts = torch.tensor([0, 50, 100, 150], dtype=torch.int32)
+    packed = run(rewards.flatten(), values.flatten(), mask.flatten(), starts, spread=kind == "gaps")
+    for a, b in zip(whole, packed, strict=True):
+        assert same_bits(a.flatten(), b)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_long_row_keeps_its_digits(spread):
+    from srppo_kernels.gae.triton_scan import gae_triton
+
+    rewards, values, mask, end = inputs(1, 1500, "gaps", seed=2)
+    rewards = rewards.abs()  # of one sign: with gamma = lambda = 1 an advantage is a plain sum of all of them
+    got, _ = gae_triton(rewards, values, mask, 1.0, 1.0, None, None, end, True, None, tile=64, spread=spread)
+    expected, _ = gae_reference(rewards.double(), values.double(), mask, 1.0, 1.0, end)
+    assert (got.double() - expected).abs().max() / expected.abs().max() <= 2e-7
+
+
+def test_a_nan_on_a_valid_token_is_seen_and_only_where_it_reaches():
+    rewards, values, mask, _ = inputs(1, 40, "full")
+    rewards[0, 20] = float("nan")
+    got, _ = gae(rewards, values, mask, backend="triton")
+    assert got[0, :21].isnan().all()
+    assert got[0, 21:].isfinite().all()
+
+
+def test_float64_is_refused_in_words():
+    rewards, values, mask, _ = inputs(1, 4, "full")
+    with pytest.raises(ValueError, match="backend='triton' cannot run: it computes in float32"):
+        gae(rewards.double(), values, mask, backend="triton")

@@ -1,0 +1,126 @@
+"""The Triton kernels of both losses, interpreted, against the float64 reference: value, gradients, every statistic."""
+
+import pytest
+import torch
+from backends import MASKS, make_mask, needs_triton, poison, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srppo_kernels.ppo_loss import ppo_loss, value_loss
+
+pytestmark = needs_triton
+
+SHAPES = [(0, 3), (2, 0), (1, 1), (3, 60), (5, 300), (1100,)]  # a program takes 512 tokens
+
+
+def tokens(shape: tuple[int, ...], kind: str, spread: float, seed: int) -> list[torch.Tensor]:
+    """new, old, advantages, entropy, mask; no ratio within rounding of a clip bound that the tests use."""
+    generator = torch.Generator().manual_seed(seed)
+    old = -torch.rand(shape, generator=generator) * 5
+    shift = torch.randn(shape, generator=generator) * spread
+    for bound in (0.8, 1.28, 1.5):
+        shift = torch.where((shift.exp() - bound).abs() < 1e-4, 0.01, shift)
+    advantages, entropy = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
+    rows = old.numel() // shape[-1] if shape[-1] else shape[0]
+    mask = make_mask(kind, rows, shape[-1], generator).reshape(shape)
+    return [old + shift, old, advantages, entropy, mask]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    kind=st.sampled_from(MASKS),
+    reduction=st.sampled_from(("token_mean", "sequence_mean", "sum", "constant_length")),
+    normalizer=st.sampled_from((None, 50.0, torch.tensor(50), torch.tensor(0.0))),
+    spread=st.sampled_from([0.0, 1e-4, 0.3, 5.0, 100.0]),
+    dual_clip=st.sampled_from([None, 1.5]),
+    coef=st.sampled_from([None, 0.0, 0.01]),
+    seed=st.integers(0, 2**20),
+)
+def test_policy_is_the_reference(shape, kind, reduction, normalizer, spread, dual_clip, coef, seed):
+    if reduction == "sequence_mean" and len(shape) == 1:
+        reduction = "token_mean"
+    new, old, advantages, entropy, mask = tokens(shape, kind, spread, seed)
+
+    def run(backend, convert):
+        leaves = [convert(x).detach().requires_grad_() for x in (new, entropy)]
+        loss, stats = ppo_loss(
+            leaves[0], convert(old), convert(advantages), mask, entropy=None if coef is None else leaves[1],
+            clip_high=0.28, dual_clip=dual_clip, entropy_coef=coef or 0.0, reduction=reduction, normalizer=normalizer,
+            backend=backend,
+        )  # fmt: skip
+        return loss, stats, torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+    loss, stats, gradients = run("triton", lambda x: poison(x, mask))
+    expected, wanted, exact = run("reference", torch.Tensor.double)
+    assert loss.dtype == torch.float32
+    largest = max([1.0, *((advantages.double().abs() * (new.double() - old).clamp(-20, 20).exp())[mask].tolist())])
+    summed = largest * max(int(mask.sum()), 1) if reduction == "sum" and normalizer is None else largest
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-6 * summed)
+    for got, want in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-9)
+        assert (got[~mask] == 0).all()
+    for name, got, want in zip(stats._fields, stats, wanted, strict=True):
+        if want is None:
+            assert got is None
+            continue
+        torch.testing.assert_close(got, want, rtol=3e-6, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    kind=st.sampled_from(MASKS),
+    clip=st.sampled_from((None, 0.0, 0.2)),
+    normalizer=st.sampled_from((None, 50.0, torch.tensor(50))),
+    spread=st.sampled_from([0.0, 0.3, 100.0]),
+    seed=st.integers(0, 2**20),
+)
+def test_value_is_the_reference(shape, kind, clip, normalizer, spread, seed):
+    values, old, returns, _, mask = tokens(shape, kind, spread, seed)
+    near = ((values - old).abs() - 0.2).abs() < 1e-4
+    values = torch.where(near, old, values)
+
+    def run(backend, convert):
+        leaf = convert(values).detach().requires_grad_()
+        loss, stats = value_loss(
+            leaf, convert(old), convert(returns), mask, clip=clip, normalizer=normalizer, backend=backend
+        )
+        return loss, stats, torch.autograd.grad(loss, leaf)[0]
+
+    loss, stats, gradient = run("triton", lambda x: poison(x, mask))
+    expected, wanted, exact = run("reference", torch.Tensor.double)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient.double(), exact, rtol=2e-6, atol=1e-6 * max(spread, 1.0))
+    assert (gradient[~mask] == 0).all()
+    for name, got, want in zip(stats._fields, stats, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # of the NaN, by numpy
+def test_small_kl_keeps_its_digits_and_a_nan_is_seen():
+    d = torch.linspace(-1e-3, 1e-3, 999)[None, :]
+    mask = torch.ones_like(d, dtype=torch.bool)
+    _, stats = ppo_loss(d, torch.zeros_like(d), d, mask, backend="triton")
+    exact = (torch.expm1(d.double()) - d.double()).mean()
+    torch.testing.assert_close(stats.approx_kl.double(), exact, rtol=1e-6, atol=0)
+    lp = d.clone()
+    lp[0, 700] = float("nan")
+    lp.requires_grad_()
+    loss, stats = ppo_loss(lp, torch.zeros_like(d), d, mask, backend="triton")
+    loss.backward()
+    assert loss.isnan() and stats.ratio_max.isnan() and stats.ratio_mean.isnan()
+    assert lp.grad.isnan().nonzero().tolist() == [[0, 700]]
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_counting_in_the_kernel_or_before_it_is_the_same(reduction, monkeypatch):
+    from srppo_kernels.ppo_loss import triton_losses
+
+    new, old, advantages, _, mask = tokens((3, 900), "gaps", 0.3, 1)
+    here = ppo_loss(new, old, advantages, mask, reduction=reduction, backend="triton")
+    monkeypatch.setattr(triton_losses, "COUNT_HERE", 0)
+    monkeypatch.setattr(triton_losses, "SHARE", 600)
+    before = ppo_loss(new, old, advantages, mask, reduction=reduction, backend="triton")
+    assert same_bits(here[0], before[0])
+    assert all(same_bits(a, b) for a, b in zip(here[1], before[1], strict=True) if a is not None)
