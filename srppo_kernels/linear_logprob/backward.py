@@ -4,12 +4,12 @@ Vocabulary groups are the outer loop: a group's dweight is then complete before 
 with K = all rows in the accumulation dtype and written once, in whatever dtype it is wanted; only dhidden accumulates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from srppo_kernels.linear_logprob import native_gradients, vocab_parallel
+from srppo_kernels.linear_logprob import gpu, native_gradients, vocab_parallel
 from srppo_kernels.linear_logprob.chunked import (
     BACKWARD_ELEMENTS,
     GROUP,
@@ -86,6 +86,11 @@ class RowScalars:
         h, entropy = take(upstream.h), take(upstream.entropy)
         return RowScalars(b - h * entropy, h, at_target - p * h * (logprob + entropy), *norm)
 
+    def scaled(self, chain: "Tensor | float") -> "RowScalars":
+        """With ``d logit / d (hidden . weight)``, the cap's slope aside, multiplied in."""
+        h = None if self.h is None else self.h * chain
+        return RowScalars(self.b * chain, h, self.at_target * chain, self.row_max, self.log_sum)
+
 
 @dataclass(frozen=True)
 class Destination:
@@ -111,21 +116,52 @@ def gradients(
     kept_rows: Tensor | None = None,
     consume: bool = False,
     group: str = "",
+    backend: str = "torch",
 ) -> tuple[Rows, Tensor | None]:
     """Writes dweight and dbias; returns the rows that have a gradient and their dhidden, ``[count, D]``.
 
     With a ``residual`` (which holds ``rows`` in order, or at ``kept_rows``) p is read from it, else it is recomputed;
     ``consume`` allows it to be overwritten.
     """
+    acc = accumulation_dtype(hidden)
+    if backend == "triton":
+        nonzero = upstream.nonzero(rows) & _live(rows, hidden.device)
+        scalars = RowScalars.of(rows, upstream, acc)
+        dhidden = _on_triton(hidden, head, targets, rows, nonzero, scalars, into, residual, consume)
+        return replace(rows, live=nonzero), _sum_over_ranks(dhidden, acc, group)
     wanted, position = rows.keep(upstream.nonzero(rows))
     if position is not None:
         kept_rows = position if kept_rows is None else kept_rows[position]
-    scalars = RowScalars.of(wanted, upstream, accumulation_dtype(hidden))
+    scalars = RowScalars.of(wanted, upstream, acc)
     dhidden = over_groups(hidden, head, targets, wanted, scalars, into, residual, kept_rows, consume)
-    if dhidden is None:
-        return wanted, None
-    dhidden = dhidden.to(accumulation_dtype(hidden)) if group else dhidden  # ranks add up unrounded sums
-    return wanted, vocab_parallel.sum_over_ranks(dhidden, group)
+    return wanted, _sum_over_ranks(dhidden, acc, group)
+
+
+def _sum_over_ranks(dhidden: Tensor | None, acc: torch.dtype, group: str) -> Tensor | None:
+    if dhidden is None or not group:
+        return dhidden
+    return vocab_parallel.sum_over_ranks(dhidden.to(acc), group)  # ranks add up unrounded sums
+
+
+def _live(rows: Rows, device: torch.device) -> Tensor:
+    return rows.live if rows.live is not None else torch.ones(rows.count, dtype=torch.bool, device=device)
+
+
+def _on_triton(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    rows: Rows,
+    wanted: Tensor,
+    scalars: "RowScalars",
+    into: "Destination",
+    residual: Residual | None,
+    consume: bool,
+) -> Tensor | None:
+    temperature, chain = _temperature_and_chain(rows, head, accumulation_dtype(hidden))
+    return gpu.over_vocabulary(
+        hidden, head, targets, rows, wanted, scalars.scaled(chain), temperature, into, residual, consume
+    )
 
 
 def _temperature_and_chain(rows: Rows, head: Head, acc: torch.dtype) -> tuple[Tensor | None, Tensor | float]:
@@ -150,9 +186,8 @@ def over_groups(
     """The loop over vocabulary groups; dhidden is this shard's part, rounded only where it is one GEMM's result."""
     acc, dtype = accumulation_dtype(hidden), operand_dtype(hidden, head.weight)
     temperature, chain = _temperature_and_chain(rows, head, acc)
-    b, at_target = scalars.b * chain, scalars.at_target * chain
-    row_max, log_sum = scalars.row_max, scalars.log_sum
-    h = None if scalars.h is None else scalars.h * chain
+    scaled = scalars.scaled(chain)
+    b, h, at_target, row_max, log_sum = scaled.b, scaled.h, scaled.at_target, scaled.row_max, scaled.log_sum
     y = rows.take(targets).long()
     n, width, device = rows.count, hidden.shape[1], hidden.device
     exact = into.weight is not None and into.exact_weight
@@ -220,14 +255,26 @@ def _write(destination: Tensor, part: Tensor, accumulate: bool) -> None:
         destination.copy_(part)
 
 
-def context(hidden: Tensor, head: Head, targets: Tensor, rows: Rows, outputs: RowOutputs, residual: Residual) -> Tensor:
+def context(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    rows: Rows,
+    outputs: RowOutputs,
+    residual: Residual,
+    backend: str = "torch",
+) -> Tensor:
     """``A = sum_{j != y} p_j slope_j W_j``, chain included, ``[count, D]``: a frozen head's dhidden up to row scalars.
 
     Without the target's own term, because p_y W_y against W_y would cancel where p_y is near 1.
     """
     one, zero = torch.ones_like(outputs.logprob), torch.zeros_like(outputs.logprob)
     scalars = RowScalars(one, None, zero, outputs.row_max, outputs.log_sum)
-    result = over_groups(hidden, head, targets, rows, scalars, Destination(True, None, None), residual, None, True)
+    into = Destination(True, None, None)
+    if backend == "triton":
+        result = _on_triton(hidden, head, targets, rows, _live(rows, hidden.device), scalars, into, residual, True)
+    else:
+        result = over_groups(hidden, head, targets, rows, scalars, into, residual, None, True)
     assert result is not None
     return result
 

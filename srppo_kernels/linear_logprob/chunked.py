@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srppo_kernels.linear_logprob import native, vocab_parallel
+from srppo_kernels.linear_logprob import gpu, native, vocab_parallel
 from srppo_kernels.linear_logprob.rows import Rows
 
 GROUP = 2048  # vocabulary entries a group: fp32 weight copy of 32 MB at D = 4096
@@ -55,10 +55,13 @@ class Head:
 
 
 class Residual(NamedTuple):
-    """Exponentials that a forward keeps for its gradients, by row of ``kept``; empty where the plan keeps nothing."""
+    """Exponentials that a forward keeps for its gradients; empty where the plan keeps nothing.
+
+    By row of ``kept``; the Triton backend fills both by position among the live rows.
+    """
 
     kept: Tensor  # [rows, V]: exp(z - maximum of its vocabulary group)
-    group_max: Tensor  # [rows, groups]
+    group_max: Tensor  # [rows, groups], as many as maxima_of says
 
 
 class RowOutputs(NamedTuple):
@@ -88,6 +91,11 @@ def kept_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Exponentials are kept in bf16 (the range of fp32) for 16-bit inputs, and whole otherwise."""
     narrow = hidden.dtype.itemsize == 2 or weight.dtype.itemsize == 2
     return torch.bfloat16 if narrow else accumulation_dtype(hidden)
+
+
+def maxima_of(vocab: int, backend: str) -> int:
+    """How many maxima a row of kept exponentials has."""
+    return gpu.maxima(vocab) if backend == "triton" else -(-vocab // GROUP)
 
 
 def mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,7 +177,7 @@ def forward(
     acc = accumulation_dtype(hidden)
     y = rows.take(targets).long()
     temperature = None if head.row_temperature is None else rows.take(head.row_temperature, 1.0).to(acc)
-    scan = native.scan if backend == "native" else _scan
+    scan = {"native": native.scan, "triton": gpu.scan}.get(backend, _scan)
     state = scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     m, s, t, zy = vocab_parallel.merge_ranks(state, group)
     d = zy - m

@@ -79,14 +79,15 @@ def run(
     chunk: int,
     backend: str,
     group: str,
+    dense: bool = False,
 ) -> Formed:
     """Calls ``loss`` on chunk after chunk, in row order, and returns the gradients."""
     acc = accumulation_dtype(hidden)
-    rows = Rows.of(live)
+    rows = Rows.of(live, backend=backend, dense=dense)
     formed = formed_like(hidden, head.weight, head.bias, wanted)
     formed.hidden.zero_()
     parts = chunks_of(rows, hidden.shape[0], max(1, chunk))
-    residual = new_residual(hidden, head.weight, max(p.count for _, _, p in parts)) if wanted.any else None
+    residual = new_residual(hidden, head.weight, max(p.count for _, _, p in parts), backend) if wanted.any else None
     # Chunks add up in the accumulation dtype; one chunk is written once, in whatever dtype it is wanted.
     several = len(parts) > 1
     sums = [t.new_zeros(t.shape, dtype=acc) if several and t.dtype != acc else t for t in (formed.weight, formed.bias)]
@@ -108,8 +109,9 @@ def run(
             )
             upstream = grads.Upstream(g, h, None, whole[0], whole[1], whole[3], whole[4])
             rows_with_gradient, dhidden = grads.gradients(
-                hidden, head, targets, part, upstream, into, residual=residual, consume=True, group=group
-            )
+                hidden, head, targets, part, upstream, into, residual=residual, consume=True, group=group,
+                backend=backend,
+            )  # fmt: skip
             if dhidden is not None:
                 rows_with_gradient.put(formed.hidden, dhidden)
     for destination, total in zip((formed.weight, formed.bias), sums, strict=True):

@@ -56,6 +56,7 @@ class _LinearLoss(torch.autograd.Function):
         formed = fused.run(
             x, head, y, live, chunks, wanted,
             chunk=call.plan.rows_per_chunk or x.shape[0], backend=call.plan.backend, group=call.group,
+            dense=mask is None,
         )  # fmt: skip
         call.names = list(chunks.aux)
         ctx.save_for_backward(*formed, *chunks.argument_gradients())

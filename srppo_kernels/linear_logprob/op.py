@@ -17,12 +17,12 @@ from srppo_kernels.linear_logprob import backward as grads
 from srppo_kernels.linear_logprob import vocab_parallel
 from srppo_kernels.linear_logprob.checks import check_head, check_targets
 from srppo_kernels.linear_logprob.chunked import (
-    GROUP,
     Head,
     Residual,
     accumulation_dtype,
     forward,
     kept_dtype,
+    maxima_of,
 )
 from srppo_kernels.linear_logprob.plan import choose, problem_of
 from srppo_kernels.linear_logprob.reference import linear_logprob_reference
@@ -78,17 +78,17 @@ def _linear_logprob(
     x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group)
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
     acc = accumulation_dtype(hidden)
-    rows = Rows.of(live)
+    rows = Rows.of(live, backend=backend, dense=mask is None)
     outputs = [x.new_zeros(x.shape[0], dtype=acc) for _ in range(3)]
     norm = x.new_zeros(2, x.shape[0], dtype=acc)
-    kept, group_max = _kept_like(hidden, weight, plan)
+    kept, group_max = _kept_like(hidden, weight, plan, backend)
     with torch.autocast(hidden.device.type, enabled=False):
         if plan == "precompute":
-            residual = new_residual(hidden, weight, min(chunk, rows.count))
+            residual = new_residual(hidden, weight, min(chunk, rows.count), backend)
             for a in range(0, rows.count, chunk):
                 part = rows.part(a, a + chunk)
                 result = forward(x, head, y, part, entropy=False, backend=backend, residual=residual, group=group)
-                part.put(kept, grads.context(x, head, y, part, result, residual))
+                part.put(kept, grads.context(x, head, y, part, result, residual, backend))
                 for whole, values in zip([*outputs, *norm], result, strict=True):
                     part.put(whole, values)
         else:
@@ -106,35 +106,34 @@ def _flat(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.reshape(-1)
 
 
-def _kept_like(hidden: Tensor, weight: Tensor, plan: str) -> tuple[Tensor, Tensor]:
+def _kept_like(hidden: Tensor, weight: Tensor, plan: str, backend: str) -> tuple[Tensor, Tensor]:
     """What a plan keeps for the backward, zeros: a masked row's memory is then never touched."""
     n, vocab = hidden.numel() // max(1, hidden.shape[-1]), weight.shape[0]
     if plan == "cache":
-        number = -(-vocab // GROUP)
         return (
             hidden.new_zeros(n, vocab, dtype=kept_dtype(hidden, weight)),
-            hidden.new_zeros(n, number, dtype=accumulation_dtype(hidden)),
+            hidden.new_zeros(n, maxima_of(vocab, backend), dtype=accumulation_dtype(hidden)),
         )
     if plan == "precompute":
         return hidden.new_zeros(n, hidden.shape[-1]), hidden.new_zeros(0)
     return hidden.new_zeros(0), hidden.new_zeros(0)
 
 
-def new_residual(hidden: Tensor, weight: Tensor, rows: int) -> Residual:
+def new_residual(hidden: Tensor, weight: Tensor, rows: int, backend: str) -> Residual:
     """Room for a chunk's exponentials."""
     vocab = weight.shape[0]
     return Residual(
         hidden.new_empty(rows, vocab, dtype=kept_dtype(hidden, weight)),
-        hidden.new_empty(rows, -(-vocab // GROUP), dtype=accumulation_dtype(hidden)),
+        hidden.new_empty(rows, maxima_of(vocab, backend), dtype=accumulation_dtype(hidden)),
     )
 
 
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, mask, row_temperature, grad_weight_out, *options):  # type: ignore[no-untyped-def]
-    plan = options[5]
+    plan, backend = options[5:7]
     outputs = [hidden.new_empty(targets.shape, dtype=accumulation_dtype(hidden)) for _ in range(3)]
     norm = hidden.new_empty(2, targets.numel(), dtype=accumulation_dtype(hidden))
-    return (*outputs, norm, *_kept_like(hidden, weight, plan))
+    return (*outputs, norm, *_kept_like(hidden, weight, plan, backend))
 
 
 @custom_op("srppo::linear_logprob_backward", mutates_args={"grad_weight_out"})
@@ -159,6 +158,7 @@ def _linear_logprob_backward(
     logit_scale: float,
     softcap: float | None,
     plan: str,
+    backend: str,
     group: str,
     need_hidden: bool,
     need_weight: bool,
@@ -167,7 +167,7 @@ def _linear_logprob_backward(
     flat = targets.reshape(-1)
     start, _ = vocab_parallel.shard_range(weight.shape[0], group, targets.device)
     x, y = hidden.reshape(-1, hidden.shape[-1]), flat - start
-    rows = Rows.of(live_rows(flat, mask, ignore_index))
+    rows = Rows.of(live_rows(flat, mask, ignore_index), backend=backend, dense=mask is None)
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
     upstream = grads.Upstream(_flat(g), _flat(h), _flat(dlse), logprob.reshape(-1), entropy.reshape(-1), *norm)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
@@ -187,8 +187,8 @@ def _linear_logprob_backward(
         else:
             residual = Residual(kept, group_max) if plan == "cache" else None
             wanted, dhidden = grads.gradients(
-                x, head, y, rows, upstream, into, residual=residual, kept_rows=rows.index, group=group
-            )
+                x, head, y, rows, upstream, into, residual=residual, kept_rows=rows.index, group=group, backend=backend,
+            )  # fmt: skip
     if dhidden is None:
         return hidden.new_empty(0), dweight, dbias
     if wanted.index is not None or wanted.live is not None or dhidden.dtype != hidden.dtype:
@@ -214,7 +214,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     # Not through save_for_backward: another micro-batch adds to it in between, which is its purpose.
     ctx.grad_weight_out = grad_weight_out
     ctx.scalars = options[:4]
-    ctx.plan, _, _, ctx.group = options[5:]
+    ctx.plan, ctx.backend, _, ctx.group = options[5:]
 
 
 def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -224,7 +224,7 @@ def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, dlse: Tensor | None,
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     out = ctx.grad_weight_out
     dhidden, dweight, dbias = torch.ops.srppo.linear_logprob_backward(
-        g, h, dlse, *ctx.saved_tensors, out, *ctx.scalars, ctx.plan, ctx.group,
+        g, h, dlse, *ctx.saved_tensors, out, *ctx.scalars, ctx.plan, ctx.backend, ctx.group,
         need_hidden, need_weight and out is None, need_bias,
     )  # fmt: skip
     return (
@@ -280,7 +280,7 @@ def linear_logprob(
         entropy, lse: whether to return them; their gradients are supported.
         plan: ``"auto"``, ``"score"`` (no gradient), ``"precompute"``, ``"cache"`` or ``"recompute"``: see plan.py.
         workspace_bytes: bound on the exponentials that ``cache`` keeps; by default the size of an fp32 dweight.
-        backend: ``"auto"``, ``"native"`` (C++, CPU), ``"torch"``, or ``"reference"``, which holds the logits.
+        backend: ``"auto"``, ``"native"`` (C++, CPU), ``"triton"`` (GPU), ``"torch"``, or ``"reference"`` (all logits).
         group: process group over which the vocabulary is cut in rank order; ``weight`` and ``bias`` are then this
             rank's shard (sizes may differ), all else is the same on every rank, and so are the results and dhidden.
         grad_weight_out: float32 ``[V, D]`` to which dweight is added in place of ``weight.grad``.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srppo_kernels.linear_logprob import native, native_gradients
+from srppo_kernels.linear_logprob import gpu, native, native_gradients
 from srppo_kernels.linear_logprob.chunked import BACKWARD_ELEMENTS, GROUP, row_block
 
 OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
@@ -96,12 +96,15 @@ def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
     check_choice(problem.op, "backend", backend, BACKENDS)
     if backend in ("reference", "torch"):
         return backend, f"backend={backend!r} was asked for"
-    if backend == "triton":
-        raise ValueError(
-            f"{problem.op}: backend='triton' has no kernel for device {problem.device.type!r} in this version; "
-            f"pass backend='auto' or 'torch'"
-        )
-    obstacle = native.obstacle(problem.device, (problem.hidden_dtype, problem.weight_dtype))
+    dtypes = (problem.hidden_dtype, problem.weight_dtype)
+    if backend == "triton" or (backend == "auto" and problem.device.type == "cuda"):
+        obstacle = gpu.obstacle(problem.device, dtypes, explicit=backend == "triton")
+        if not obstacle:
+            return "triton", "backend='triton' was asked for" if backend == "triton" else "the Triton kernels are there"
+        if backend == "triton":
+            raise ValueError(f"{problem.op}: backend='triton' cannot run: {obstacle}; pass backend='auto' or 'torch'")
+        return "torch", f"on torch, as {obstacle}"
+    obstacle = native.obstacle(problem.device, dtypes)
     if backend == "native":
         if obstacle:
             raise ValueError(f"{problem.op}: backend='native' cannot run: {obstacle}; pass backend='auto' or 'torch'")
@@ -146,7 +149,7 @@ def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str
         )
     chunk = _rows_per_chunk(problem, budget, default)
     chunks = -(-problem.rows // chunk)
-    blocks = max(_backward_bytes(problem, chunk), _scan_bytes(problem, backend))  # one after the other
+    blocks = max(_backward_bytes(problem, backend, chunk), _scan_bytes(problem, backend))  # one after the other
     size = chunk * problem.vocab * problem.kept_bytes + blocks
     accumulates = problem.needs_weight and chunks > 1 and problem.weight_dtype.itemsize == 2
     if accumulates:
@@ -183,7 +186,7 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
     if plan in ("auto", "precompute") and frozen and not problem.entropy:
         chunk = _rows_per_chunk(problem, budget, default)
         size = problem.rows * problem.width * problem.hidden_dtype.itemsize
-        size += max(_backward_bytes(problem, chunk), _scan_bytes(problem, backend))  # one after the other
+        size += max(_backward_bytes(problem, backend, chunk), _scan_bytes(problem, backend))  # one after the other
         size += chunk * problem.vocab * problem.kept_bytes
         reason = (
             f"{asked}the head is frozen and no entropy is wanted: dhidden is formed in the forward up to a row's scalar"
@@ -192,7 +195,7 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
         return Plan(backend, "precompute", 2, size, reason, chunk)
     kept = problem.rows * problem.vocab * problem.kept_bytes
     fits = kept <= budget
-    size = max(_backward_bytes(problem), _scan_bytes(problem, backend))  # one after the other
+    size = max(_backward_bytes(problem, backend), _scan_bytes(problem, backend))  # one after the other
     if plan == "cache" and not fits:
         raise ValueError(
             f"{problem.op}: plan='cache' keeps {kept} bytes and workspace_bytes allows {budget}; "
@@ -228,6 +231,8 @@ def _weight_copy_bytes(problem: Problem) -> int:
 
 def _scan_bytes(problem: Problem, backend: str) -> int:
     """Blocks of the forward: logits and exponentials, the rows, the weight copy, and four numbers a row."""
+    if backend == "triton":
+        return gpu.scan_bytes(problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize)
     if backend == "native":
         return native.workspace_bytes(problem.rows, problem.width, problem.vocab, GROUP)
     block, group = row_block(problem.device), min(GROUP, problem.vocab)
@@ -235,11 +240,16 @@ def _scan_bytes(problem: Problem, backend: str) -> int:
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
 
 
-def _backward_bytes(problem: Problem, in_place_rows: int = 0) -> int:
+def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0) -> int:
     """Blocks of the backward: log p and dz, the rows, dhidden, and one vocabulary group's dweight.
 
     ``in_place_rows``: of a chunk whose exponentials may be overwritten; 0: they may not, or are none.
     """
+    if backend == "triton":
+        return gpu.backward_bytes(
+            in_place_rows or problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize,
+            problem.kept_bytes, in_place=in_place_rows > 0,
+        )  # fmt: skip
     if problem.native_gradients:
         return native_gradients.workspace_bytes(
             in_place_rows or problem.rows, problem.width, problem.vocab, problem.kept_bytes,

@@ -1,11 +1,12 @@
 """Which rows of a call take part, and how blocks of them are read and written.
 
 On a CPU masked rows are dropped by their index, so that they cost nothing. On a GPU the number of live rows is known
-only to the device, and asking for it would wait; there every row is computed, and masked ones are replaced by zeros
-before the first operation and after the last, so that a NaN in them reaches nobody.
+only to the device, and asking for it would wait: the Triton kernels compact rows there and read the number themselves.
+The torch backend computes every row on a GPU; masked ones are replaced by zeros before the first operation and after
+the last, so that a NaN in them reaches nobody.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class Rows:
     stop: int
     index: Tensor | None = None  # [count], absolute and ascending
     live: Tensor | None = None  # [stop - start] bool
+    dense: bool = False  # the call has no mask, so that most rows are live
 
     @property
     def count(self) -> int:
@@ -26,11 +28,11 @@ class Rows:
         return self.stop - self.start if self.index is None else self.index.shape[0]
 
     @staticmethod
-    def of(live: Tensor, *, compact: bool | None = None) -> "Rows":
-        """The rows where ``live``; compacted where that needs no wait."""
+    def of(live: Tensor, *, backend: str = "", dense: bool = False) -> "Rows":
+        """The rows where ``live``; compacted here where that needs no wait, by the Triton kernels on the device."""
         n = live.shape[0]
-        if not (live.device.type == "cpu" if compact is None else compact):
-            return Rows(0, n, live=live)
+        if live.device.type != "cpu" or backend == "triton":
+            return Rows(0, n, live=live, dense=dense)
         index = live.nonzero()[:, 0]
         return Rows(0, n) if index.shape[0] == n else Rows(0, n, index=index)
 
@@ -54,7 +56,9 @@ class Rows:
         if self.index is not None:
             return Rows(self.start, self.stop, index=self.index[a:b])
         b = min(b, self.count)
-        return Rows(self.start + a, self.start + b, live=None if self.live is None else self.live[a:b])
+        return replace(
+            self, start=self.start + a, stop=self.start + b, live=None if self.live is None else self.live[a:b]
+        )
 
     def take(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """``values[rows]`` of a per-row vector of the whole call, with ``fill`` where a row is masked."""

@@ -187,7 +187,7 @@ def test_rows_that_cannot_be_dropped(plan, monkeypatch):
         return [out.logprob, *gradients, loss, *torch.autograd.grad(loss, p.inputs())]
 
     dropped = both()
-    monkeypatch.setattr(Rows, "of", staticmethod(lambda live, of=Rows.of: of(live, compact=False)))
+    monkeypatch.setattr(Rows, "of", staticmethod(lambda live, **_: Rows(0, live.shape[0], live=live)))
     for a, b in zip(both(), dropped, strict=True):
         assert a.isfinite().all()
         assert relative(a.detach(), b.detach().double()) < 1e-6

@@ -1,0 +1,90 @@
+"""The Triton backend as the rest of the room sees it; nothing here imports triton until a kernel runs.
+
+    triton_tiles.py       tile shapes, row lists, what the kernels share
+    triton_scan.py        GEMM 1 with the softmax's state in its epilogue
+    triton_gradients.py   dZ, from kept exponentials or from logits computed anew
+    triton_products.py    GEMMs 2 and 3 over rows that only the device can count
+
+Compiled for sm_80, sm_90 and sm_100 (`bench/compile.py`) and interpreted against the reference on small shapes; not yet
+run on a device.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from srppo_kernels import _triton
+
+if TYPE_CHECKING:
+    from srppo_kernels.linear_logprob.backward import Destination, RowScalars
+    from srppo_kernels.linear_logprob.chunked import Head, Residual
+    from srppo_kernels.linear_logprob.rows import Rows
+
+GROUP = 2048  # vocabulary entries that one program scans, in order, whatever the number of rows
+PART = 32  # columns of an accumulator tile that an epilogue takes at a time, and that share a kept maximum
+CHUNK_GROUPS = 8  # vocabulary groups of a dZ that is not formed in place: K = 16384 in GEMM 2
+
+
+def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], *, explicit: bool) -> str:
+    """Why the kernels cannot run; empty if they can. ``explicit``: the backend was asked for by name."""
+    if torch.float64 in dtypes:
+        return "the Triton kernels accumulate in float32 and the inputs are float64"
+    return _triton.obstacle(device, explicit)
+
+
+def maxima(vocab: int) -> int:
+    """Room for the maxima of a row of kept exponentials: one a part of whole tiles, the widest of 256 entries."""
+    return -(-vocab // 256) * (256 // PART)
+
+
+def scan(
+    hidden: Tensor,
+    head: "Head",
+    y: Tensor,
+    temperature: Tensor | None,
+    rows: "Rows",
+    entropy: bool,
+    residual: "Residual | None",
+    kept_rows: Tensor | None,
+) -> Tensor:
+    """``triton_scan.scan``."""
+    from srppo_kernels.linear_logprob import triton_scan
+
+    return triton_scan.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
+
+
+def over_vocabulary(
+    hidden: Tensor,
+    head: "Head",
+    targets: Tensor,
+    rows: "Rows",
+    wanted: Tensor,
+    scalars: "RowScalars",
+    temperature: Tensor | None,
+    into: "Destination",
+    residual: "Residual | None",
+    consume: bool,
+) -> Tensor | None:
+    """dhidden of ``rows``, and dweight and dbias into their destination; ``wanted`` (``[count]``) have a gradient."""
+    from srppo_kernels.linear_logprob import triton_gradients
+
+    return triton_gradients.over_vocabulary(
+        hidden[rows.start : rows.stop], head, rows.take(targets).long(), wanted, scalars, temperature, into, residual,
+        rows.live, consume=consume, dense=rows.dense,
+    )  # fmt: skip
+
+
+def scan_bytes(rows: int, width: int, vocab: int, item: int) -> int:
+    """Rows gathered, three numbers a row and group, and what lists the rows."""
+    return rows * (width * item + 12 * -(-vocab // GROUP) + 48)
+
+
+def backward_bytes(rows: int, width: int, vocab: int, item: int, kept_item: int, *, in_place: bool) -> int:
+    """Beyond exponentials that are kept: rows gathered twice, scalars, and dZ and an fp32 dhidden where chunks add
+    up."""
+    size = rows * (2 * width * item + 96)
+    if in_place:
+        return size
+    entries = min(vocab, CHUNK_GROUPS * GROUP)
+    return size + rows * (-(-entries // 8) * 8 * kept_item + (4 * width if entries < vocab else 0))

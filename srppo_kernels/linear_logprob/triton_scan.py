@@ -1,0 +1,312 @@
+# mypy: allow-untyped-defs
+"""GEMM 1 on a GPU with the softmax's state in its epilogue; chunked.py has the maths.
+
+    scan_kernel     a program takes a row block and a vocabulary group: z by tiles, absorbed into (m, s, t) in
+                    registers. The target's logit is stored by the one program that meets it; exponentials are kept
+                    on request
+    merge_kernel    a row's groups, merged in vocabulary order
+
+Logits exist as fp32 accumulators only. Row blocks run fastest inside a band of SUPER: the programs that run at one time
+then share the band's rows and walk through the same few weight tiles, and both stay in L2.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from srppo_kernels import _triton
+from srppo_kernels.linear_logprob.gpu import GROUP
+from srppo_kernels.linear_logprob.rows import Rows
+from srppo_kernels.linear_logprob.triton_tiles import (
+    BUSY_SCAN_TILES,
+    LOG2E,
+    LOWEST,
+    SCAN_TILES,
+    SUPER,
+    Tile,
+    arithmetic,
+    column_part,
+    for_width,
+    gather_rows,
+    group_size,
+    load,
+    logits,
+    multiply_add,
+    operand,
+    row_list,
+    tile_of,
+)
+
+if TYPE_CHECKING:
+    from srppo_kernels.linear_logprob.chunked import Head, Residual
+
+MERGED_ROWS = 128
+
+
+@triton.jit
+def absorb(z, v, target, m, s, t, target_logit, ENTROPY: tl.constexpr):
+    """Takes columns ``v`` into the online state; returns their exponentials around the new maximum as well."""
+    at_target = v[None, :] == target[:, None]
+    target_logit += tl.sum(tl.where(at_target, z, 0.0), 1)
+    m_new = tl.maximum(m, tl.max(z, 1))
+    shifted = z - m_new[:, None]
+    e = tl.exp2(shifted * LOG2E)
+    rest = tl.where(at_target, 0.0, e)  # the target stays out of s: beside a 1 it would keep no digit of 1 - p_y
+    a = tl.exp2((m - m_new) * LOG2E)
+    if ENTROPY:
+        t = a * (t + s * (m - m_new)) + tl.sum(rest * shifted, 1)
+    s = a * s + tl.sum(rest, 1)
+    return e, m_new, s, t, target_logit
+
+
+@triton.jit
+def scan_kernel(
+    x,  # [n, D] live rows, compacted
+    w,  # [V, D]
+    bias,  # [V] fp32
+    y,  # [n] int64, target of a position
+    inverse_temperatures,  # [n] fp32
+    count,  # [1] int32
+    state,  # [3, groups, n] fp32: m, s, t
+    target_logits,  # [n] fp32
+    kept,  # [n, V] exponentials
+    kept_max,  # [n, parts of tiles] fp32: the maximum that they are around
+    n,
+    width,
+    vocab,
+    stride_xr,
+    stride_wv,
+    stride_wd,
+    stride_kept,
+    stride_max,
+    groups,
+    scale,
+    softcap,
+    inverse_temperature,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SUPER: tl.constexpr,
+    PARTS: tl.constexpr,
+    FLAT: tl.constexpr,
+    TMA_X: tl.constexpr,
+    TMA_W: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    band = pid // (SUPER * groups)
+    blocks = tl.minimum(tl.cdiv(n, BM) - band * SUPER, SUPER)
+    within = pid - band * SUPER * groups
+    group = within // blocks
+    r0 = (band * SUPER + within % blocks) * BM
+    live = tl.load(count)
+    if r0 >= live:
+        return
+    r = r0 + tl.arange(0, BM)
+    target = tl.load(y + r, mask=r < live, other=-1).to(tl.int32)
+    inverse = inverse_temperature
+    if ROW_TEMPERATURE:
+        inverse = tl.load(inverse_temperatures + r, mask=r < live, other=1.0)
+    m = tl.full((BM,), LOWEST, tl.float32)
+    s = tl.zeros((BM,), tl.float32)
+    t = tl.zeros((BM,), tl.float32)
+    target_logit = tl.zeros((BM,), tl.float32)
+    first = group * GROUP
+    H: tl.constexpr = BN // PARTS
+    for tile in tl.range(0, tl.cdiv(tl.minimum(GROUP, vocab - first), BN), flatten=FLAT):
+        v0 = first + tile * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(tl.cdiv(width, BK)):
+            a = load(x, r0, k * BK, n, width, stride_xr, 1, BM, BK, TMA_X)
+            b = load(w, v0, k * BK, vocab, width, stride_wv, stride_wd, BN, BK, TMA_W)
+            acc = multiply_add(a, b.T, acc, WIDEN, PRECISION)
+        for part in tl.static_range(PARTS):
+            v = v0 + part * H + tl.arange(0, H)
+            z = column_part(acc, part, PARTS, BM, BN)
+            z = logits(z, v, vocab, bias, scale, softcap, inverse, BIAS, SOFTCAP, ROW_TEMPERATURE)
+            e, m, s, t, target_logit = absorb(z, v, target, m, s, t, target_logit, ENTROPY)
+            if KEEP:
+                at = kept + r.to(tl.int64)[:, None] * stride_kept + v[None, :]
+                tl.store(at, e.to(kept.dtype.element_ty), mask=(r < live)[:, None] & (v < vocab)[None, :])
+                at_max = kept_max + r.to(tl.int64) * stride_max + v0 // H + part
+                tl.store(at_max, m, mask=r < live)
+    at = state + group.to(tl.int64) * n + r
+    plane = groups.to(tl.int64) * n
+    tl.store(at, m, mask=r < live)
+    tl.store(at + plane, s, mask=r < live)
+    tl.store(at + 2 * plane, t, mask=r < live)
+    tl.store(target_logits + r, target_logit, mask=(r < live) & (target >= first) & (target < first + GROUP))
+
+
+@triton.jit
+def merge_kernel(
+    state,  # [3, groups, n]
+    target_logits,  # [n]
+    index,  # [n] int64, row of a position
+    count,
+    out,  # [4, n] m, s, t and the target's logit, by row
+    n,
+    groups,
+    BM: tl.constexpr,
+):
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    here = r < tl.load(count)
+    m = tl.full((BM,), LOWEST, tl.float32)
+    s = tl.zeros((BM,), tl.float32)
+    t = tl.zeros((BM,), tl.float32)
+    plane = groups.to(tl.int64) * n
+    at = state + r
+    for _ in range(groups):
+        m_group = tl.load(at, mask=here, other=0.0)
+        s_group = tl.load(at + plane, mask=here, other=0.0)
+        t_group = tl.load(at + 2 * plane, mask=here, other=0.0)
+        m_new = tl.maximum(m, m_group)
+        a = tl.exp2((m - m_new) * LOG2E)
+        c = tl.exp2((m_group - m_new) * LOG2E)
+        t = a * (t + s * (m - m_new)) + c * (t_group + s_group * (m_group - m_new))
+        s = a * s + c * s_group
+        m = m_new
+        at += n
+    row = tl.load(index + r, mask=here, other=0)
+    n = n.to(tl.int64)
+    tl.store(out + row, m, mask=here)
+    tl.store(out + n + row, s, mask=here)
+    tl.store(out + 2 * n + row, t, mask=here)
+    tl.store(out + 3 * n + row, tl.load(target_logits + r, mask=here, other=0.0), mask=here)
+
+
+def scan(
+    hidden: Tensor,  # [N, D]
+    head: "Head",
+    y: Tensor,  # [count]
+    temperature: Tensor | None,  # [count]
+    rows: Rows,
+    entropy: bool,
+    residual: "Residual | None",
+    kept_rows: Tensor | None,
+) -> Tensor:
+    """The online state ``(m, s, t, z_y)``, ``[4, count]``; chunked._scan has the meaning of the arguments.
+
+    A residual is filled by position among the live rows, not by row.
+    """
+    assert rows.index is None and kept_rows is None, "on this backend rows are compacted on the device"
+    n, width, vocab = rows.count, hidden.shape[1], head.weight.shape[0]
+    hidden = hidden[rows.start : rows.stop]
+    out = hidden.new_zeros(4, n, dtype=torch.float32)
+    out[0] = LOWEST.value
+    if min(n, vocab) == 0:
+        return out
+    listed = row_list(rows.live if rows.live is not None else y.new_ones(n, dtype=torch.bool))
+    device, weight = hidden.device, head.weight
+    switches = options(head, entropy)
+    tile = scan_tile(switches, device, (hidden.dtype, weight.dtype))
+    size = group_size(device)
+    groups = -(-vocab // size)
+    x = gather_rows(hidden, listed)
+    state = out.new_empty(3, groups, n)
+    target_logits = out.new_zeros(n)
+    unused = state
+    x_matrix, tma_x = operand(x, tile.bm, tile.bk, tile.tma)
+    w_matrix, tma_w = operand(weight, tile.bn, tile.bk, tile.tma)
+    inverse = None if temperature is None else temperature.reciprocal().index_select(0, listed.index)
+    with _triton.on_device(hidden):
+        scan_kernel[(-(-n // tile.bm) * groups,)](
+            x_matrix, w_matrix,
+            unused if head.bias is None else head.bias.float().contiguous(),
+            y.index_select(0, listed.index),
+            unused if inverse is None else inverse,
+            listed.count, state, target_logits,
+            unused if residual is None else residual.kept,
+            unused if residual is None else residual.group_max,
+            n, width, vocab, x.stride(0), *weight.stride(),
+            0 if residual is None else residual.kept.stride(0),
+            0 if residual is None else residual.group_max.stride(0),
+            groups, head.logit_scale, 0.0 if head.softcap is None else head.softcap, 1 / head.temperature,
+            GROUP=size, SUPER=SUPER, PARTS=tile.parts, FLAT=tile.flat, TMA_X=tma_x, TMA_W=tma_w, **tile.blocks,
+            **arithmetic(device, hidden.dtype, weight.dtype), **switches, KEEP=residual is not None,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        merge_kernel[(-(-n // MERGED_ROWS),)](
+            state, target_logits, listed.index, listed.count, out, n, groups, BM=MERGED_ROWS
+        )
+    return out
+
+
+def scan_tile(switches: dict[str, bool], device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> Tile:
+    """The configuration of a GEMM whose epilogue does what ``switches`` say."""
+    busy = switches["BIAS"] or switches["SOFTCAP"] or switches["ROW_TEMPERATURE"]
+    return tile_of(BUSY_SCAN_TILES if busy else SCAN_TILES, device, dtypes)
+
+
+def options(head: "Head", entropy: bool) -> dict[str, bool]:
+    """Compile-time switches of a call."""
+    return {
+        "BIAS": head.bias is not None,
+        "SOFTCAP": head.softcap is not None,
+        "ROW_TEMPERATURE": head.row_temperature is not None,
+        "ENTROPY": entropy,
+    }
+
+
+def compile_cases() -> Iterator[_triton.CompileCase]:
+    """The scan for scores, with the entropy, with exponentials kept, and with every option at once."""
+    plain: dict[str, dict[str, bool]] = {
+        "score": {},
+        "score, entropy": {"ENTROPY": True},
+        "keep": {"KEEP": True},
+        "keep, entropy": {"ENTROPY": True, "KEEP": True},
+    }
+    busy: dict[str, dict[str, bool]] = {
+        "softcap": {"SOFTCAP": True, "ENTROPY": True},
+        "every option": dict.fromkeys(("BIAS", "SOFTCAP", "ROW_TEMPERATURE", "ENTROPY", "KEEP"), True),
+    }
+    for table, variants in ((SCAN_TILES, plain), (BUSY_SCAN_TILES, busy)):
+        for arch, tile in table.items():
+            for name, on in variants.items():
+                yield _case(f"{name}, bf16", arch, tile, "bf16", on)
+                if on.get("KEEP") and on.get("ENTROPY"):
+                    yield _case(f"{name}, fp32", arch, for_width(tile, 4), "fp32", on)
+    yield _case("transposed head, bf16", 90, SCAN_TILES[90], "bf16", {"ENTROPY": True}, transposed=True)
+    yield _triton.CompileCase(
+        "merge", merge_kernel,
+        {"state": "*fp32", "target_logits": "*fp32", "index": "*i64", "count": "*i32", "out": "*fp32", "n": "i32",
+         "groups": "i32"},
+        {"BM": MERGED_ROWS},
+    )  # fmt: skip
+
+
+def _case(
+    name: str, arch: int, tile: Tile, dtype: str, on: dict[str, bool], *, transposed: bool = False
+) -> _triton.CompileCase:
+    kept = "bf16" if dtype == "bf16" else "fp32"
+    signature = {
+        "x": f"tensordesc<{dtype}[{tile.bm},{tile.bk}]>" if tile.tma else f"*{dtype}",
+        "w": f"tensordesc<{dtype}[{tile.bn},{tile.bk}]>" if tile.tma and not transposed else f"*{dtype}",
+        "bias": "*fp32", "y": "*i64", "inverse_temperatures": "*fp32", "count": "*i32", "state": "*fp32",
+        "target_logits": "*fp32", "kept": f"*{kept}", "kept_max": "*fp32",
+        **dict.fromkeys(("n", "width", "vocab", "stride_xr", "stride_wv", "stride_wd", "stride_kept", "stride_max",
+                         "groups"), "i32"),
+        **dict.fromkeys(("scale", "softcap", "inverse_temperature"), "fp32"),
+    }  # fmt: skip
+    one = "stride_wv" if transposed else "stride_wd"
+    del signature[one]
+    constants: dict[str, Any] = {
+        one: 1, "GROUP": GROUP, "SUPER": SUPER, "PARTS": tile.parts, "FLAT": tile.flat, "TMA_X": tile.tma,
+        "TMA_W": tile.tma and not transposed, "WIDEN": False, "PRECISION": "tf32" if dtype == "bf16" else "tf32x3",
+        **dict.fromkeys(("BIAS", "SOFTCAP", "ROW_TEMPERATURE", "ENTROPY", "KEEP"), False), **on, **tile.blocks,
+    }  # fmt: skip
+    return _triton.CompileCase(
+        f"scan: {name}", scan_kernel, signature, constants, tile.warps, tile.stages, gemm=True, architectures=(arch,),
+        multiples_of_16=tuple({"width", "vocab", "stride_xr", "stride_wv", "stride_wd", "stride_kept"} - {one}),
+    )  # fmt: skip

@@ -1,0 +1,283 @@
+"""The Triton kernels in Triton's interpreter, against float64, on shapes that are small and ragged in every dimension.
+
+Tiles are 16 x 64 x 16 there and groups 128 entries, so that 37 rows over 300 entries of width 24 are several blocks,
+tiles, groups and steps of K, each with a rest. The interpreter truncates where a GPU rounds to bf16, which doubles that
+error; bounds for 16-bit gradients allow for it.
+"""
+
+import pytest
+import torch
+from linear_logprob.head_problems import KINDS, Problem, make, relative, value_bound
+from torch import Tensor
+
+from srppo_kernels import _triton, explain, linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
+
+pytestmark = pytest.mark.skipif(not _triton.interpreted(), reason=f"not interpreted here: {_triton.why()}")
+BIG = 1 << 30
+N, D, V = 37, 24, 300
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def small(kind: str = "random", **options: object) -> Problem:
+    return make(kind, **{"n": N, "d": D, "v": V, "mask": torch.rand(N) > 0.3, **options})  # type: ignore[arg-type]
+
+
+def weighted(logprob: Tensor, entropy: Tensor | None, lse: Tensor | None) -> Tensor:
+    """A scalar in which every output of every row has a weight of its own, the first log-prob's being 0."""
+    w = torch.linspace(0, 1, logprob.numel()).reshape(logprob.shape)
+    total = (w * logprob).sum()
+    if entropy is not None:
+        total = total + ((1 - w) * entropy).sum()
+    return total if lse is None else total + (w * w * lse).sum()
+
+
+def check(p: Problem, plan: str, **more: object) -> None:
+    """Values in fp32 bounds; gradients in those of one rounding (here: truncation) to the inputs' dtype."""
+    twin = p.double()
+    entropy = plan != "precompute"
+    got = p.run(backend="triton", plan=plan, entropy=entropy, lse=True, workspace_bytes=BIG, **more)
+    oracle = twin.oracle()
+    want = (oracle[0], oracle[1] if entropy else None, oracle[2])
+    for a, b in zip(got, want, strict=True):
+        if a is not None and b is not None:
+            assert (a.double() - b).abs().max() <= 2 * value_bound(p)
+    bound = value_bound(p) if p.hidden.dtype == torch.float32 else 1.2e-2
+    gradients = torch.autograd.grad(weighted(*got), p.inputs())
+    for a, b in zip(gradients, torch.autograd.grad(weighted(*want), twin.inputs()), strict=True):
+        assert relative(a, b) < bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", ["cache", "recompute", "precompute"])
+def test_against_float64(plan, dtype):
+    check(small(dtype=dtype, bias=True, grad=(True, plan != "precompute")), plan)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_rows_of_every_kind(kind):
+    """Peaked rows, all logits negative or positive, offsets of +-1e4 (verl 2656, 2899, 5349; torch 195829)."""
+    check(small(kind), "cache")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.6},
+        {"logit_scale": 0.25},
+        {"softcap": 4.0},
+        {"bias": True, "temperature": 1.7, "logit_scale": 2.0, "softcap": 6.0},
+        {"bias": True, "row_temperature": True, "logit_scale": -0.5, "softcap": 3.0},
+    ],
+    ids=lambda o: "-".join(o),
+)
+@pytest.mark.parametrize("plan", ["cache", "recompute"])
+def test_options(plan, options):
+    """CCE 52, 53 (bias on and off), and the order of scale, cap and temperature."""
+    options = dict(options)
+    per_row = options.pop("row_temperature", False)
+    p = small(**options)
+    if per_row:
+        p.options["temperature"] = torch.rand(N) + 0.5
+    check(p, plan)
+
+
+@pytest.mark.parametrize("which", ["logprob", "entropy", "lse", "none"])
+@pytest.mark.parametrize("plan", ["cache", "recompute"])
+def test_each_gradient_alone(plan, which):
+    """TRL 6625: entropy only, log-prob only, neither."""
+    p = small(n=20)
+    p.options["mask"] = None
+    twin = p.double()
+    got = p.run(entropy=True, lse=True, plan=plan, workspace_bytes=BIG, backend="triton")
+    if which == "none":
+        assert all((t == 0).all() for t in torch.autograd.grad(got.logprob.sum() * 0.0, p.inputs()))
+        return
+    index = ("logprob", "entropy", "lse").index(which)
+    want = torch.autograd.grad(twin.oracle()[index].sum(), twin.inputs())
+    for a, b in zip(torch.autograd.grad(got[index].sum(), p.inputs()), want, strict=True):
+        assert relative(a, b) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_of_a_row(dtype):
+    """Alone, in a batch, permuted, scored and trained (verl 2088, 6280), and from run to run."""
+    p = small(dtype=dtype)
+    p.options["mask"] = None
+    whole = p.run(plan="score", entropy=True, backend="triton")
+    order = torch.randperm(N)
+    permuted = linear_logprob(p.hidden[order], p.weight, p.targets[order], entropy=True, plan="score", backend="triton")
+    alone = linear_logprob(p.hidden[5:6], p.weight, p.targets[5:6], entropy=True, plan="score", backend="triton")
+    for a, b, c in zip(whole[:2], permuted[:2], alone[:2], strict=True):
+        assert torch.equal(a[order], b) and torch.equal(a[5:6], c)
+    for plan in ("cache", "recompute"):
+        trained = p.run(plan=plan, entropy=True, workspace_bytes=BIG, backend="triton")
+        assert torch.equal(trained.logprob, whole.logprob) and torch.equal(trained.entropy, whole.entropy)
+    ones = torch.ones(N)
+    _, stats = linear_ppo_loss(
+        p.hidden, p.weight, p.targets, whole.logprob.detach(), ones, ones.bool(), backend="triton"
+    )
+    assert stats.ratio_max == 1 and stats.approx_kl == 0
+
+
+@pytest.mark.parametrize("plan", ["cache", "recompute", "precompute"])
+@pytest.mark.parametrize("probability", [0.99, 1 - 1e-6])
+def test_gradient_of_a_certain_target(probability, plan):
+    """Liger 1329, TE 3193: 1 - p_y must keep its digits where p_y is near 1."""
+    a = torch.log(torch.tensor((V - 1) * probability / (1 - probability), dtype=torch.float64))
+    weight = torch.zeros(V, 8)
+    weight[123, 0] = 1.0
+    hidden = torch.zeros(3, 8)
+    hidden[:, 0] = a.float()
+    hidden.requires_grad_()
+    weight.requires_grad_(plan != "precompute")
+    out = linear_logprob(hidden, weight, torch.full((3,), 123), plan=plan, workspace_bytes=BIG, backend="triton")
+    out.logprob.sum().backward()
+    exact = (V - 1) / (hidden[0, 0].detach().double().exp() + V - 1)
+    assert hidden.grad is not None
+    assert abs(hidden.grad[0, 0].double() / exact - 1) < 2e-6
+    assert abs(out.logprob[0].detach().double() / torch.log1p(-exact) - 1) < 2e-6
+
+
+@pytest.mark.parametrize("plan", ["cache", "recompute", "precompute"])
+def test_masked_rows_reach_nobody(plan):
+    """NaN and inf in masked rows stay there; so do targets outside of the vocabulary, and NaN temperatures."""
+    p = small(grad=(True, plan != "precompute"))
+    mask = p.options["mask"]
+    with torch.no_grad():
+        p.hidden[~mask] = torch.tensor([float("nan"), float("inf")])[torch.arange(int((~mask).sum())) % 2][:, None]
+    p.targets[~mask] = 10**6
+    p.options["temperature"] = torch.where(mask, 1.5, float("nan"))
+    got = p.run(plan=plan, workspace_bytes=BIG, backend="triton", lse=True)
+    gradients = torch.autograd.grad(weighted(*got), p.inputs())
+    assert (got.logprob[~mask] == 0).all() and (got.lse[~mask] == 0).all()
+    assert (gradients[0][~mask] == 0).all()
+    clean = Problem(p.hidden[mask].detach().requires_grad_(), p.weight, p.targets[mask], {"temperature": 1.5})
+    assert torch.equal(clean.run(plan="score", backend="triton").logprob, got.logprob[mask])
+    assert all(t.isfinite().all() for t in gradients)
+
+
+def test_rows_without_a_gradient_are_dropped():
+    """Zero upstream gradients, as clipped PPO tokens have: in place, the rows that stay move up over them."""
+    p = small(dtype=torch.float32, n=70)
+    p.options["mask"] = torch.arange(70) % 7 != 0
+    keep = torch.arange(70) % 3 == 1
+
+    def loss(logprob, entropy, w):
+        return (w * logprob).sum() + (w * w * entropy).sum(), {}
+
+    w = torch.where(keep, torch.linspace(0.1, 1, 70), 0)
+    value, _ = linear_loss(
+        p.hidden, p.weight, p.targets, loss, w, mask=p.options["mask"], backend="triton", plan="precompute",
+    )  # fmt: skip
+    twin = p.double()
+    oracle = twin.oracle()
+    want = torch.autograd.grad(loss(oracle[0], oracle[1], w.double())[0], twin.inputs())
+    for a, b in zip(torch.autograd.grad(value, p.inputs()), want, strict=True):
+        assert relative(a, b) < 3e-6
+
+
+def test_no_row_and_one():
+    p = small(n=1)
+    p.options["mask"] = None
+    check(p, "cache")
+    nothing = linear_logprob(p.hidden[:0], p.weight, p.targets[:0], backend="triton", plan="cache")
+    assert nothing.logprob.shape == (0,)
+    (dweight,) = torch.autograd.grad(nothing.logprob.sum(), [p.weight])
+    assert (dweight == 0).all()
+
+
+def test_all_rows_masked():
+    p = small(bias=True)
+    p.options["mask"] = torch.zeros(N, dtype=torch.bool)
+    for plan in ("cache", "recompute"):
+        got = p.run(plan=plan, workspace_bytes=BIG, backend="triton", entropy=True)
+        assert (got.logprob == 0).all() and (got.entropy == 0).all()
+        assert all((t == 0).all() for t in torch.autograd.grad(weighted(*got), p.inputs()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_chunks_of_rows_and_a_callers_buffer(dtype):
+    """Chunks that add up: dweight in fp32, or into grad_weight_out (Liger 1082: invariance to the split)."""
+    p = small(n=150, d=16, v=96, dtype=dtype)
+    p.options["mask"] = torch.rand(150) > 0.3
+    g = torch.linspace(0, 1, 150)
+    twin = p.double()
+    want = torch.autograd.grad((twin.oracle()[0] * g).sum(), twin.inputs())
+    bound = 3e-6 if dtype == torch.float32 else 1.2e-2
+    options = {"mask": p.options["mask"], "backend": "triton", "workspace_bytes": 128 * 96 * dtype.itemsize}
+    args = (p.hidden, p.weight, p.targets, lambda lp, h, w: ((lp * w).sum(), {}), g)
+    assert explain(*args, op="linear_loss", **options).rows_per_chunk == 128
+    loss, _ = linear_loss(*args, **options)
+    for a, b in zip(torch.autograd.grad(loss, p.inputs()), want, strict=True):
+        assert relative(a, b) < bound
+    buffer = torch.full((96, 16), 2.0)
+    loss, _ = linear_loss(*args, **options, grad_weight_out=buffer)
+    loss.backward()
+    assert relative(buffer - 2, want[1]) < bound
+    buffer.fill_(2.0)
+    p.run(plan="recompute", backend="triton", grad_weight_out=buffer).logprob.backward(g)
+    assert relative(buffer - 2, want[1]) < bound
+
+
+def test_backward_twice():
+    """QuACK 209: the kept exponentials survive a backward."""
+    p = small(dtype=torch.bfloat16)
+    before = [t.detach().clone() for t in p.inputs()]
+    loss = weighted(*p.run(plan="cache", entropy=True, workspace_bytes=BIG, backend="triton"))
+    first = torch.autograd.grad(loss, p.inputs(), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, p.inputs()), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, p.inputs(), strict=True))
+
+
+def test_strides_and_integer_targets():
+    """Rows and heads that are views, a transposed head, int32 targets, leading dimensions."""
+    p = small(n=36)
+    p.options["mask"] = None
+    expected = p.run(plan="score", backend="triton").logprob
+    wide = torch.zeros(36, 2 * D)
+    wide[:, ::2] = p.hidden.detach()
+    transposed = p.weight.detach().T.contiguous().T
+    got = linear_logprob(
+        wide[:, ::2].view(4, 9, D), transposed, p.targets.view(4, 9).int(), backend="triton", plan="score"
+    )
+    assert torch.equal(got.logprob.flatten(), expected)
+
+
+@pytest.mark.parametrize("pair", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)])
+def test_mixed_dtypes(pair):
+    p = small()
+    mixed = Problem(
+        p.hidden.detach().to(pair[0]).requires_grad_(), p.weight.detach().to(pair[1]).requires_grad_(), p.targets,
+        p.options,
+    )  # fmt: skip
+    check(mixed, "recompute")
+
+
+def test_a_bias_rules_an_entry_out():
+    p = small(bias=True)
+    with torch.no_grad():
+        p.options["bias"][::3] = float("-inf")
+        p.targets.clamp_(max=V - 2).add_((p.targets % 3 == 0).long())
+    twin = p.double()
+    got = p.run(backend="triton", entropy=True, plan="recompute")
+    want = twin.oracle()
+    assert (got.logprob - want[0]).abs().max() < 1e-5 and (got.entropy - want[1]).abs().max() < 1e-5
+    assert all(t.isfinite().all() for t in torch.autograd.grad(weighted(*got), p.inputs()))
+
+
+def test_a_model_against_itself():
+    p = small(dtype=torch.bfloat16)
+    ratio = linear_log_ratio(
+        p.hidden, p.weight, p.hidden, p.weight, p.targets, mask=p.options["mask"], backend="triton"
+    )
+    assert (ratio == 0).all()
+
+
+def test_explained_and_refused():
+    p = small(dtype=torch.bfloat16)
+    said = explain(p.hidden, p.weight, p.targets, backend="triton", plan="recompute")
+    assert said.backend == "triton" and said.gemms == 4
+    assert said.workspace_bytes >= N * V * 2
+    with pytest.raises(ValueError, match="inputs are float64"):
+        linear_logprob(p.hidden.double(), p.weight.double(), p.targets, backend="triton")
+    assert explain(p.hidden, p.weight, p.targets).backend != "triton"  # "auto" never takes the interpreter
