@@ -8,12 +8,15 @@ that is loaded can run code.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import pickletools
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATE_FILE = "training_state.pt"
+CHECKSUMS = "checksums.json"
 STATE_KEYS = {"policy", "critic", "optimizers", "schedulers", "sampler", "moments", "guard", "controller", "generator",
               "rng", "cuda_rng", "step", "episode", "num_tokens", "log_history"}  # fmt: skip
 
@@ -115,9 +119,17 @@ def require_new_folder(path: Path, option: str = "output_dir") -> None:
         )
 
 
-def require_fresh_output(path: Path) -> None:
-    """Stops unless ``path`` is new or empty; what this run's own SFT stage wrote there may be there."""
-    if not path.is_dir() or {entry.name for entry in path.iterdir()} != {"sft"}:
+def require_fresh_output(path: Path, *, again: bool = False) -> None:
+    """Stops unless ``path`` is new or empty; what this run's own SFT stage wrote there may be there.
+
+    Args:
+        again: what a run that was killed before its first checkpoint leaves behind may be there too.
+    """
+    allowed = {"sft"}
+    if again:
+        allowed |= {"srppo_config.yaml", "metrics.jsonl", "tensorboard", "completions", "best"}
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if not names or names - allowed:
         require_new_folder(path)
 
 
@@ -169,27 +181,137 @@ def save_checkpoint(
         with failed_writes(folder):
             torch.save(dict(tensors), writing / STATE_FILE)
         (writing / "trainer_state.json").write_text(to_json(state), encoding="utf-8")
+        digests = {name: file_digest(writing / name) for name in (STATE_FILE, "trainer_state.json")}
+        (writing / CHECKSUMS).write_text(to_json(digests), encoding="utf-8")
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, with the reason."""
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors and state of a checkpoint; a damaged one is named, with those beside it."""
+    """Tensors and state of a checkpoint.
+
+    Raises:
+        Damaged: a file is missing, cut, or not what was written.
+        UserError: a file would run code.
+    """
     try:
+        for name, digest in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
+            if file_digest(folder / name) != digest:  # torch reads a file with flipped bits without a word
+                raise ValueError(f"{name} is not what was written: its checksum differs")
         tensors = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         missing = STATE_KEYS - {*tensors, *state}
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:  # torch.load raises whatever its readers raise
-        others = ", ".join(path.name for path in checkpoints(folder.parent) if path != folder)
-        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise UserError(f"checkpoint {folder} cannot be read ({reason}); others: {others or 'none'}") from None
+        if names := pickled_code(folder / STATE_FILE):
+            raise UserError(
+                f"checkpoint {folder} is refused: loading its {STATE_FILE} would run code ({', '.join(names)}); a "
+                "checkpoint holds tensors and plain values only, so somebody else made this one"
+            ) from None
+        raise Damaged(str(error).strip().split("\n", 1)[0] or type(error).__name__) from None
     return tensors, state
+
+
+def pickled_code(path: Path) -> list[str]:
+    """The functions and classes that unpickling a file would call; none where it is no whole pickle. Runs nothing."""
+    names: list[str] = []
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                data = archive.read(member)
+        else:
+            data = path.read_bytes()
+        texts: list[str] = []
+        for operation, argument, _ in pickletools.genops(data):
+            if operation.name == "STACK_GLOBAL":
+                names.append(".".join(texts[-2:]))
+            elif operation.name == "GLOBAL":
+                names.append(str(argument).replace(" ", "."))
+            elif isinstance(argument, str):
+                texts.append(argument)
+    except Exception:  # pickletools raises whatever it trips over
+        return []
+    return [name for name in names if not name.startswith(("torch.", "torch._utils.", "collections.OrderedDict"))]
+
+
+def find_checkpoint(
+    wanted: str, output_dir: Path, warn: Callable[[str], None]
+) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+    """The checkpoint to go on from, with its tensors and state: the one wanted, or if it is damaged the newest whole
+    one before it.
+
+    Args:
+        wanted: a ``checkpoint-N`` folder, or ``latest`` for the newest in ``output_dir``.
+        warn: told of each damaged checkpoint.
+
+    Returns:
+        None where ``latest`` is wanted and there is no checkpoint yet.
+
+    Raises:
+        UserError: the folder does not exist, nothing whole is left, or a checkpoint would run code.
+    """
+    if wanted == "latest":
+        candidates = checkpoints(output_dir)
+        if not candidates:
+            return None
+    else:
+        folder = Path(wanted)
+        others = checkpoints(folder.parent)
+        if not folder.is_dir():
+            names = ", ".join(path.name for path in others)
+            raise UserError(f"there is no checkpoint {folder}; in {folder.parent} are: {names or 'none'}")
+        candidates = [path for path in others if step_of(path) < step_of(folder)] + [folder]
+    while candidates:
+        folder = candidates.pop()
+        try:
+            return folder, *load_checkpoint(folder)
+        except Damaged as error:
+            instead = f"trying {candidates[-1].name}" if candidates else "and there is none before it"
+            warn(f"checkpoint {folder} cannot be read ({error}); {instead}")
+    raise UserError(f"no whole checkpoint was found from {wanted} back: start again in a new output_dir")
+
+
+def step_of(path: Path) -> int:
+    """N of ``checkpoint-N``; -1 for another name."""
+    name, _, number = path.name.rpartition("-")
+    return int(number) if name == "checkpoint" and number.isdigit() else -1
+
+
+def adopt_best(source: Path, output_dir: Path) -> bool:
+    """Whether ``best/`` of the run in ``source`` is in ``output_dir``, where it is copied if that is another folder."""
+    best = output_dir / "best"
+    if not best.is_dir() and (source / "best").is_dir():
+        with atomic_folder(best) as folder:
+            shutil.copytree(source / "best", folder, dirs_exist_ok=True)
+    return best.is_dir()
+
+
+def sweep(output_dir: Path) -> None:
+    """Clears up after a process that was killed while writing: what it had set aside goes back to its place, what was
+    half written goes."""
+    for folder in [*output_dir.glob(".writing-*"), *(output_dir / "completions").glob(".writing-*")]:
+        for aside in folder.iterdir():
+            if (
+                aside.is_dir()
+                and (aside.name == "best" or step_of(aside) >= 0)
+                and not (output_dir / aside.name).exists()
+            ):
+                os.replace(aside, output_dir / aside.name)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted((p for p in output_dir.glob("checkpoint-*") if p.is_dir() and step_of(p) >= 0), key=step_of)
 
 
 def keep_newest(output_dir: Path, limit: int | None, step: int) -> None:
@@ -197,6 +319,6 @@ def keep_newest(output_dir: Path, limit: int | None, step: int) -> None:
     are left from before the run was resumed, and older still."""
     if limit is not None:
         found = checkpoints(output_dir)
-        stale = [path for path in found if int(path.name.rpartition("-")[2]) > step]
+        stale = [path for path in found if step_of(path) > step]
         for path in [*stale, *(path for path in found if path not in stale)][:-limit]:
             shutil.rmtree(path)

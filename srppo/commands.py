@@ -89,16 +89,16 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
 
     console = Console()
     require(args, "base_model_name_or_path", "dataset_name")
-    if args.resume_from_checkpoint is None:
-        require_new_folder(Path(args.output_dir))
-    tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
-    train_examples, held_out = load_data(args, tokenizer, console)
+    output, resume = Path(args.output_dir), args.resume_from_checkpoint
+    made = (output if resume in (None, "latest") else Path(resume).parent) / "sft"  # by this run's SFT stage
     model = args.sft_model_name_or_path
+    if resume is None and not (model is not None and Path(model).resolve() == made.resolve()):
+        require_new_folder(output)  # with the SFT model that is there, a run goes on after its first stage
+    tokenizer = tokenizer_for(model, args.base_model_name_or_path, args)
+    train_examples, held_out = load_data(args, tokenizer, console)
     if model is None:
-        model = str(Path(args.output_dir) / "sft")
-        if args.resume_from_checkpoint is not None:
-            model = str(Path(args.resume_from_checkpoint).parent / "sft")
-        else:
+        model = str(made)
+        if resume is None or (resume == "latest" and not made.exists()):
             run_sft(args, train_dataset=train_examples, eval_dataset=held_out, output_dir=model,
                     tokenizer=tokenizer, console=console)  # fmt: skip
     assert args.base_model_name_or_path is not None
@@ -116,7 +116,7 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
         else:
             resume = "no checkpoint was due yet (save_steps)"
             if args.sft_model_name_or_path is None:
-                resume += f"; start from its SFT model with --sft_model_name_or_path {model} and a new output_dir"
+                resume += "; start again from its SFT model with --resume_from_checkpoint latest"
         console.note(
             f"stopped after iteration {trainer.step}: metrics up to there are in {trainer.output_dir}; {resume}"
         )

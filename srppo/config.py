@@ -144,12 +144,14 @@ class SRPPOConfig:
     save_steps: int = option(0, "checkpoint every so many iterations; 0: only the final model", minimum=0)
     save_total_limit: int | None = option(None, "checkpoints kept; absent: all", minimum=1)
     resume_from_checkpoint: str | None = option(
-        None, "a checkpoint-N folder of a run in output_dir, to go on from there"
+        None, "a checkpoint-N folder to go on from; latest (or true): the newest in output_dir, if there is one yet"
     )
     report_to: list[str] = option(("tensorboard",), "where metrics go besides metrics.jsonl: tensorboard, none")
     log_completions: int = option(10, "print and save sample completions every so many iterations; 0: never", minimum=0)
 
     def __post_init__(self) -> None:
+        as_text = str(self.resume_from_checkpoint).lower()  # yes or no instead of a folder, as TRL takes it
+        self.resume_from_checkpoint = {"true": "latest", "false": None}.get(as_text, self.resume_from_checkpoint)
         for field, hint in fields_and_types(type(self)):
             value = coerce(field.name, getattr(self, field.name), hint)
             for number in value if isinstance(value, list) else [value]:

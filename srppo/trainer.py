@@ -119,13 +119,7 @@ class SRPPOTrainer:
     def train(self) -> dict[str, Any]:
         """Runs all iterations and writes the result to ``args.output_dir``; returns the last metrics."""
         args = self.args
-        if args.resume_from_checkpoint:
-            source = Path(args.resume_from_checkpoint)
-            if source.resolve().parent != self.output_dir.resolve():
-                checkpoint.require_new_folder(self.output_dir)
-            self.load_checkpoint(source)
-        else:
-            checkpoint.require_fresh_output(self.output_dir)
+        self.resume()
         checkpoint.require_space(self.output_dir, 3 * checkpoint.model_bytes(self.roles.policy) + 2**20)
         held_out = 0 if self.held_out is None else len(self.held_out.rollout)
         for line in startup.describe(args, self.roles, prompts=len(self.train_dataset), held_out=held_out):
@@ -317,9 +311,28 @@ class SRPPOTrainer:
         checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state())
         checkpoint.keep_newest(self.output_dir, self.args.save_total_limit, self.step)
 
-    def load_checkpoint(self, folder: Path) -> None:
-        """Goes on where a checkpoint was written."""
-        tensors, state = checkpoint.load_checkpoint(folder)
+    def resume(self) -> None:
+        """Goes on where the checkpoint that is asked for was written, or starts in an output folder of its own."""
+        wanted = self.args.resume_from_checkpoint
+        if wanted is None:
+            checkpoint.require_fresh_output(self.output_dir)
+            return
+        checkpoint.sweep(self.output_dir)
+        found = checkpoint.find_checkpoint(wanted, self.output_dir, self.console.warn)
+        if found is None:
+            checkpoint.require_fresh_output(self.output_dir, again=True)
+            self.console.note(f"no checkpoint in {self.output_dir} yet: starting at the beginning")
+            return
+        folder, tensors, state = found
+        if folder.resolve().parent != self.output_dir.resolve():
+            checkpoint.require_new_folder(self.output_dir)
+        self.load_state(folder, tensors, state)
+        if self.guard.best is not None and not checkpoint.adopt_best(folder.parent, self.output_dir):
+            self.console.warn(f"{folder.parent / 'best'} is gone: what is best is judged anew from here")
+            self.guard.best = None
+
+    def load_state(self, folder: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        """Puts everything back as it was when a checkpoint was written."""
         for role in (self.roles.policy, self.roles.critic):
             own, saved = dict(role.parameters()), tensors[role.name]
             if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from tiny_runs import trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srppo import UserError, checkpoint
+from srppo.console import Console
 
 TIMES = ("time", "per_second", "perf/")
 
@@ -126,20 +129,27 @@ def test_tensorboard_of_a_resumed_run_has_every_step_once(tiny_models, tmp_path)
     assert [event.step for event in board.Scalars("objective/scores")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "no state", "no tensors", "bad json", "another dict"])
-def test_a_damaged_checkpoint_is_named_and_the_others_are_listed(tiny_models, tmp_path, straight, damage):
-    kind, folder, _, _ = straight
-    run_folder = tmp_path / "run"
+def copied(straight, run_folder: Path) -> Path:
+    """The run's checkpoints in a folder of their own; returns the later one."""
     for name in ("checkpoint-2", "checkpoint-4"):
-        (run_folder / name).mkdir(parents=True)
-        for file in (checkpoint.STATE_FILE, "trainer_state.json"):
-            (run_folder / name / file).write_bytes((folder / "run" / name / file).read_bytes())
-    broken = run_folder / "checkpoint-4"
+        shutil.copytree(straight[1] / "run" / name, run_folder / name)
+    return run_folder / "checkpoint-4"
+
+
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-4"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "no state", "no tensors", "bad json", "another dict"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_models, tmp_path, straight, damage, wanted):
+    kind, _, history, final = straight
+    broken = copied(straight, tmp_path / "run")
     state, metrics = broken / checkpoint.STATE_FILE, broken / "trainer_state.json"
+    content = state.read_bytes()
     if damage == "cut":
-        state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+        state.write_bytes(content[: len(content) // 2])
     elif damage == "empty":
         state.write_bytes(b"")
+    elif damage == "flipped":
+        middle = len(content) // 2  # in the numbers of some tensor: torch alone would load it
+        state.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     elif damage == "no state":
         metrics.unlink()
     elif damage == "no tensors":
@@ -148,8 +158,54 @@ def test_a_damaged_checkpoint_is_named_and_the_others_are_listed(tiny_models, tm
         metrics.write_text(metrics.read_text()[:-20])
     else:
         torch.save({"policy": {}}, state)
-    with pytest.raises(UserError, match=r"checkpoint .*checkpoint-4 cannot be read \(.+\); others: checkpoint-2"):
-        resume(tiny_models, tmp_path, broken, kind).train()
+    run = resume(tiny_models, tmp_path, Path("latest") if wanted == "latest" else broken, kind)
+    said, run.console = [], Console(quiet=True)
+    run.console.warn = said.append
+    run.train()
+    assert len(said) == 2 and "best is gone" not in said[0]  # the second: best/ was not copied
+    assert re.fullmatch(r"checkpoint \S+checkpoint-4 cannot be read \(.+\); trying checkpoint-2", said[0])
+    assert without_times(run.history) == without_times(history)
+    assert all(torch.equal(value, final[name]) for name, value in weights(run).items())
+
+
+def test_with_nothing_whole_left_the_run_stops_and_names_them_all(tiny_models, tmp_path, straight):
+    copied(straight, tmp_path / "run")
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (tmp_path / "run" / name / checkpoint.STATE_FILE).unlink()
+    run, said = resume(tiny_models, tmp_path, Path("latest"), straight[0]), []
+    run.console = Console(quiet=True)
+    run.console.warn = said.append
+    with pytest.raises(UserError, match="no whole checkpoint was found from latest back"):
+        run.train()
+    assert [re.search(r"checkpoint-\d", text).group() for text in said] == ["checkpoint-4", "checkpoint-2"]
+
+
+def test_a_checkpoint_that_is_not_there_is_an_error_and_not_another_one(tiny_models, tmp_path, straight):
+    copied(straight, tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"there is no checkpoint .*checkpoint-3; in .* are: checkpoint-2, checkpoint-4"
+    ):
+        resume(tiny_models, tmp_path, tmp_path / "run" / "checkpoint-3", straight[0]).train()
+
+
+@pytest.mark.parametrize("wanted", ["latest", True, "true"])
+def test_latest_resumes_the_newest_or_starts_where_there_is_none(tiny_models, tmp_path, straight, wanted):
+    kind, _, history, _ = straight
+    settings = {**SETTINGS, "resume_from_checkpoint": wanted}
+    first = trainer(tiny_models, tmp_path, kind=kind, **settings)
+    first.train()
+    assert without_times(first.history) == without_times(history)
+    again = trainer(tiny_models, tmp_path, kind=kind, **settings)
+    again.train()
+    assert again.step == 4 and without_times(again.history) == without_times(history)
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "model.safetensors"])
+def test_latest_does_not_start_in_a_folder_with_other_things(tiny_models, tmp_path, file):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / file).write_text("precious")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        trainer(tiny_models, tmp_path, resume_from_checkpoint="latest").train()
 
 
 class Payload:
@@ -163,14 +219,12 @@ class Payload:
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, writer):
-    folder = tmp_path / "checkpoint-1"
-    folder.mkdir()
-    (folder / "trainer_state.json").write_text("{}")
-    with (folder / checkpoint.STATE_FILE).open("wb") as file:
+def test_a_checkpoint_that_would_run_code_is_refused_by_name_and_runs_none(tiny_models, tmp_path, straight, writer):
+    bad = copied(straight, tmp_path / "run")
+    with (bad / checkpoint.STATE_FILE).open("wb") as file:
         (torch.save if writer == "torch" else pickle.dump)({"policy": Payload(tmp_path / "pwned")}, file)
-    with pytest.raises(UserError, match="checkpoint-1 cannot be read"):
-        checkpoint.load_checkpoint(folder)
+    with pytest.raises(UserError, match=r"checkpoint .*checkpoint-4 is refused: .* would run code \(posix\.mkdir\)"):
+        resume(tiny_models, tmp_path, Path("latest"), straight[0]).train()
     assert not (tmp_path / "pwned").exists()
 
 

@@ -376,6 +376,10 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(settings, message
         ("adam_betas", (0.8, 0.9), [0.8, 0.9]),
         ("lora_target_modules", "q_proj,v_proj", ["q_proj", "v_proj"]),
         ("report_to", "none", ["none"]),
+        ("resume_from_checkpoint", True, "latest"),
+        ("resume_from_checkpoint", "true", "latest"),
+        ("resume_from_checkpoint", False, None),
+        ("resume_from_checkpoint", "run/checkpoint-2", "run/checkpoint-2"),
     ],
 )
 def test_text_from_flags_and_yaml_becomes_the_fields_type(name, text, value):
