@@ -31,7 +31,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.pop("TRITON_INTERPRET", None)  # a kernel that is interpreted cannot be compiled
 
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -80,6 +79,11 @@ def figures(log: str) -> dict[str, int]:
         raise ValueError(f"ptxas reports no registers: {log.strip()[:200]!r}")
     shared = [int(n) for n in re.findall(r"(\d+) bytes smem", log)]
     return {"registers": max(registers), "spilled": sum(spills), "shared": sum(shared)}
+
+
+def start_worker() -> None:
+    """Before anything imports triton: a kernel that is interpreted cannot be compiled."""
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def compile_triton(module: str, place: int, architecture: int) -> Compiled:
@@ -174,7 +178,8 @@ def rows_of(modules: Sequence[str], kernel: str, architectures: Sequence[int], c
         if kernel in case.name and architecture in architectures
     ]
     if wanted:
-        with ProcessPoolExecutor(min(WORKERS, len(wanted)), multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(WORKERS, len(wanted)), spawn, start_worker) as pool:
             jobs = [pool.submit(compile_triton, *job) for job in wanted]
             yield from (job.result() for job in jobs)
     if cuda:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.compile import Compiled, figures, main
+
 ROOT = Path(__file__).resolve().parents[2]
 
 KERNELS = """
@@ -39,26 +41,23 @@ def broken(a, N: tl.constexpr):
 def compile_cases():
     types = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}
     small = {"N": 64, "K": 64, "STEPS": 8, "DOT": True}
+    hopper = {"gemm": True, "architectures": (90,)}
     yield CompileCase("fine", product, types, small, gemm=True)
-    yield CompileCase("no tensor core", product, types, {**small, "DOT": False}, gemm=True)
-    yield CompileCase("spilling", product, types, {**small, "N": 256}, gemm=True)
-    yield CompileCase("greedy", product, types, {**small, "N": 256}, num_warps=8, num_stages=5, gemm=True)
-    yield CompileCase("broken", broken, {"a": "*fp32"}, {"N": 64})
+    yield CompileCase("no tensor core", product, types, {**small, "DOT": False}, **hopper)
+    yield CompileCase("spilling", product, types, {**small, "N": 256, "K": 16, "STEPS": 1}, **hopper)
+    yield CompileCase("greedy", product, types, {**small, "N": 128, "K": 128}, num_stages=5, **hopper)
+    yield CompileCase("broken", broken, {"a": "*fp32"}, {"N": 64}, architectures=(90,))
 """
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    pytest.importorskip("triton")
-    command = [sys.executable, str(ROOT / "bench" / "compile.py"), "--no-cuda", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}  # which it must not heed
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-
-
 def test_each_rule_fails_the_kernel_that_breaks_it_and_no_other(tmp_path):
+    pytest.importorskip("triton")
     (tmp_path / "made_kernels.py").write_text(KERNELS)
-    done = run(tmp_path, "--arch=90", "--module=made_kernels")
+    command = [sys.executable, str(ROOT / "bench" / "compile.py"), "--no-cuda", "--module=made_kernels"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}  # which it must not heed
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    faults = [line for line in done.stdout.splitlines() if " on sm_90 " in line]
+    faults = [line for line in done.stdout.splitlines() if " on sm_" in line]
     for name, text in (
         ("no tensor core", "multiplies matrices without wgmma"),
         ("spilling", "spills "),
@@ -67,17 +66,38 @@ def test_each_rule_fails_the_kernel_that_breaks_it_and_no_other(tmp_path):
     ):
         assert any(line.startswith(f"{name} on sm_90") and text in line for line in faults), (name, done.stdout)
     assert not any(line.startswith("fine") for line in faults)
-    row = next(line for line in done.stdout.splitlines() if line.startswith("│ fine"))
-    assert "wgmma" in row
-
-
-def test_architecture_kernel_and_status_of_a_good_one(tmp_path):
-    (tmp_path / "made_kernels.py").write_text(KERNELS)
-    done = run(tmp_path, "--arch=80,100", "--module=made_kernels", "--kernel=fine")
-    assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("│ fine")]
-    assert [("mma.sync" in row, "tcgen05.mma" in row) for row in rows] == [(True, False), (False, True)]
-    assert run(tmp_path, "--arch=90", "--kernel=no such kernel").returncode == 1
-    wrong = run(tmp_path, "--arch=75")
-    assert wrong.returncode == 2
-    assert "[75] is not among [80, 90, 100]" in wrong.stderr
+    for row, architecture, instruction in zip(
+        rows, ("80", "90", "100"), ("mma.sync", "wgmma", "tcgen05.mma"), strict=True
+    ):
+        assert f" {architecture} " in row and instruction in row
+
+
+def test_limits_of_each_architecture():
+    def made(architecture: int, **figures: int) -> list[str]:
+        return Compiled("kernel", architecture, False, **figures).faults()
+
+    assert made(80, spilled=128, shared=163 * 1024) == made(90, shared=227 * 1024) == []
+    assert made(80, spilled=129) and made(90, spilled=1) and made(100, spilled=129)
+    assert made(80, shared=163 * 1024 + 1) and made(100, shared=227 * 1024 + 1)
+    assert figures(PTXAS) == {"registers": 40, "spilled": 24, "shared": 96}
+    with pytest.raises(ValueError, match="ptxas reports no registers"):
+        figures("ptxas: it changed its words")
+
+
+PTXAS = """
+ptxas info    : Compiling entry function 'kernel' for 'sm_90a'
+ptxas info    : Function properties for kernel
+    16 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 96 bytes smem
+"""
+
+
+def test_bad_arguments(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--arch=75"])
+    assert stopped.value.code == 2
+    assert "[75] is not among [80, 90, 100]" in capsys.readouterr().err
+    pytest.importorskip("triton")
+    assert main(["--kernel=no such kernel", "--no-cuda"]) == 1
+    assert "no kernel of that name: 'no such kernel'" in capsys.readouterr().out
