@@ -38,6 +38,9 @@ __all__ = [
 KERNEL_MODULES: tuple[str, ...] = (
     "srppo_kernels.gae.triton_scan",
     "srppo_kernels.gae.triton_whiten",
+    "srppo_kernels.linear_logprob.triton_gradients",
+    "srppo_kernels.linear_logprob.triton_products",
+    "srppo_kernels.linear_logprob.triton_scan",
     "srppo_kernels.log_ratio.triton_reward",
     "srppo_kernels.ppo_loss.triton_losses",
 )
