@@ -116,9 +116,9 @@ class StepProblem:
     def errors(self, result: Result) -> Errors:
         role = self.roles.policy
         with role.active():
-            hidden = role.hidden(self.rollout).double().flatten(0, 1)
+            hidden = role.hidden(self.rollout).double()
             weight = role.head.weight.double()
-        targets = self.rollout.completions.flatten()
+        targets = self.rollout.tokens
         pieces = zip(hidden.split(64), targets.split(64), strict=True)
         exact = torch.cat([torch.log_softmax(x @ weight.T, -1).gather(-1, y[:, None])[:, 0] for x, y in pieces])
         return Errors((result["logprob"].double().flatten() - exact).abs().amax().item())
@@ -162,13 +162,12 @@ def no_statistics(device: torch.device) -> PPOStats:
 
 
 def logits_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor, temperature: float = 1.0, entropy: bool = False,
-    **_: Any,
-) -> LinearLogprob:  # fmt: skip
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False, **_: Any
+) -> LinearLogprob:
     """The naive form. The architecture has no bias, scale or cap in its head."""
     log_p = torch.log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
-    logprob = torch.where(mask, log_p.gather(-1, targets[..., None])[..., 0], 0)
-    spread = torch.where(mask, -(log_p.exp() * log_p).sum(-1), 0) if entropy else None
+    logprob = log_p.gather(-1, targets[..., None])[..., 0]
+    spread = -(log_p.exp() * log_p).sum(-1) if entropy else None
     return LinearLogprob(logprob, spread, None)
 
 

@@ -10,6 +10,9 @@ Names are TRL's where TRL has one, so that scripts and dashboards carry over. Ba
     batch       = mini-batch * num_mini_batches                   prompts in one rollout
     optimizer steps = num_ppo_epochs * num_mini_batches
 
+Of each process; under N processes a mini-batch and a batch are N times as large. max_tokens_per_micro_batch cuts the
+same mini-batches into micro-batches by tokens instead; results do not depend on that cut.
+
 There is no ``vf_coef``: the critic has an optimizer and a gradient clip of its own, under which Adam would cancel it.
 """
 
@@ -129,7 +132,10 @@ class SRPPOConfig:
     per_device_train_batch_size: int = option(8, "sequences in one forward and backward", minimum=1)
     gradient_accumulation_steps: int = option(1, "forwards and backwards in one optimizer step", minimum=1)
     max_tokens_per_micro_batch: int | None = option(
-        None, "most tokens in one forward and backward; absent: per_device_train_batch_size sequences", minimum=1
+        None,
+        "most tokens in one forward and backward, for even memory and few of them; a longer sequence goes alone; "
+        "absent: per_device_train_batch_size sequences",
+        minimum=1,
     )
     max_grad_norm: float | None = option(1.0, "gradient norm is clipped to this; absent or 0: not clipped", minimum=0)
     adam_betas: list[float] = option((0.9, 0.999), "AdamW's two decay rates", minimum=0, maximum=1)
@@ -165,8 +171,6 @@ class SRPPOConfig:
             raise UserError(f"report_to knows tensorboard and none, got {sorted(unknown)}")
         if self.kl_target is not None and self.kl_coef == 0:
             raise UserError("kl_target adapts beta from kl_coef on, so kl_coef must be above 0")
-        if self.max_tokens_per_micro_batch is not None:
-            raise UserError("max_tokens_per_micro_batch is not available yet: use per_device_train_batch_size")
         if self.reward_normalization == "running" and self.reward_placement == "token":
             raise UserError(
                 "reward_normalization=running is for reward_placement=eos: it tracks the scores of sequences"

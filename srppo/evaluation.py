@@ -16,7 +16,7 @@ import torch
 from srppo.config import SRPPOConfig
 from srppo.data import Example, filler_token
 from srppo.models import Head
-from srppo.ppo import logprobs
+from srppo.ppo import logprobs, split_micro_batches
 from srppo.roles import Role
 from srppo.rollout import Rollout, collate_demonstrations, generate
 from srppo_kernels import linear_logprob
@@ -66,7 +66,6 @@ def evaluate_policy(
         The metrics, and a row per prompt with its completion and what it scored.
     """
     pad = filler_token(tokenizer, stop_token_ids)
-    size = args.per_device_train_batch_size
     with fixed_seed(args.seed):
         rollout = generate(
             policy,
@@ -76,25 +75,25 @@ def evaluate_policy(
             stop_token_ids=stop_token_ids,
             temperature=args.temperature,
             top_p=args.top_p,
-            batch_size=max(size, 32),
+            batch_size=max(args.per_device_train_batch_size, 32),
             extrapolate=None if extrapolate is None else (base, extrapolate),
             on_batch=on_batch,
         )
-    sft_logp = sequence_logprobs(sft, rollout, args.score_temperature, size)
-    base_logp = sequence_logprobs(base, rollout, args.score_temperature, size)
+    sft_logp = sequence_logprobs(sft, rollout, args.score_temperature, args)
+    base_logp = sequence_logprobs(base, rollout, args.score_temperature, args)
     scores = sft_logp - base_logp
 
     def policy_logp(given: Rollout, temperature: float) -> torch.Tensor:
         if extrapolate is None:
-            return sequence_logprobs(policy, given, temperature, size)
-        parts = torch.arange(len(given)).split(size)
+            return sequence_logprobs(policy, given, temperature, args)
+        parts = torch.arange(len(given)).split(args.per_device_train_batch_size)
         return torch.cat([
             extrapolated_logprobs(policy, base, extrapolate, given.select(rows), temperature).sum(-1).cpu()
             for rows in parts
         ])  # fmt: skip
 
     same = args.temperature == args.score_temperature  # then these are the ones that we have
-    sft_sampling = sft_logp if same else sequence_logprobs(sft, rollout, args.temperature, size)
+    sft_sampling = sft_logp if same else sequence_logprobs(sft, rollout, args.temperature, args)
     kl = policy_logp(rollout, args.temperature) - sft_sampling
     lengths = rollout.lengths.cpu()
     metrics = {
@@ -119,7 +118,7 @@ def evaluate_policy(
         )
         tokens = demos.completion_mask.sum().item()
         metrics["eval/demonstrations/logp"] = policy_logp(demos, 1.0).sum().item() / tokens
-        metrics["eval/demonstrations/logp_sft"] = sequence_logprobs(sft, demos, 1.0, size).sum().item() / tokens
+        metrics["eval/demonstrations/logp_sft"] = sequence_logprobs(sft, demos, 1.0, args).sum().item() / tokens
     return metrics, rows
 
 
@@ -148,10 +147,12 @@ def completion_rows(
     return rows
 
 
-def sequence_logprobs(role: Role, rollout: Rollout, temperature: float, batch_size: int) -> torch.Tensor:
+def sequence_logprobs(role: Role, rollout: Rollout, temperature: float, args: SRPPOConfig) -> torch.Tensor:
     """Log-prob of each completion, summed over its tokens, ``[B]`` on the CPU."""
-    parts = torch.arange(len(rollout)).split(batch_size)
-    return torch.cat([logprobs(role, rollout.select(rows), temperature=temperature)[0].sum(-1).cpu() for rows in parts])
+    sums = torch.zeros(len(rollout))
+    for rows in split_micro_batches(torch.arange(len(rollout)), rollout, args, packs=role.packs):
+        sums[rows] = logprobs(role, rollout.select(rows), temperature=temperature)[0].sum(-1).cpu()
+    return sums
 
 
 @torch.no_grad()
@@ -169,21 +170,21 @@ def extrapolated_logprobs(
             sides.append((role.hidden(rollout).float(), role.head, factor))
     if any(head.softcap is not None for _, head, _ in sides):
         logits = torch.stack([factor * capped_logits(hidden, head) for hidden, head, factor in sides]).sum(0)
-        logp = (logits / temperature).log_softmax(-1).gather(-1, rollout.completions[..., None]).squeeze(-1)
-        return logp.masked_fill(~rollout.completion_mask, 0.0)
+        logp = (logits / temperature).log_softmax(-1).gather(-1, rollout.tokens[..., None]).squeeze(-1)
+        return rollout.in_place(logp)
     biases = [head.bias.float() * head.logit_scale * factor for _, head, factor in sides if head.bias is not None]
-    return linear_logprob(
+    logp = linear_logprob(
         torch.cat([hidden for hidden, _, _ in sides], -1),
         torch.cat([head.weight.float() * head.logit_scale * factor for _, head, factor in sides], -1),
-        rollout.completions,
+        rollout.tokens,
         bias=torch.stack(biases).sum(0) if biases else None,
-        mask=rollout.completion_mask,
         temperature=temperature,
     ).logprob
+    return rollout.in_place(logp)
 
 
 def capped_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    """The logits themselves, ``[B, T, V]`` fp32."""
+    """The logits themselves, ``[N, V]`` fp32."""
     logits = torch.nn.functional.linear(hidden, head.weight.float(), head.bias) * head.logit_scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from srppo import packing
 from srppo.config import SRPPOConfig
 from srppo.errors import UserError
 from srppo.roles import Role, Roles
@@ -105,12 +106,8 @@ def head_logprobs(
     role: Role, hidden: Tensor, rollout: Rollout, temperature: float, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     head = role.head
-    out = linear_logprob(
-        hidden, head.weight, rollout.completions, mask=rollout.completion_mask, temperature=temperature,
-        entropy=entropy,
-        **head.options,
-    )  # fmt: skip
-    return out.logprob, out.entropy
+    out = linear_logprob(hidden, head.weight, rollout.tokens, temperature=temperature, entropy=entropy, **head.options)
+    return rollout.in_place(out.logprob), None if out.entropy is None else rollout.in_place(out.entropy)
 
 
 @torch.no_grad()
@@ -127,7 +124,7 @@ def score(
         micro_batches: row indices of each micro-batch; :func:`update` must get the same for a first ratio of exactly 1.
     """
     if micro_batches is None:
-        micro_batches = torch.arange(len(rollout)).split(args.per_device_train_batch_size)
+        micro_batches = split_micro_batches(torch.arange(len(rollout)), rollout, args, packs=roles.policy.packs)
     names = Scores.__dataclass_fields__
     results = {name: torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for name in names}
     for rows in micro_batches:
@@ -153,7 +150,7 @@ def score_part(roles: Roles, part: Rollout, args: SRPPOConfig) -> dict[str, Tens
                     frozen[role.name] if same_temperature else head_logprobs(role, hidden, part, args.temperature)[0]
                 )
     with roles.critic.active():
-        values = roles.critic.values(part).masked_fill(~part.completion_mask, 0.0)
+        values = part.in_place(roles.critic.values(part))
     assert entropy is not None
     return {"policy": policy, "entropy": entropy, "values": values, **frozen}
 
@@ -295,10 +292,31 @@ class UpdateResult:
     epochs: int
 
 
-def split_rows(total: int, args: SRPPOConfig, generator: torch.Generator | None = None) -> list[list[Tensor]]:
-    """A random partition of rows into mini-batches of micro-batches."""
-    rows = torch.randperm(total, generator=generator)
-    return [list(mini.split(args.per_device_train_batch_size)) for mini in rows.split(args.mini_batch_size)]
+def split_rows(
+    rows: Tensor, rollout: Rollout, args: SRPPOConfig, *, packs: bool, generator: torch.Generator | None = None
+) -> list[list[Tensor]]:
+    """A random partition of rows of a rollout into mini-batches of micro-batches.
+
+    Args:
+        rows: indices into the rollout: all of it, or the part that this process trains on.
+        packs: whether the roles lay sequences end to end, :attr:`srppo.roles.Role.packs`.
+    """
+    shuffled = rows[torch.randperm(len(rows), generator=generator)]
+    return [split_micro_batches(mini, rollout, args, packs=packs) for mini in shuffled.split(args.mini_batch_size)]
+
+
+def split_micro_batches(rows: Tensor, rollout: Rollout, args: SRPPOConfig, *, packs: bool) -> list[Tensor]:
+    """Rows in groups for one forward: as many tokens as ``max_tokens_per_micro_batch`` allows, where that is set."""
+    limit = args.max_tokens_per_micro_batch
+    if limit is None:
+        return list(rows.split(args.per_device_train_batch_size))
+    lengths = rollout.attention_mask[rows].sum(-1)
+    if packs:
+        groups = packing.fill(lengths.tolist(), limit)
+    else:
+        completions = rollout.lengths[rows]
+        groups = packing.fill_padded((lengths - completions).tolist(), completions.tolist(), limit)
+    return [rows[group] for group in groups]
 
 
 def update(
@@ -325,15 +343,17 @@ def update(
     value_stats: list[ValueStats] = []
     losses, norms = [], []
     first, epoch = None, 0
+    own = torch.cat([rows for mini_batch in mini_batches for rows in mini_batch]).sort().values
     for epoch in range(1, args.num_ppo_epochs + 1):
         epoch_stats = []
-        for mini_batch in mini_batches if epoch == 1 else split_rows(len(rollout), args, generator):
+        if epoch > 1:
+            mini_batches = split_rows(own, rollout, args, packs=policy.role.packs, generator=generator)
+        for mini_batch in mini_batches:
             count = rollout.completion_mask[torch.cat(mini_batch)].sum()
             mini_stats, loss = [], [0.0, 0.0]
             for rows in mini_batch:
                 part = rollout.select(rows)
-                columns = part.completion_mask.shape[1]
-                cut = lambda x, rows=rows, columns=columns: x[rows, :columns]  # noqa: E731
+                cut = lambda x, rows=rows, part=part: part.of_tokens(x[rows])  # noqa: E731
                 with torch.set_grad_enabled(train_policy):
                     policy_part, stats = policy_backward(
                         policy.role, part, cut(scores.policy), cut(targets.advantages), count, args
@@ -376,11 +396,11 @@ def policy_backward(
     role: Role, part: Rollout, old: Tensor, advantage: Tensor, count: Tensor, args: SRPPOConfig
 ) -> tuple[float, PPOStats]:
     """Adds one micro-batch's share of the clipped loss to the policy's gradient; with gradients off, only measures
-    it."""
+    it. ``old`` and ``advantage`` are ``[N]``, of ``part.tokens``."""
     with role.active():
         head = role.head
         loss, stats = linear_ppo_loss(
-            role.hidden(part), head.weight, part.completions, old, advantage, part.completion_mask,
+            role.hidden(part), head.weight, part.tokens, old, advantage, torch.ones_like(old, dtype=torch.bool),
             clip_low=args.cliprange, clip_high=args.cliprange, entropy_coef=args.entropy_coef,
             normalizer=count, temperature=args.temperature, **head.options,
         )  # fmt: skip
@@ -392,10 +412,9 @@ def policy_backward(
 def value_backward(
     role: Role, part: Rollout, old: Tensor, returns: Tensor, count: Tensor, args: SRPPOConfig
 ) -> tuple[float, ValueStats]:
-    """Adds one micro-batch's share of the value loss to the critic's gradient."""
+    """Adds one micro-batch's share of the value loss to the critic's gradient; ``old`` and ``returns`` are ``[N]``."""
     with role.active():
-        loss, stats = value_loss(
-            role.values(part), old, returns, part.completion_mask, clip=args.cliprange_value, normalizer=count
-        )
+        counts = torch.ones_like(old, dtype=torch.bool)
+        loss, stats = value_loss(role.values(part), old, returns, counts, clip=args.cliprange_value, normalizer=count)
         loss.backward()
     return loss.item(), stats

@@ -37,6 +37,7 @@ from srppo.models import (
     lora_config,
     require_full_precision,
 )
+from srppo.packing import keeps_sequences_apart, pack
 from srppo_kernels import linear_logprob
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Role:
     adapter: str | None = None
     trainable: bool = False
     value_head: nn.Linear | None = None  # of the critic: [D] -> 1, fp32
+    packs: bool = False  # sequences are laid end to end in a forward, see srppo.packing
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -103,17 +105,31 @@ class Role:
         return named
 
     def hidden(self, rollout: Rollout) -> Tensor:
-        """Hidden states that predict the completion's tokens, ``[B, T, D]``. Call it inside :meth:`active`."""
+        """Hidden states that predict ``rollout.tokens``, ``[N, D]``. Call it inside :meth:`active`."""
+        return self.packed_states(rollout) if self.packs else self.padded_states(rollout)
+
+    def padded_states(self, rollout: Rollout) -> Tensor:
         output = self.causal_lm.base_model(
             input_ids=rollout.input_ids,
             attention_mask=rollout.attention_mask,
             position_ids=rollout.position_ids,
             use_cache=False,
         )
-        return output.last_hidden_state[:, rollout.prompt_length - 1 : -1]
+        return output.last_hidden_state[rollout.predicting]
+
+    def packed_states(self, rollout: Rollout, *, one_row: bool | None = None) -> Tensor:
+        """The same without padding; ``one_row`` is for tests, absent the attention in use decides."""
+        config = self.causal_lm.config
+        if one_row is None:
+            one_row = "flash" in (config._attn_implementation or "")
+        packed = pack(rollout, config.get_text_config().hidden_size, one_row=one_row)
+        output = self.causal_lm.base_model(
+            input_ids=packed.input_ids, attention_mask=None, position_ids=packed.position_ids, use_cache=False
+        )
+        return output.last_hidden_state.flatten(0, 1)[packed.predicting]
 
     def values(self, rollout: Rollout) -> Tensor:
-        """The critic's value of every state in which a completion token was taken, ``[B, T]`` fp32."""
+        """The critic's value of every state in which a completion token was taken, ``[N]`` fp32."""
         assert self.value_head is not None, f"{self.name} has no value head"
         return self.value_head(self.hidden(rollout).float()).squeeze(-1)
 
@@ -199,7 +215,8 @@ def frozen_roles(
     for role in roles:
         disable_dropout(role.model)
         check_head(role)
-    return roles
+    packs = all(keeps_sequences_apart(role) for role in roles)  # both or none: what is compared is computed alike
+    return dataclasses.replace(roles[0], packs=packs), dataclasses.replace(roles[1], packs=packs)
 
 
 def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tuple[Role, Role, Role]:
@@ -212,10 +229,10 @@ def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tupl
         policy = Role("policy", attach_adapter(base.model, path, "policy"), "policy")
     else:
         shared = attach_adapter(base.causal_lm, path, "policy")
-        base, policy = Role("base", shared), Role("policy", shared, "policy")
+        base, policy = dataclasses.replace(base, model=shared), Role("policy", shared, "policy")
     disable_dropout(policy.model)
     check_head(policy)
-    return base, sft, policy
+    return base, sft, dataclasses.replace(policy, packs=base.packs and keeps_sequences_apart(policy))
 
 
 def build_roles(
@@ -252,11 +269,12 @@ def build_roles(
             shared = new_adapter(sft_role.causal_lm, args, peft_config, names[0])
             for name in names[1:]:
                 shared.add_adapter(name, shared.peft_config[names[0]])
-            sft_role = Role("sft", shared)
+            sft_role = dataclasses.replace(sft_role, model=shared)
         policy = Role("policy", shared, "policy", trainable=True)
         if value_model == "adapter":
             trunk = Role("critic", shared, "value", trainable=True)
-    critic = dataclasses.replace(trunk, value_head=new_value_head(policy.causal_lm))
+    policy = dataclasses.replace(policy, packs=sft_role.packs)
+    critic = dataclasses.replace(trunk, packs=sft_role.packs, value_head=new_value_head(policy.causal_lm))
     roles = Roles(base_role, sft_role, policy, critic)
     settle(args, roles)
     return roles

@@ -46,6 +46,32 @@ class Rollout:
         return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
     @property
+    def predicting(self) -> Tensor:
+        """The positions whose states predict the completion's tokens: those before them, ``[B, P + T]`` bool."""
+        before = torch.zeros_like(self.attention_mask, dtype=torch.bool)
+        before[:, self.prompt_length - 1 : -1] = self.completion_mask
+        return before
+
+    @property
+    def tokens(self) -> Tensor:
+        """The completions' tokens and nothing else, row after row, ``[N]``; the order of every ``[N]`` here."""
+        return self.completions[self.completion_mask]
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """The values ``[N]`` that ``values`` ``[B, T or more]`` holds at :attr:`tokens`."""
+        return values[:, : self.completion_mask.shape[1]][self.completion_mask]
+
+    def in_place(self, values: Tensor) -> Tensor:
+        """Values ``[N]`` of :attr:`tokens` at their places, ``[B, T]``, and 0 elsewhere."""
+        return values.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, values)
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """Tokens of each sequence, prompt and completion."""
+        lengths: list[int] = self.attention_mask.sum(-1).tolist()
+        return lengths
+
+    @property
     def lengths(self) -> Tensor:
         """Completion tokens of each sequence, ``[B]``."""
         return self.completion_mask.sum(-1)

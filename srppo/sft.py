@@ -47,9 +47,7 @@ def token_nll(logprob: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str
 def demonstration_loss(role: Role, rollout: Rollout, normalizer: int) -> Tensor:
     """Cross-entropy of a batch of demonstrations, summed over tokens and divided by ``normalizer``."""
     head = role.head
-    loss, _ = linear_loss(
-        role.hidden(rollout), head.weight, rollout.completions, token_nll, mask=rollout.completion_mask, **head.options
-    )
+    loss, _ = linear_loss(role.hidden(rollout), head.weight, rollout.tokens, token_nll, **head.options)
     return loss / normalizer
 
 

@@ -29,6 +29,13 @@ def describe(args: SRPPOConfig, roles: Roles, *, prompts: int, held_out: int) ->
         f"{args.gradient_accumulation_steps} accumulation x {args.num_mini_batches} mini-batches; "
         f"{args.num_ppo_epochs * args.num_mini_batches} optimizer steps an iteration, {args.max_steps} iterations, "
         f"{prompts} prompts in all",
+        "micro-batches: "
+        + (
+            f"{args.per_device_train_batch_size} sequences"
+            if args.max_tokens_per_micro_batch is None
+            else f"at most {args.max_tokens_per_micro_batch} tokens"
+        )
+        + (", packed without padding" if roles.policy.packs else ", padded, as this model mixes packed sequences"),
         f"KL penalty: beta {args.kl_coef}{held} towards {args.kl_reference}, estimator {args.kl_estimator}",
         f"old log-probs: from the training forward, before the update; value clip: {clip}",
         f"a completion cut at {args.max_completion_length} tokens keeps its score{penalty}",

@@ -160,7 +160,9 @@ class SRPPOTrainer:
         sampled = time.perf_counter()
 
         progress.status("scoring")
-        mini_batches = ppo.split_rows(len(rollout), args, self.generator)
+        mini_batches = ppo.split_rows(
+            torch.arange(len(rollout)), rollout, args, packs=self.roles.policy.packs, generator=self.generator
+        )
         micro_batches = [rows for mini_batch in mini_batches for rows in mini_batch]
         scores = ppo.score(self.roles, rollout, args, micro_batches)
         if self.step == 0:

@@ -79,7 +79,7 @@ def updated(world: World, **settings: Any) -> Any:
     scores = dataclasses.replace(scores, policy=ppo.score(roles, given, args).policy)
     targets = ppo.advantages(given, scores, args)
     generator = torch.Generator().manual_seed(0)
-    rows = ppo.split_rows(4, args, generator)
+    rows = ppo.split_rows(torch.arange(4), given, args, packs=roles.policy.packs, generator=generator)
     result = ppo.update(policy, critic, given, scores, targets, args, rows, generator=generator)
     return result.epochs, [p.sum().item() for p in (*policy.parameters, *critic.parameters)]
 
@@ -214,7 +214,9 @@ def refusal(world: World, **settings: Any) -> Any:
 
 def batches(world: World, **settings: Any) -> Any:
     args = config(world.fresh(), **settings)
-    return [[len(rows) for rows in mini] for mini in ppo.split_rows(args.batch_size, args)]
+    given = rollout([[10, 11, 12]] * args.batch_size, [[13, 0]] * args.batch_size)
+    parts = ppo.split_rows(torch.arange(args.batch_size), given, args, packs=True)
+    return [[len(rows) for rows in mini] for mini in parts]
 
 
 # -- the table: field -> two values and what tells them apart ---------------------------------------------------------
@@ -266,7 +268,7 @@ EFFECTS: dict[str, tuple[Any, Any, Observation]] = {
     "learning_rate": (1e-3, 1e-4, trained),
     "per_device_train_batch_size": (2, 4, batches),
     "gradient_accumulation_steps": (2, 4, batches),
-    "max_tokens_per_micro_batch": (None, 8, refusal),
+    "max_tokens_per_micro_batch": (10, 20, batches),
     "max_grad_norm": (None, 1e-6, updated),
     "adam_betas": ([0.9, 0.999], [0.5, 0.999], updated),
     "lr_scheduler_type": ("linear", "constant", trained),

@@ -7,62 +7,21 @@ import math
 
 import pytest
 import torch
-from tiny_runs import config, full_roles, learners, rollout, snapshot, trainer, widened
+from ppo_steps import assert_same_gradients, one_update, trained_head
+from tiny_runs import config, full_roles, rollout, snapshot, trainer, widened
 from torch import Tensor
 
 from srppo import UserError, ppo
 from srppo.metrics import iteration_metrics
-from srppo.roles import Roles, build_roles
+from srppo.roles import build_roles
 from srppo.rollout import Rollout, collate
 
 STEP = ppo.Learner.step
 
 
-def one_update(roles: Roles, args, given: Rollout, *, mini_batches=None, reward_fn=None):
-    """score, advantages and update on one rollout, as the trainer does."""
-    mini_batches = mini_batches or ppo.split_rows(len(given), args, torch.Generator().manual_seed(3))
-    scores = ppo.score(roles, given, args, [rows for mini in mini_batches for rows in mini])
-    targets = ppo.advantages(given, scores, args, reward_fn=reward_fn)
-    result = ppo.update(
-        *learners(roles, args), given, scores, targets, args, mini_batches, generator=torch.Generator().manual_seed(4)
-    )
-    return scores, targets, result
-
-
-@pytest.fixture
-def gradients(monkeypatch):
-    """Collects what every optimizer step would have used, and steps nothing."""
-    collected: list[list[Tensor]] = []
-
-    def record(self: ppo.Learner, max_grad_norm: float | None) -> float:
-        collected.append([p.grad.clone() for p in self.parameters if p.grad is not None])
-        self.optimizer.zero_grad(set_to_none=True)
-        return 1.0
-
-    monkeypatch.setattr(ppo.Learner, "step", record)
-    return collected
-
-
 def rows(*groups) -> list[list[Tensor]]:
     """One mini-batch of the given micro-batches."""
     return [[torch.tensor(group) for group in groups]]
-
-
-def assert_same_gradients(one: list[list[Tensor]], other: list[list[Tensor]]) -> None:
-    assert len(one) == len(other) > 0
-    for a, b in zip(one, other, strict=True):
-        assert len(a) == len(b) > 0
-        scale = max(x.abs().max() for x in a)
-        assert scale > 1e-5
-        for x, y in zip(a, b, strict=True):
-            torch.testing.assert_close(x, y, atol=1e-5 * scale.item(), rtol=1e-3)
-
-
-def trained_head(roles: Roles) -> Roles:
-    """With a value head that is not 0, so that the critic's trunk has a gradient."""
-    with torch.no_grad():
-        roles.critic.value_head.weight.fill_(0.1)
-    return roles
 
 
 # -- ratio ------------------------------------------------------------------------------------------------------------
@@ -428,11 +387,16 @@ def test_clipping_bounds_the_gradient_norm_and_reports_what_it_was(tmp_path, mon
 
 def test_split_rows_is_a_partition_into_mini_batches_of_micro_batches(tmp_path):
     args = config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, num_mini_batches=2)
-    parts = ppo.split_rows(args.batch_size, args, torch.Generator().manual_seed(0))
+    given = rollout([[10]] * 12, [[11, 0]] * 12)
+    split = lambda seed, rows: ppo.split_rows(  # noqa: E731
+        rows, given, args, packs=True, generator=torch.Generator().manual_seed(seed)
+    )
+    parts = split(0, torch.arange(12))
     assert [[len(rows) for rows in mini] for mini in parts] == [[2, 2, 2], [2, 2, 2]]
     assert sorted(torch.cat([rows for mini in parts for rows in mini]).tolist()) == list(range(12))
-    other = ppo.split_rows(args.batch_size, args, torch.Generator().manual_seed(1))
-    assert not torch.equal(torch.cat(parts[0]), torch.cat(other[0]))
+    assert not torch.equal(torch.cat(parts[0]), torch.cat(split(1, torch.arange(12))[0]))
+    part = split(0, torch.arange(3, 9))
+    assert sorted(torch.cat([rows for mini in part for rows in mini]).tolist()) == list(range(3, 9))
 
 
 def test_loss_is_divided_by_the_mini_batchs_tokens_and_not_by_its_sequences(tmp_path):

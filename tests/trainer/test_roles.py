@@ -138,8 +138,7 @@ def adapter_gradients(tiny_models, tmp_path, *, checkpointing: bool) -> dict[str
     targets = ppo.advantages(given, scores, args)
     for rows in ([0, 1], [2, 3]):
         part = given.select(rows)
-        width = part.completion_mask.shape[1]
-        cut = lambda x, rows=rows, width=width: x[rows, :width]  # noqa: E731
+        cut = lambda x, rows=rows, part=part: part.of_tokens(x[rows])  # noqa: E731
         ppo.policy_backward(policy.role, part, cut(scores.policy), cut(targets.advantages), count, args)
         ppo.value_backward(critic.role, part, cut(scores.values), cut(targets.returns), count, args)
     frozen = [p for _, p in roles.sft.parameters()]
@@ -198,7 +197,8 @@ def test_full_gradient_is_that_of_autograd_over_the_models_logits(tmp_path, kind
         for _, p in roles.policy.parameters():  # so that ratios are not 1 and some are clipped
             p.mul_(1.05)
     twin = copy.deepcopy(roles.policy.causal_lm)
-    loss, _ = ppo.policy_backward(roles.policy, given, scores.policy, targets.advantages, count, args)
+    old, advantages = given.of_tokens(scores.policy), given.of_tokens(targets.advantages)
+    loss, _ = ppo.policy_backward(roles.policy, given, old, advantages, count, args)
 
     logits = twin(
         input_ids=given.input_ids, attention_mask=given.attention_mask, position_ids=given.position_ids
@@ -233,8 +233,8 @@ def test_active_adapter_comes_back_after_an_error(tiny_models, tmp_path):
 
 def test_base_with_adapters_off_equals_the_plain_base_bit_for_bit(tiny_models, tmp_path):
     base, _ = frozen_roles(config(tmp_path), tiny_models.base, tiny_models.adapter)
-    plain = AutoModelForCausalLM.from_pretrained(tiny_models.base)
-    assert torch.equal(ppo.logprobs(base, rollout())[0], ppo.logprobs(role(plain), rollout())[0])
+    plain = role(AutoModelForCausalLM.from_pretrained(tiny_models.base), packs=base.packs)
+    assert torch.equal(ppo.logprobs(base, rollout())[0], ppo.logprobs(plain, rollout())[0])
 
 
 def test_lora_dropout_acts_in_sft_and_not_in_ppo(tiny_models, tmp_path):

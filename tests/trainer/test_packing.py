@@ -1,0 +1,190 @@
+"""Packing and micro-batches by tokens: no token is padding, no sequence sees another, and no result depends on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given as over
+from hypothesis import settings as examples_settings
+from hypothesis import strategies as st
+from ppo_steps import assert_same_gradients, one_update, trained_head
+from tiny import tiny_model
+from tiny_runs import config, full_roles, role, rollout, trainer, widened
+
+from srppo import ppo
+from srppo.packing import fill, fill_padded, keeps_sequences_apart, pack, plan
+from srppo.roles import Role, build_roles
+
+KINDS = ["llama", "qwen2", "gpt2", "gemma2", "cohere2", "granite"]
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
+
+# -- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+@examples_settings(deadline=None, max_examples=60)
+@over(LENGTHS, st.integers(1, 200))
+def test_bins_hold_every_sequence_once_and_no_more_than_they_may(lengths, capacity):
+    bins = fill(lengths, capacity)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    for members in bins:
+        assert sum(lengths[i] for i in members) <= capacity or len(members) == 1
+    loads = sorted(sum(lengths[i] for i in members) for members in bins)
+    assert all(a + b > capacity for a, b in itertools.pairwise(loads))  # no two of them would fit into one
+
+
+@examples_settings(deadline=None, max_examples=60)
+@over(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=20), st.integers(1, 300))
+def test_padded_micro_batches_hold_every_sequence_once_within_the_limit(pairs, limit):
+    prompts, completions = zip(*pairs, strict=True)
+    batches = fill_padded(prompts, completions, limit)
+    assert sorted(i for members in batches for i in members) == list(range(len(pairs)))
+    for members in batches:
+        slots = len(members) * (max(prompts[i] for i in members) + max(completions[i] for i in members))
+        assert slots <= limit or len(members) == 1
+
+
+@examples_settings(deadline=None, max_examples=60)
+@over(LENGTHS, st.sampled_from([1, 64, 4096]), st.booleans())
+def test_rows_hold_every_sequence_in_one_piece_and_apart(lengths, hidden_size, one_row):
+    width, starts = plan(tuple(lengths), hidden_size, one_row)
+    taken = [place for start, n in zip(starts, lengths, strict=True) for place in range(start, start + n)]
+    assert len(set(taken)) == sum(lengths)
+    assert all(start // width == (start + n - 1) // width for start, n in zip(starts, lengths, strict=True))
+    if one_row:
+        assert width == sum(lengths) and sorted(taken) == list(range(width))
+
+
+def test_rows_are_few_and_wide_where_matrices_cost_more_and_narrow_where_attention_does():
+    lengths = (100, 60, 60, 60, 60, 60)
+    assert plan(lengths, 10_000, False)[0] >= 200  # gaps beside 60 in rows of 100 would cost more than attention does
+    assert plan(lengths, 1, False)[0] < 200
+
+
+def test_packing_has_no_padding_and_restarts_positions():
+    given = widened(rollout(), 3, 4)
+    packed = pack(given, 32, one_row=True)
+    assert packed.input_ids.shape == (1, int(given.attention_mask.sum()))
+    assert packed.position_ids[0].tolist() == [*range(9), *range(6), *range(4), *range(2)]
+    assert packed.input_ids[0, packed.predicting + 1].tolist() == given.tokens.tolist()
+    rows = pack(given, 1)
+    assert rows.input_ids.flatten()[rows.predicting + 1].tolist() == given.tokens.tolist()
+
+
+def test_tokens_go_to_their_places_and_back():
+    given = widened(rollout(), 2, 3)
+    values = torch.arange(1.0, 1 + len(given.tokens))
+    assert torch.equal(given.of_tokens(given.in_place(values)), values)
+    assert given.in_place(values)[~given.completion_mask].abs().sum() == 0
+    assert torch.equal(given.in_place(given.tokens.float())[given.completion_mask], given.tokens.float())
+
+
+# -- states -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [*itertools.product(KINDS, ["eager"]), *((kind, "sdpa") for kind in KINDS if kind != "gemma2")],  # it has no sdpa
+)
+def test_packed_states_are_those_of_each_sequence_alone(kind, attention):
+    """Absolute positions (GPT-2), rotary ones, sliding windows (Gemma 2), in one row and in several."""
+    model = tiny_model(kind)
+    model.set_attn_implementation(attention)
+    given, packing = rollout(), role(model, packs=True)
+    with torch.no_grad():
+        alone = torch.cat([packing.padded_states(given.select([row])) for row in range(len(given))])
+        for one_row in (True, False):
+            got = packing.packed_states(given, one_row=one_row)
+            torch.testing.assert_close(got, alone, atol=2e-6 * alone.abs().max().item(), rtol=1e-5)
+    assert keeps_sequences_apart(packing)
+
+
+def test_sequences_that_see_each_other_are_found_out(monkeypatch):
+    """What leaving position ids out would do, or an architecture that does not read where a sequence begins."""
+    model = tiny_model()
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *a, position_ids=None, **k: forward(*a, **k))
+    assert not keeps_sequences_apart(role(model))
+
+
+def test_a_model_that_mixes_packed_sequences_is_given_padded_ones(tmp_path, monkeypatch):
+    model = tiny_model(seed=1)
+    forward = type(model.model).forward
+    monkeypatch.setattr(type(model.model), "forward", lambda self, *a, position_ids=None, **k: forward(self, *a, **k))
+    roles = build_roles(config(tmp_path), tiny_model(), model)
+    assert [r.packs for r in (roles.base, roles.sft, roles.policy, roles.critic)] == [False] * 4
+    monkeypatch.undo()
+    roles = build_roles(config(tmp_path), tiny_model(), tiny_model(seed=1))
+    assert [r.packs for r in (roles.base, roles.sft, roles.policy, roles.critic)] == [True] * 4
+
+
+def unpacked(roles):
+    parts = {name: dataclasses.replace(getattr(roles, name), packs=False) for name in ("base", "sft", "policy")}
+    return dataclasses.replace(roles, critic=dataclasses.replace(roles.critic, packs=False), **parts)
+
+
+# -- nothing depends on it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_gradients_and_scores_are_those_of_padded_micro_batches(tmp_path, gradients, kind, checkpointing):
+    args = config(tmp_path, num_ppo_epochs=1, entropy_coef=0.1, gradient_checkpointing=checkpointing)
+    roles = trained_head(full_roles(args, kind))
+    packed, _, with_packing = one_update(roles, args, rollout())
+    padded, _, without = one_update(unpacked(roles), args, rollout())
+    for name in ppo.Scores.__dataclass_fields__:
+        torch.testing.assert_close(getattr(packed, name), getattr(padded, name), atol=1e-5, rtol=0)
+    assert_same_gradients(gradients[:2], gradients[2:])
+    assert with_packing.policy_loss == pytest.approx(without.policy_loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("limit", [1, 11, 15, 1000])
+def test_gradients_loss_and_scores_do_not_depend_on_the_token_limit(tmp_path, gradients, limit, packs):
+    roles = trained_head(full_roles(config(tmp_path)))
+    roles = roles if packs else unpacked(roles)
+    results = []
+    for bound in (None, limit):
+        args = config(
+            tmp_path, num_ppo_epochs=1, entropy_coef=0.1, num_mini_batches=2, gradient_accumulation_steps=1,
+            max_tokens_per_micro_batch=bound,
+        )  # fmt: skip
+        results.append(one_update(roles, args, rollout()))
+    assert_same_gradients(gradients[: len(gradients) // 2], gradients[len(gradients) // 2 :])
+    for name in ppo.Scores.__dataclass_fields__:
+        torch.testing.assert_close(getattr(results[0][0], name), getattr(results[1][0], name), atol=1e-5, rtol=0)
+    assert results[0][2].policy_loss == pytest.approx(results[1][2].policy_loss, abs=1e-6)
+    assert results[0][2].value_loss == pytest.approx(results[1][2].value_loss, rel=1e-5)
+
+
+def test_micro_batches_by_tokens_take_what_fits_and_forwards_get_no_more(tmp_path, monkeypatch):
+    args = config(tmp_path, max_tokens_per_micro_batch=15, num_ppo_epochs=2)
+    given = rollout()
+    assert given.sequence_lengths == [6, 2, 9, 4]
+    parts = ppo.split_rows(torch.arange(4), given, args, packs=True)
+    assert [sorted(rows.tolist()) for rows in parts[0]] == [[0, 2], [1, 3]]
+    sizes = []
+    states = Role.packed_states
+    monkeypatch.setattr(
+        Role, "packed_states", lambda self, part, **k: sizes.append(sum(part.sequence_lengths)) or states(self, part)
+    )
+    roles = full_roles(args)
+    sizes.clear()
+    one_update(roles, args, given)
+    assert sizes == [15] * 4 + [6] * 4 + [15, 15, 6, 6] * 2
+
+
+@pytest.mark.parametrize("kind", ["sft", "adapter"])
+@pytest.mark.parametrize("limit", [10, 40])
+def test_first_ratio_is_exactly_one_with_a_token_limit(tiny_models, tmp_path, kind, limit):
+    settings = {"num_mini_batches": 2, "gradient_accumulation_steps": 1, "max_steps": 1}
+    run = trainer(tiny_models, tmp_path, kind=kind, max_tokens_per_micro_batch=limit, **settings)
+    first = []
+    update = ppo.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "update", lambda *a, **k: first.append(update(*a, **k)) or first[-1])
+        run.train()
+    assert first[0].first.ratio_max == 1 and first[0].first.ratio_var == 0 and first[0].first.ratio_mean == 1
