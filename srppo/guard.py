@@ -81,7 +81,7 @@ class HeldOut:
         count = min(len(demonstrations), args.batch_size)
         chosen = [demonstrations[i * len(demonstrations) // count] for i in range(count)]
         self.rollout: Rollout = collate_demonstrations(chosen, device=sft.device, **collating)
-        self.parts = torch.arange(count).split(args.per_device_train_batch_size)
+        self.parts = ppo.split_micro_batches(torch.arange(count), self.rollout, args, packs=sft.packs)
         self.sft = self.logprobs(sft)
 
     def logprobs(self, role: Role) -> Tensor:
