@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from srppo import distributed
 from srppo.config import SRPPOConfig
 from srppo.data import Example, filler_token
 from srppo.models import Head
 from srppo.ppo import logprobs, split_micro_batches
 from srppo.roles import Role
-from srppo.rollout import Rollout, collate_demonstrations, generate
+from srppo.rollout import Rollout, collate_demonstrations, gather, generate
 from srppo_kernels import linear_logprob
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def evaluate_policy(
     extrapolate: float | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Samples a completion per prompt and measures it; see :data:`EVAL_METRICS`.
+    """Samples a completion per prompt and measures it; see :data:`EVAL_METRICS`. Ranks share the prompts; all get all
+    results.
 
     Args:
         extrapolate: a beta; the samples then come from ``(1 + 1/beta) log pi_policy - 1/beta log pi_base``.
@@ -66,10 +68,10 @@ def evaluate_policy(
         The metrics, and a row per prompt with its completion and what it scored.
     """
     pad = filler_token(tokenizer, stop_token_ids)
-    with fixed_seed(args.seed):
+    with fixed_seed(args.seed + 2**32 * distributed.rank()):
         rollout = generate(
             policy,
-            [example.prompt_ids for example in examples],
+            [example.prompt_ids for example in distributed.even_share(examples)],
             max_completion_length=args.max_completion_length,
             pad_token_id=pad,
             stop_token_ids=stop_token_ids,
@@ -95,6 +97,9 @@ def evaluate_policy(
     same = args.temperature == args.score_temperature  # then these are the ones that we have
     sft_sampling = sft_logp if same else sequence_logprobs(sft, rollout, args.temperature, args)
     kl = policy_logp(rollout, args.temperature) - sft_sampling
+    if distributed.size() > 1:
+        scores, kl = (distributed.gathered_rows(x)[: len(examples)] for x in (scores, kl))
+        rollout = gather(rollout).select(range(len(examples)))
     lengths = rollout.lengths.cpu()
     metrics = {
         "eval/objective/scores": scores.mean().item(),
@@ -114,11 +119,15 @@ def evaluate_policy(
     demonstrations = [example for example in examples if example.completion_ids is not None]
     if demonstrations:
         demos = collate_demonstrations(
-            demonstrations, pad_token_id=pad, stop_token_ids=stop_token_ids, device=policy.device
+            distributed.even_share(demonstrations),
+            pad_token_id=pad,
+            stop_token_ids=stop_token_ids,
+            device=policy.device,
         )
-        tokens = demos.completion_mask.sum().item()
-        metrics["eval/demonstrations/logp"] = policy_logp(demos, 1.0).sum().item() / tokens
-        metrics["eval/demonstrations/logp_sft"] = sequence_logprobs(sft, demos, 1.0, args).sum().item() / tokens
+        of_all = lambda x: distributed.gathered_rows(x)[: len(demonstrations)].sum().item()  # noqa: E731
+        tokens = of_all(demos.lengths.cpu())
+        metrics["eval/demonstrations/logp"] = of_all(policy_logp(demos, 1.0)) / tokens
+        metrics["eval/demonstrations/logp_sft"] = of_all(sequence_logprobs(sft, demos, 1.0, args)) / tokens
     return metrics, rows
 
 

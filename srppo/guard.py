@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srppo import ppo
+from srppo import distributed, ppo
 from srppo.config import SRPPOConfig
 from srppo.data import Example
 from srppo.roles import Role
@@ -74,19 +74,21 @@ class Verdict:
 class HeldOut:
     """Demonstrations that no training has seen, with their log-probs under SFT.
 
-    At most ``batch_size`` of them, evenly spaced: a look then costs at most what scoring under one role does.
+    At most ``batch_size`` of them on each rank, evenly spaced: a look then costs at most what scoring under one role
+    does.
     """
 
     def __init__(self, demonstrations: Sequence[Example], args: SRPPOConfig, sft: Role, **collating: Any) -> None:
-        count = min(len(demonstrations), args.batch_size)
+        count = min(len(demonstrations), args.batch_size * distributed.size())
         chosen = [demonstrations[i * len(demonstrations) // count] for i in range(count)]
         self.rollout: Rollout = collate_demonstrations(chosen, device=sft.device, **collating)
-        self.parts = ppo.split_micro_batches(torch.arange(count), self.rollout, args, packs=sft.packs)
+        own = torch.arange(distributed.rank(), count, distributed.size())
+        self.parts = ppo.split_micro_batches(own, self.rollout, args, packs=sft.packs)
         self.sft = self.logprobs(sft)
 
     def logprobs(self, role: Role) -> Tensor:
         """Log-prob of each demonstration, ``[B]``, at temperature 1."""
-        return ppo.score_role(role, self.rollout, 1.0, self.parts).sum(-1).double()
+        return distributed.summed(ppo.score_role(role, self.rollout, 1.0, self.parts)).sum(-1).double()
 
     def look(self, policy: Role) -> tuple[float, float, float]:
         """Log-prob per token under the policy, its gain over SFT, and the gain's standard error over demonstrations."""

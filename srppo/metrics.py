@@ -118,40 +118,47 @@ class MetricsWriter:
     """Writes metrics to ``metrics.jsonl`` and, if asked for, TensorBoard; keeps the history for the plots.
 
     The configuration and all files are written with the first entry: a run that is refused at its start leaves nothing.
+    Without a folder, as on every rank but the first, it keeps the history alone.
     """
 
-    def __init__(self, folder: Path, args: SRPPOConfig, history: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, folder: Path | None, args: SRPPOConfig, history: Sequence[Mapping[str, Any]] = ()) -> None:
         self.folder, self.args = folder, args
         self.history: list[dict[str, Any]] = [dict(entry) for entry in history]
         self.file: IO[str] | None = None
         self.board: Any = None
 
-    def open(self) -> IO[str]:
-        write_text(self.folder / "srppo_config.yaml", self.args.to_yaml())
+    def open(self, folder: Path) -> IO[str]:
+        write_text(folder / "srppo_config.yaml", self.args.to_yaml())
         if "tensorboard" in self.args.report_to:
             from torch.utils.tensorboard import SummaryWriter
 
             # of a run that is resumed, the board forgets what came after the checkpoint
             purge = self.history[-1]["step"] + 1 if self.history else None
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
-        return self.rewrite()
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        return self.rewrite(folder)
 
-    def rewrite(self) -> IO[str]:
-        path = self.folder / "metrics.jsonl"
+    def rewrite(self, folder: Path) -> IO[str]:
+        path = folder / "metrics.jsonl"
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in self.history))
         return path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One entry, or more of the last one where the step is the same; metrics that are not a number here (no
         variance yet, say) are left out."""
-        self.file = self.file or self.open()
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        if self.history and self.history[-1]["step"] == step:
+        again = bool(self.history) and self.history[-1]["step"] == step
+        if self.folder is not None and self.file is None:
+            self.file = self.open(self.folder)
+        if again:
             self.history[-1] |= finite
-            self.file.close()
-            self.file = self.rewrite()
         else:
             self.history.append({"step": step, **finite})
+        if self.folder is None or self.file is None:
+            return
+        if again:
+            self.file.close()
+            self.file = self.rewrite(self.folder)
+        else:
             self.file.write(json.dumps(self.history[-1]) + "\n")
             self.file.flush()
         if self.board is not None:

@@ -18,11 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from srppo import packing
+from srppo import distributed, packing
 from srppo.config import SRPPOConfig
 from srppo.errors import UserError
 from srppo.roles import Role, Roles
@@ -122,6 +123,7 @@ def score(
 
     Args:
         micro_batches: row indices of each micro-batch; :func:`update` must get the same for a first ratio of exactly 1.
+            Rows in none of them, as those of other ranks, stay 0 (see :func:`gather_scores`).
     """
     if micro_batches is None:
         micro_batches = split_micro_batches(torch.arange(len(rollout)), rollout, args, packs=roles.policy.packs)
@@ -134,6 +136,14 @@ def score(
         if on_batch is not None:
             on_batch(len(part))
     return Scores(**results)
+
+
+def gather_scores(scores: Scores) -> Scores:
+    """What the ranks scored of one rollout, put together: each row by one of them, 0 from the others."""
+    if distributed.size() == 1:
+        return scores
+    names = Scores.__dataclass_fields__
+    return Scores(*distributed.summed(torch.stack([getattr(scores, name) for name in names])).unbind())
 
 
 def score_part(roles: Roles, part: Rollout, args: SRPPOConfig) -> dict[str, Tensor]:
@@ -168,6 +178,8 @@ def advantages(
     """Rewards, advantages and returns of a scored rollout.
 
     Args:
+        rollout, scores: of all ranks, see :func:`srppo.rollout.gather` and :func:`gather_scores`; every rank computes
+            the same from them, and ``reward_fn`` is called with the rank's own share.
         moments: running moments of the scores, updated here; needed for ``reward_normalization=running``.
         reward_fn: ``(prompts, completions) -> a number per sequence`` on token ids, added at the last token.
         kl_coef: beta in place of ``args.kl_coef``.
@@ -195,7 +207,9 @@ def advantages(
     )
     penalties = -beta * kl_per_token(scores.policy - scores.reference, args.kl_estimator)  # scores are 0 where masked
     if reward_fn is not None:
-        rewards = rewards + at_last_token(call_reward_fn(reward_fn, rollout), mask)
+        own = list(distributed.share(range(len(rollout))))
+        extra = distributed.gathered_rows(call_reward_fn(reward_fn, rollout.select(own)))
+        rewards = rewards + at_last_token(extra, mask)
     shaped = (rewards - penalties).sum(-1)
     if args.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
@@ -255,7 +269,11 @@ class Learner:
         return cls(role, optimizer, lr_schedule(args, optimizer, total_steps), parameters)
 
     def step(self, max_grad_norm: float | None) -> float:
-        """Clips and steps; a gradient that is not finite is dropped. Returns the norm before clipping."""
+        """Clips and steps; a gradient that is not finite is dropped. Returns the norm before clipping.
+
+        The gradient is the sum over ranks, so that all of them clip, drop and step alike.
+        """
+        distributed.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or math.inf).item()
         if math.isfinite(norm):
             self.optimizer.step()
@@ -349,7 +367,7 @@ def update(
         if epoch > 1:
             mini_batches = split_rows(own, rollout, args, packs=policy.role.packs, generator=generator)
         for mini_batch in mini_batches:
-            count = rollout.completion_mask[torch.cat(mini_batch)].sum()
+            count = distributed.summed(rollout.completion_mask[torch.cat(mini_batch)].sum())
             mini_stats, loss = [], [0.0, 0.0]
             for rows in mini_batch:
                 part = rollout.select(rows)
@@ -368,24 +386,36 @@ def update(
                     on_batch(len(part))
             losses.append(loss)
             norms.append((policy.step(args.max_grad_norm), critic.step(args.max_grad_norm)))
-            first = first or PPOStats.merge(mini_stats)
+            first = first or merged(PPOStats, mini_stats)
             epoch_stats += mini_stats
         policy_stats += epoch_stats
-        if args.target_kl is not None and PPOStats.merge(epoch_stats).approx_kl.item() > args.target_kl:
+        if args.target_kl is not None and merged(PPOStats, epoch_stats).approx_kl.item() > args.target_kl:
             break
     assert first is not None
+    losses = distributed.summed(torch.tensor(losses, dtype=torch.float64)).tolist()
     finite = [[n for n in column if math.isfinite(n)] for column in zip(*norms, strict=True)]
     return UpdateResult(
         policy_loss=mean([loss[0] for loss in losses]),
         value_loss=mean([loss[1] for loss in losses]),
         first=first,
-        policy=PPOStats.merge(policy_stats),
-        value=ValueStats.merge(value_stats),
+        policy=merged(PPOStats, policy_stats),
+        value=merged(ValueStats, value_stats),
         grad_norm=mean(finite[0]),
         value_grad_norm=mean(finite[1]),
         skipped_steps=2 * len(norms) - sum(map(len, finite)),
         epochs=epoch,
     )
+
+
+Stats = TypeVar("Stats", PPOStats, ValueStats)
+
+
+def merged(kind: type[Stats], stats: Sequence[Stats]) -> Stats:
+    """The statistics (``PPOStats`` or ``ValueStats``) of the union of these and those of the other ranks."""
+    own = kind.merge(stats)
+    given = [name for name, value in own._asdict().items() if value is not None]
+    rows = distributed.gathered(torch.stack([getattr(own, name) for name in given]))
+    return kind.merge([own._replace(**dict(zip(given, row.unbind(), strict=True))) for row in rows])
 
 
 def mean(values: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from srppo import distributed
 from srppo.errors import UserError
 from srppo.roles import Role
 
@@ -125,6 +126,22 @@ def collate(
         mask[row, start:end] = 1
     truncated = torch.tensor([not c or c[-1] not in stop_token_ids for c in completions], dtype=torch.bool)
     return Rollout(ids, mask, mask[:, prompt_length:].bool(), truncated, prompt_length).to(torch.device(device))
+
+
+def gather(rollout: Rollout) -> Rollout:
+    """The rollouts of all ranks as one, in the order of the ranks; alone, the rollout as it is."""
+    if distributed.size() == 1:
+        return rollout
+    prompt, completion = distributed.largest(rollout.prompt_length, rollout.completions.shape[1])
+    left, right = prompt - rollout.prompt_length, completion - rollout.completions.shape[1]
+    pad = torch.nn.functional.pad
+    return Rollout(
+        distributed.gathered_rows(pad(rollout.input_ids, (left, right))),
+        distributed.gathered_rows(pad(rollout.attention_mask, (left, right))),
+        distributed.gathered_rows(pad(rollout.completion_mask, (0, right))),
+        distributed.gathered_rows(rollout.truncated),
+        prompt,
+    )
 
 
 def collate_demonstrations(examples: Sequence[Example], **options: Any) -> Rollout:

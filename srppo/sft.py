@@ -6,14 +6,17 @@ no loss. The result is an adapter folder with LoRA, a full model otherwise.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from srppo import distributed
 from srppo.checkpoint import atomic_folder, require_new_folder, save_model
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
@@ -21,8 +24,9 @@ from srppo.data import Example, filler_token, stop_tokens
 from srppo.errors import UserError
 from srppo.metrics import MetricsWriter
 from srppo.models import check_positions, load_model, load_tokenizer, require_full_precision
+from srppo.packing import keeps_sequences_apart
 from srppo.plots import plot_history
-from srppo.ppo import lr_schedule
+from srppo.ppo import lr_schedule, split_micro_batches
 from srppo.roles import Role, check_head, new_adapter
 from srppo.rollout import Rollout, collate_demonstrations
 from srppo_kernels import linear_loss
@@ -73,9 +77,10 @@ def run_sft(
     Raises:
         UserError: there is no demonstration, or the model cannot be loaded.
     """
-    console = console or Console()
+    distributed.start()
+    console = console or Console(quiet=not distributed.is_main())
     target = Path(output_dir)
-    require_new_folder(target)
+    distributed.on_main(lambda: require_new_folder(target))
     train = [example for example in train_dataset if example.completion_ids is not None]
     held_out = [example for example in eval_dataset if example.completion_ids is not None]
     if not train:
@@ -98,22 +103,24 @@ def run_sft(
     def as_rollout(examples: Sequence[Example]) -> Rollout:
         return collate_demonstrations(examples, pad_token_id=pad, stop_token_ids=stops, device=role.device)
 
-    total = args.sft_num_train_epochs * math.ceil(len(train) / args.mini_batch_size)
+    distributed.spread_from_main(parameters)
+    distributed.seed_apart(args.seed)
+    mini_batch_size = args.mini_batch_size * distributed.size()
+    total = args.sft_num_train_epochs * math.ceil(len(train) / mini_batch_size)
     optimizer = torch.optim.AdamW(
         parameters, lr=args.sft_learning_rate, betas=(args.adam_betas[0], args.adam_betas[1]), weight_decay=0.0
     )
     scheduler = lr_schedule(args, optimizer, total)
     console.note(
         f"SFT: {len(train)} demonstrations, {args.sft_num_train_epochs} epochs, {total} steps of "
-        f"{args.mini_batch_size}, "
-        f"{sum(p.numel() for p in parameters):,} trainable parameters"
+        f"{mini_batch_size}, {sum(p.numel() for p in parameters):,} trainable parameters"
     )
     generator = torch.Generator().manual_seed(args.seed)
-    with atomic_folder(target) as folder:
+    with atomic_folder(target) if distributed.is_main() else nullcontext() as folder:
         with MetricsWriter(folder, args) as writer, console.progress("SFT", total) as progress:
             for epoch in range(args.sft_num_train_epochs):
                 order = torch.randperm(len(train), generator=generator)
-                for rows in order.split(args.mini_batch_size):
+                for rows in order.split(mini_batch_size):
                     rollout = as_rollout([train[row] for row in rows.tolist()])
                     tokens = int(rollout.completion_mask.sum())
                     loss = sft_step(role, rollout, tokens, args)
@@ -125,16 +132,15 @@ def run_sft(
                     metrics = {"sft/loss": loss, "grad_norm": norm, "lr": float(scheduler.get_last_lr()[0])}
                     scheduler.step()
                     if held_out and len(writer.history) + 1 == (epoch + 1) * (total // args.sft_num_train_epochs):
-                        batches = torch.arange(len(held_out)).split(args.per_device_train_batch_size)
-                        metrics["eval/loss"] = held_out_loss(
-                            role, [as_rollout([held_out[row] for row in part.tolist()]) for part in batches]
-                        )
+                        metrics["eval/loss"] = held_out_loss(role, as_rollout(held_out), args)
                     writer.write(len(writer.history) + 1, metrics)
                     progress.advance(tokens, f"loss {loss:.3f}")
             history = writer.history
         role.model.eval()
-        save_model(role, tokenizer, folder)
-        plot_history(history, folder / "plots", {"sft_loss": ["sft/loss", "eval/loss"]})
+        if folder is not None:
+            save_model(role, tokenizer, folder)
+            plot_history(history, folder / "plots", {"sft_loss": ["sft/loss", "eval/loss"]})
+    distributed.wait()
     console.note(f"SFT model written to {target}")
     return target
 
@@ -143,8 +149,10 @@ def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
     """The base model made trainable: whole, or with a new adapter."""
     role = Role("sft", model, trainable=True)
     check_head(role)
+    packs = keeps_sequences_apart(role)
     if args.use_peft:
         role = Role("sft", new_adapter(model, args, None, "default"), "default", trainable=True)
+    role = dataclasses.replace(role, packs=packs)
     require_full_precision("model", (parameter for _, parameter in role.parameters()))
     for _, parameter in role.parameters():
         parameter.requires_grad_(True)
@@ -155,21 +163,34 @@ def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
 
 
 def sft_step(role: Role, rollout: Rollout, tokens: int, args: SRPPOConfig) -> float:
-    """Accumulates the gradient of a mini-batch, a micro-batch at a time; returns its loss per token."""
-    total = 0.0
+    """Accumulates the gradient of this rank's part of a mini-batch, a micro-batch at a time, and sums it over ranks;
+    returns the loss per token of the whole."""
+    total = torch.zeros((), dtype=torch.float64)
     with role.active():
-        for rows in torch.arange(len(rollout)).split(args.per_device_train_batch_size):
+        for rows in own_micro_batches(role, rollout, args):
             loss = demonstration_loss(role, rollout.select(rows), tokens)
             loss.backward()
             total += loss.item()
-    return total
+    parameters = [parameter for _, parameter in role.parameters()]
+    for parameter in parameters:  # of a rank that the last, smaller mini-batch left without a row
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    distributed.sum_gradients(parameters)
+    return distributed.summed(total).item()
+
+
+def own_micro_batches(role: Role, rollout: Rollout, args: SRPPOConfig) -> list[Tensor]:
+    own = torch.arange(distributed.rank(), len(rollout), distributed.size())
+    return split_micro_batches(own, rollout, args, packs=role.packs) if len(own) else []
 
 
 @torch.no_grad()
-def held_out_loss(role: Role, batches: Sequence[Rollout]) -> float:
+def held_out_loss(role: Role, rollout: Rollout, args: SRPPOConfig) -> float:
     """Cross-entropy per token of demonstrations that were not trained on."""
     role.model.eval()
+    total = torch.zeros((), dtype=torch.float64)
     with role.active():
-        total = sum(demonstration_loss(role, batch, 1).item() for batch in batches)
+        for rows in own_micro_batches(role, rollout, args):
+            total += demonstration_loss(role, rollout.select(rows), 1).item()
     role.model.train()
-    return total / sum(int(batch.completion_mask.sum()) for batch in batches)
+    return distributed.summed(total).item() / int(rollout.completion_mask.sum())

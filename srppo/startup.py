@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from srppo import ppo
+from srppo import distributed, ppo
 from srppo.config import SRPPOConfig
 from srppo.errors import UserError
 from srppo.roles import Roles
@@ -57,7 +57,7 @@ def check_start(
     elif args.kl_reference == "sft":
         sft = scores.reference
     else:  # nothing so far needed SFT at this temperature; in the same micro-batches it is equal to the last bit
-        sft = ppo.score_role(roles.sft, rollout, args.temperature, micro_batches)
+        sft = distributed.summed(ppo.score_role(roles.sft, rollout, args.temperature, micro_batches))
     gap = (scores.policy - sft).abs().max().item()
     if not gap == 0:
         raise UserError(
