@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from srppo_kernels import _triton
+from srppo_kernels import _extension, _triton
 
 if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.backward import Destination, RowScalars
@@ -26,6 +26,7 @@ PART = 32  # columns of an accumulator tile that an epilogue takes at a time, an
 CHUNK_GROUPS = 8  # vocabulary groups of a dZ that is not formed in place: K = 16384 in GEMM 2
 
 
+@_extension.constant_when_traced  # a compiler that traces the public functions need not look for triton
 def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], *, explicit: bool) -> str:
     """Why the kernels cannot run; empty if they can. ``explicit``: the backend was asked for by name."""
     if torch.float64 in dtypes:

@@ -281,3 +281,15 @@ def test_explained_and_refused():
     with pytest.raises(ValueError, match="inputs are float64"):
         linear_logprob(p.hidden.double(), p.weight.double(), p.targets, backend="triton")
     assert explain(p.hidden, p.weight, p.targets).backend != "triton"  # "auto" never takes the interpreter
+
+
+def test_compiled():
+    """torch.compile(fullgraph=True) sees the op alone."""
+    p = small(n=16, v=100)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_logprob(hidden, weight, p.targets, entropy=True, plan="recompute", backend="triton").logprob.sum()
+
+    eager = torch.autograd.grad(loss(p.hidden, p.weight), p.inputs())
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(p.hidden, p.weight), p.inputs())
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
