@@ -37,6 +37,7 @@ __all__ = [
 
 KERNEL_MODULES: tuple[str, ...] = (
     "srppo_kernels.gae.triton_scan",
+    "srppo_kernels.gae.triton_adjoint",
     "srppo_kernels.gae.triton_whiten",
     "srppo_kernels.linear_logprob.triton_gradients",
     "srppo_kernels.linear_logprob.triton_products",

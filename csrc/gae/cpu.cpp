@@ -1,6 +1,7 @@
-// CPU kernels of srppo_kernels/gae: GAE over padded or packed rows, masked moments and whitening.
+// CPU kernels of srppo_kernels/gae: GAE over padded or packed rows and its gradient, masked moments and whitening.
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "../common/blocks.h"
@@ -9,21 +10,32 @@
 namespace srppo {
 namespace {
 
-struct GaeArgs {
-  const float* rewards;
-  const float* values;
+struct GaeRows {
   const bool* mask;
   const float* gamma_rows;  // null: the same for all rows
   const float* lam_rows;
-  const float* bootstrap;  // null: 0
   double gamma, lam;
   bool carry;
   std::int64_t rows, steps;
   const std::int64_t* starts;  // null: padded, [rows, steps]
-  float* advantages;
-  float* returns;
 
   std::int64_t row_begin(std::int64_t row) const { return starts ? starts[row] : row * steps; }
+};
+
+struct GaeArgs : GaeRows {
+  const float* rewards;
+  const float* values;
+  const float* bootstrap;  // null: 0
+  float* advantages;
+  float* returns;
+};
+
+struct GaeAdjointArgs : GaeRows {
+  const float* d_advantages;
+  const float* d_returns;
+  float* d_rewards;
+  float* d_values;
+  float* d_bootstrap;
 };
 
 struct Moments {
@@ -43,14 +55,11 @@ struct WhitenScale {
 namespace srppo {
 namespace {
 
-std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, double gamma, double lam,
-                               const std::optional<Tensor>& gamma_rows, const std::optional<Tensor>& lam_rows,
-                               const std::optional<Tensor>& bootstrap, bool carry,
-                               const std::optional<Tensor>& starts) {
-  const std::int64_t total = rewards.numel();
-  GaeArgs args{};
-  args.rewards = floats(rewards, total, "rewards");
-  args.values = floats(values, total, "values");
+// Checks and fills in what both directions need of the rows of `like`.
+void describe_rows(GaeRows& args, const Tensor& like, const Tensor& mask, double gamma, double lam,
+                   const std::optional<Tensor>& gamma_rows, const std::optional<Tensor>& lam_rows, bool carry,
+                   const std::optional<Tensor>& starts) {
+  const std::int64_t total = like.numel();
   args.mask = bools(mask, total, "mask");
   if (starts) {
     check(*starts, ScalarType::Long, -1, "cu_seqlens");
@@ -61,32 +70,60 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
     for (std::int64_t row = 0; row < args.rows; ++row)
       STD_TORCH_CHECK(args.starts[row] <= args.starts[row + 1], "gae: cu_seqlens decreases at position ", row + 1);
   } else {
-    args.rows = rewards.size(0);
-    args.steps = rewards.size(1);
+    args.rows = like.size(0);
+    args.steps = like.size(1);
   }
   args.gamma_rows = floats(gamma_rows, args.rows, "gamma");
   args.lam_rows = floats(lam_rows, args.rows, "lam");
-  args.bootstrap = floats(bootstrap, args.rows, "bootstrap");
   args.gamma = gamma;
   args.lam = lam;
   args.carry = carry;
+}
+
+// Few rows: spread them over the threads rather than fill one thread's lanes. A row's bits do not depend on it.
+template <class Args, class Run>
+void each_group(const Args& args, std::int64_t total, int width, const Run& run) {
+  const std::int64_t threads = std::max<std::int64_t>(1, torch::stable::get_num_threads());
+  const int per_group = static_cast<int>(std::clamp<std::int64_t>((args.rows + threads - 1) / threads, 1, width));
+  const std::int64_t groups = (args.rows + per_group - 1) / per_group;
+  const std::int64_t grain = std::max<std::int64_t>(1, groups * kTokensPerThread / std::max<std::int64_t>(total, 1));
+  torch::stable::parallel_for(0, groups, grain,
+                              [&](std::int64_t begin, std::int64_t end) { run(args, per_group, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, double gamma, double lam,
+                               const std::optional<Tensor>& gamma_rows, const std::optional<Tensor>& lam_rows,
+                               const std::optional<Tensor>& bootstrap, bool carry,
+                               const std::optional<Tensor>& starts) {
+  const std::int64_t total = rewards.numel();
+  GaeArgs args{};
+  describe_rows(args, rewards, mask, gamma, lam, gamma_rows, lam_rows, carry, starts);
+  args.rewards = floats(rewards, total, "rewards");
+  args.values = floats(values, total, "values");
+  args.bootstrap = floats(bootstrap, args.rows, "bootstrap");
   Tensor advantages = torch::stable::empty_like(rewards), returns = torch::stable::empty_like(rewards);
   args.advantages = mutable_floats(advantages);
   args.returns = mutable_floats(returns);
-
-  const auto width = SRPPO_AT_LEVEL(gae_width);
-  const auto groups_of = SRPPO_AT_LEVEL(gae_groups);
-  if (total > 0) {
-    // Few rows: spread them over the threads rather than fill one thread's lanes. A row's bits do not depend on it.
-    const std::int64_t threads = std::max<std::int64_t>(1, torch::stable::get_num_threads());
-    const int per_group = static_cast<int>(std::clamp<std::int64_t>((args.rows + threads - 1) / threads, 1, width()));
-    const std::int64_t groups = (args.rows + per_group - 1) / per_group;
-    const std::int64_t grain = std::max<std::int64_t>(1, groups * kTokensPerThread / total);
-    torch::stable::parallel_for(0, groups, grain, [&](std::int64_t begin, std::int64_t end) {
-      groups_of(args, per_group, begin, end);
-    });
-  }
+  if (total > 0) each_group(args, total, SRPPO_AT_LEVEL(gae_width)(), SRPPO_AT_LEVEL(gae_groups));
   return {advantages, returns};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gae_backward(const Tensor& d_advantages, const Tensor& d_returns, const Tensor& mask,
+                                                double gamma, double lam, const std::optional<Tensor>& gamma_rows,
+                                                const std::optional<Tensor>& lam_rows, bool carry,
+                                                const std::optional<Tensor>& starts) {
+  const std::int64_t total = d_advantages.numel();
+  GaeAdjointArgs args{};
+  describe_rows(args, d_advantages, mask, gamma, lam, gamma_rows, lam_rows, carry, starts);
+  args.d_advantages = floats(d_advantages, total, "grad_advantages");
+  args.d_returns = floats(d_returns, total, "grad_returns");
+  Tensor d_rewards = torch::stable::empty_like(d_advantages), d_values = torch::stable::empty_like(d_advantages);
+  Tensor d_bootstrap = torch::stable::new_empty(d_advantages, {args.rows}, ScalarType::Float);
+  args.d_rewards = mutable_floats(d_rewards);
+  args.d_values = mutable_floats(d_values);
+  args.d_bootstrap = mutable_floats(d_bootstrap);
+  if (args.rows > 0) each_group(args, total, SRPPO_AT_LEVEL(gae_width)(), SRPPO_AT_LEVEL(gae_adjoint_groups));
+  return {d_rewards, d_values, d_bootstrap};
 }
 
 // Chan's merge.
@@ -143,12 +180,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
   m.def(
       "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, Tensor? gamma_rows, Tensor? lam_rows, "
       "Tensor? bootstrap, bool carry, Tensor? starts) -> (Tensor, Tensor)");
+  m.def(
+      "gae_backward(Tensor grad_advantages, Tensor grad_returns, Tensor mask, float gamma, float lam, Tensor? gamma_rows, "
+      "Tensor? lam_rows, bool carry, Tensor? starts) -> (Tensor, Tensor, Tensor)");
   m.def("whiten_moments(Tensor x, Tensor mask) -> Tensor");
   m.def("whiten_apply(Tensor x, Tensor mask, Tensor moments, bool shift_mean, float eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(srppo_native, CPU, m) {
   m.impl("gae", TORCH_BOX(&srppo::gae));
+  m.impl("gae_backward", TORCH_BOX(&srppo::gae_backward));
   m.impl("whiten_moments", TORCH_BOX(&srppo::whiten_moments));
   m.impl("whiten_apply", TORCH_BOX(&srppo::whiten_apply));
 }

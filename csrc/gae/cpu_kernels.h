@@ -85,6 +85,8 @@ static void gae_group(const GaeArgs& args, std::int64_t first_row, int rows) {
   }
 }
 
+#include "cpu_adjoint.h"
+
 static int gae_width() { return W; }
 
 static void gae_groups(const GaeArgs& args, int rows_per_group, std::int64_t first_group, std::int64_t last_group) {

@@ -100,6 +100,19 @@ def _run_gae_backward(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # "gae_adjoint": a CUDA device has Triton's kernel for it and no C++ one.
+    chosen = resolve("gae_adjoint", backend, grad_advantages, compute_dtype(grad_advantages, grad_returns))
+    carry = mask_mode == "carry"
+    if chosen == "triton":
+        from srppo_kernels.gae.triton_adjoint import gae_backward_triton
+
+        options = (gamma, lam, gamma_rows, lam_rows, carry, cu_seqlens)
+        return gae_backward_triton(grad_advantages, grad_returns, mask, *options)
+    if chosen == "native":
+        rows = [None if row is None else native_input(row) for row in (gamma_rows, lam_rows)]
+        starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+        tokens = [native_input(x) for x in (grad_advantages, grad_returns, mask)]
+        return torch.ops.srppo_native.gae_backward(*tokens, gamma, lam, *rows, carry, starts)
     g = gamma if gamma_rows is None else gamma_rows
     la = lam if lam_rows is None else lam_rows
     if cu_seqlens is None:

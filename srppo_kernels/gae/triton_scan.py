@@ -26,7 +26,17 @@ from torch import Tensor
 
 from srppo_kernels._triton import CompileCase, interpreted, on_device
 
-__all__ = ["compile_cases", "gae_triton"]
+__all__ = [
+    "clear",
+    "coefficients",
+    "compile_cases",
+    "compose",
+    "end_of_valid",
+    "gae_triton",
+    "leftmost",
+    "row_of",
+    "rows_in_float64",
+]
 
 TILE = 1024
 WARPS = 4
@@ -41,12 +51,12 @@ def _take_right(value, found, new_value, new_found):
 
 
 @triton.jit
-def _compose(a, b, new_a, new_b):
+def compose(a, b, new_a, new_b):
     return a * new_a, tl.fma(new_a, b, new_b)
 
 
 @triton.jit
-def _row_of(starts, row, steps):
+def row_of(starts, row, steps):
     """Where the row begins, in 64 bits, and its length: places within a row are counted in 32."""
     if starts is None:
         begin = row * steps
@@ -58,7 +68,7 @@ def _row_of(starts, row, steps):
 
 
 @triton.jit
-def _end_of_valid(mask, length, TILE: tl.constexpr):
+def end_of_valid(mask, length, TILE: tl.constexpr):
     """One past the row's last valid token, or 0."""
     lane = tl.arange(0, TILE)
     end = tl.zeros([], tl.int32)
@@ -72,7 +82,7 @@ def _end_of_valid(mask, length, TILE: tl.constexpr):
 
 
 @triton.jit
-def _clear(advantages, returns, start, length, TILE: tl.constexpr):
+def clear(advantages, returns, start, length, TILE: tl.constexpr):
     """0 from `start` on."""
     lane = tl.arange(0, TILE)
     while start < length:
@@ -83,7 +93,7 @@ def _clear(advantages, returns, start, length, TILE: tl.constexpr):
 
 
 @triton.jit
-def _coefficients(row, through, decay, gamma_rows, lam_rows):
+def coefficients(row, through, decay, gamma_rows, lam_rows):
     """gamma (1 - lambda) and gamma lambda, formed in float64 for a row of its own."""
     if gamma_rows is not None:
         gamma = tl.load(gamma_rows + row)
@@ -125,7 +135,7 @@ def _scan_tile(rewards, values, mask, right, end, next_value, through, decay, CA
         step = inside
     a = tl.where(step, decay, 1.0)
     b = tl.where(step, tl.fma(tl.zeros([TILE], tl.float32) + through, following, reward), 0.0)
-    a, b = tl.associative_scan((a, b), 0, _compose)
+    a, b = tl.associative_scan((a, b), 0, compose)
     return at, inside, valid, value, a, b, following
 
 
@@ -139,7 +149,8 @@ def _store_tile(advantages, returns, at, inside, valid, value, a, b, carried):
 
 
 @triton.jit
-def _leftmost(x, TILE: tl.constexpr):
+def leftmost(x, TILE: tl.constexpr):
+    """Of the last lane, the leftmost token of a tile that is walked from the right."""
     return tl.sum(tl.where(tl.arange(0, TILE) == TILE - 1, x, 0.0), 0)
 
 
@@ -161,15 +172,15 @@ def gae_rows(
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    begin, length = _row_of(starts, row, steps)
+    begin, length = row_of(starts, row, steps)
     rewards += begin
     values += begin
     mask += begin
     advantages += begin
     returns += begin
-    end = _end_of_valid(mask, length, TILE)
-    _clear(advantages, returns, end, length, TILE)
-    through, decay = _coefficients(row, through, decay, gamma_rows, lam_rows)
+    end = end_of_valid(mask, length, TILE)
+    clear(advantages, returns, end, length, TILE)
+    through, decay = coefficients(row, through, decay, gamma_rows, lam_rows)
     next_value = _bootstrap(bootstrap, row)
     carried = next_value.to(tl.float64)
     right = end
@@ -178,9 +189,9 @@ def gae_rows(
             rewards, values, mask, right, end, next_value, through, decay, CARRY, TILE
         )
         ret = _store_tile(advantages, returns, at, inside, valid, value, a, b, carried)
-        carried = _leftmost(ret, TILE)
+        carried = leftmost(ret, TILE)
         if CARRY:
-            next_value = _leftmost(following, TILE)
+            next_value = leftmost(following, TILE)
         right -= TILE
 
 
@@ -188,9 +199,9 @@ def gae_rows(
 def row_ends(mask, starts, steps, advantages, returns, ends, TILE: tl.constexpr):
     """`ends[row]`: one past its last valid token, from its beginning; what lies beyond becomes 0."""
     row = tl.program_id(0).to(tl.int64)
-    begin, length = _row_of(starts, row, steps)
-    end = _end_of_valid(mask + begin, length, TILE)
-    _clear(advantages + begin, returns + begin, end, length, TILE)
+    begin, length = row_of(starts, row, steps)
+    end = end_of_valid(mask + begin, length, TILE)
+    clear(advantages + begin, returns + begin, end, length, TILE)
     tl.store(ends + row, end)
 
 
@@ -218,7 +229,7 @@ def _lone_tile(
     """`_scan_tile` for a program that did not walk the row to come here."""
     end = tl.load(ends + row)
     right = end - tile * TILE
-    through, decay = _coefficients(row, through, decay, gamma_rows, lam_rows)
+    through, decay = coefficients(row, through, decay, gamma_rows, lam_rows)
     next_value = _bootstrap(bootstrap, row)
     if CARRY and right > 0:
         # From two to the right on: the token at `right` is the rightmost one's neighbour, which the tile itself sees.
@@ -234,14 +245,14 @@ def tile_maps(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    begin, _ = _row_of(starts, row, steps)
+    begin, _ = row_of(starts, row, steps)
     _, _, _, _, a, b, _ = _lone_tile(
         rewards + begin, values + begin, mask + begin, through, decay, gamma_rows, lam_rows, bootstrap, ends, row, tile,
         CARRY, TILE,
     )  # fmt: skip
     place = maps + (row * tl.num_programs(1) + tile) * 2
-    tl.store(place, _leftmost(a, TILE))
-    tl.store(place + 1, _leftmost(b, TILE))
+    tl.store(place, leftmost(a, TILE))
+    tl.store(place + 1, leftmost(b, TILE))
 
 
 @triton.jit
@@ -266,7 +277,7 @@ def tile_outputs(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    begin, _ = _row_of(starts, row, steps)
+    begin, _ = row_of(starts, row, steps)
     at, inside, valid, value, a, b, _ = _lone_tile(
         rewards + begin, values + begin, mask + begin, through, decay, gamma_rows, lam_rows, bootstrap, ends, row, tile,
         CARRY, TILE,
@@ -275,7 +286,7 @@ def tile_outputs(
     _store_tile(advantages + begin, returns + begin, at, inside, valid, value, a, b, carried)
 
 
-def _rows_in_float64(
+def rows_in_float64(
     gamma: float, lam: float, gamma_rows: Tensor | None, lam_rows: Tensor | None, like: Tensor, rows: int
 ):
     """Both coefficients by row where either is: `(None, None)` otherwise."""
@@ -312,7 +323,7 @@ def gae_triton(
     tile = tile or (32 if interpreted() else TILE)
     if spread is None:
         spread = steps >= LONG and rows <= FEW
-    by_row = _rows_in_float64(gamma, lam, gamma_rows, lam_rows, rewards, rows)
+    by_row = rows_in_float64(gamma, lam, gamma_rows, lam_rows, rewards, rows)
     row_options = (*by_row, None if bootstrap is None else bootstrap.contiguous())
     starts = None if cu_seqlens is None else cu_seqlens.contiguous()
     inputs = (rewards, values, mask, gamma * (1.0 - lam), gamma * lam, *row_options, starts, steps)
