@@ -1,0 +1,55 @@
+"""What GPU tests ask of an op beside its values: no waiting, the number of launches, and that a graph can hold it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Inside, whatever makes the host wait for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def launches(call: Callable[[], Any]) -> list[str]:
+    """Names of the kernels and memsets that a warm `call` runs on the device."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def replayed(call: Callable[[], tuple[Tensor, ...]], change: Callable[[], None]) -> tuple[Tensor, ...]:
+    """Capture `call` in a CUDA graph, `change` its inputs in place, replay twice -> the outputs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()  # compiles and warms up outside the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    change()
+    graph.replay()
+    graph.replay()
+    torch.cuda.synchronize()
+    return outputs
+
+
+def on_another_stream(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        outputs = call()
+    stream.synchronize()
+    return outputs

@@ -1,0 +1,94 @@
+"""GAE and whitening on a device, at production tiles: values, bits, launches, graphs."""
+
+import pytest
+import torch
+from backends import MASKS, make_mask, poison, same_bits
+from cuda_checks import launches, no_waiting, on_another_stream, replayed
+from torch import Tensor
+
+from srppo_kernels import gae, whiten
+from srppo_kernels.gae.reference import gae_reference, whiten_reference
+
+pytestmark = pytest.mark.gpu
+
+
+def inputs(rows: int, steps: int, kind: str = "gaps") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(rows, steps, generator=generator) for _ in range(2))
+    mask, end = make_mask(kind, rows, steps, generator), torch.randn(rows, generator=generator)
+    return [x.cuda() for x in (poison(rewards, mask), poison(values, mask), mask, end)]
+
+
+@pytest.mark.parametrize("mask_mode", ["carry", "zero"])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(("rows", "steps"), [(3, 1), (5, 1023), (512, 1500)])
+def test_values_and_gradients(rows, steps, kind, mask_mode):
+    rewards, values, mask, end = inputs(rows, steps, kind)
+    leaves = [x.requires_grad_() for x in (rewards, values, end)]
+    exact = [x.detach().double().cpu().requires_grad_() for x in leaves]
+    got = gae(*leaves[:2], mask, lam=0.9, bootstrap=leaves[2], mask_mode=mask_mode)
+    want = gae_reference(*exact[:2], mask.cpu(), 1.0, 0.9, exact[2], mask_mode)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=2e-6, atol=2e-5)
+    gradients = torch.autograd.grad(got[0].sum() + got[1].sum(), leaves)
+    for a, b in zip(gradients, torch.autograd.grad(want[0].sum() + want[1].sum(), exact), strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=2e-6, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 100])  # spread over programs, and a program a row
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0)])
+def test_a_row_of_131072_tokens(rows, gamma, lam):
+    rewards, values, mask, end = inputs(rows, 131072)
+    rewards = rewards.abs() * 1e-3
+    got, _ = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=end)
+    two = [x[:2].cpu() for x in (rewards, values, mask, end)]
+    want, _ = gae(two[0].double(), two[1].double(), two[2], gamma=gamma, lam=lam, bootstrap=two[3].double())
+    assert (got[:2].double().cpu() - want).abs().max() / want.abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("mask_mode", ["carry", "zero"])
+def test_bits_of_spread_packed_and_padded_rows(mask_mode):
+    from srppo_kernels.gae.triton_scan import gae_triton
+
+    rewards, values, mask, end = inputs(3, 5000)
+
+    def run(r, v, m, starts=None, spread=False):
+        return gae_triton(r, v, m, 1.0, 0.95, None, None, end, mask_mode == "carry", starts, spread=spread)
+
+    whole = run(rewards, values, mask)
+    starts = torch.arange(0, 15001, 5000, device="cuda", dtype=torch.int32)
+    pad = torch.nn.functional.pad
+    wide = pad(rewards, (7, 900), value=float("nan")), pad(values, (7, 900)), pad(mask, (7, 900), value=False)
+    others = [run(rewards, values, mask, spread=True), run(rewards.flatten(), values.flatten(), mask.flatten(), starts)]
+    others.append(tuple(x[:, 7:5007] for x in run(*wide)))
+    for other in others:
+        assert all(same_bits(a, b.reshape(3, 5000)) for a, b in zip(whole, other, strict=True))
+
+
+def test_one_launch_no_wait_and_graphs():
+    rewards, values, mask, end = inputs(64, 4096)
+
+    def call():
+        return gae(rewards, values, mask, bootstrap=end)
+
+    assert len(launches(call)) == 1
+    with no_waiting():
+        whole = call()
+    assert all(same_bits(a, b) for a, b in zip(whole, on_another_stream(call), strict=True))
+    graph = replayed(call, lambda: rewards.mul_(2))
+    assert all(same_bits(a, b) for a, b in zip(graph, call(), strict=True))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 513), (64, 4096)])
+def test_whiten(shape, kind):
+    x, _, mask, _ = inputs(*shape, kind)
+    torch.testing.assert_close(
+        whiten(x, mask).double().cpu(), whiten_reference(x.double(), mask).cpu(), rtol=1e-6, atol=1e-6
+    )
+    assert len(launches(lambda: whiten(x, mask))) == 2
+    with no_waiting():
+        whole = whiten(x, mask)
+    assert all(same_bits(whole, whiten(x, mask)) for _ in range(3))
+    (graph,) = replayed(lambda: (whiten(x, mask),), lambda: x.add_(1))
+    assert same_bits(graph, whiten(x, mask))

@@ -1,0 +1,38 @@
+"""The self-reward on a device: values, launches, graphs."""
+
+import pytest
+import torch
+from backends import MASKS, make_mask, poison, same_bits
+from cuda_checks import launches, no_waiting, replayed
+
+from srppo_kernels import log_ratio_reward
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("placement", ["eos", "token"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_values_launches_and_graphs(kind, placement, estimator):
+    generator = torch.Generator().manual_seed(0)
+    tokens = [-torch.rand(33, 2500, generator=generator) * 3 for _ in range(4)]
+    mask = make_mask(kind, 33, 2500, generator).cuda()
+    sft, base, policy, ref = (poison(x.cuda(), mask) for x in tokens)
+    truncated = torch.arange(33, device="cuda") % 3 == 0
+    options = {
+        "placement": placement, "normalize": "length", "scale": 2.0, "clip": 1.0, "truncated": truncated,
+        "missing_eos_penalty": 0.5, "kl_coef": 0.3, "kl_estimator": estimator, "parts": True,
+    }  # fmt: skip
+
+    def call():
+        return log_ratio_reward(sft, base, mask, logprobs_policy=policy, logprobs_ref=ref, **options)
+
+    exact = [x.double() for x in (sft, base, policy, ref)]
+    want = log_ratio_reward(*exact[:2], mask, logprobs_policy=exact[2], logprobs_ref=exact[3], **options)
+    for a, b in zip(call(), want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=3e-6, atol=3e-6)
+    assert len(launches(call)) == 1
+    with no_waiting():
+        call()
+    graph = replayed(call, lambda: sft.mul_(0.5))
+    assert all(same_bits(a, b) for a, b in zip(graph, call(), strict=True))

@@ -1,0 +1,89 @@
+"""The policy and value losses on a device: values, gradients, statistics, launches, graphs."""
+
+import pytest
+import torch
+from backends import MASKS, make_mask, poison, same_bits
+from cuda_checks import launches, no_waiting, on_another_stream, replayed
+from torch import Tensor
+
+from srppo_kernels import ppo_loss, value_loss
+
+pytestmark = pytest.mark.gpu
+
+
+def inputs(rows: int, steps: int, kind: str = "gaps") -> tuple[list[Tensor], Tensor]:
+    """new, old, advantages, entropy; no ratio or value within rounding of a clip bound."""
+    generator = torch.Generator().manual_seed(0)
+    old, shift, advantages, entropy = (torch.randn(rows, steps, generator=generator) for _ in range(4))
+    shift = shift * 0.3
+    for bound in (torch.tensor(0.8).log(), torch.tensor(1.2).log(), torch.tensor(0.2), torch.tensor(-0.2)):
+        shift = torch.where((shift - bound).abs() < 1e-4, 0.01, shift)
+    mask = make_mask(kind, rows, steps, generator)
+    return [poison(x, mask).cuda() for x in (old + shift, old, advantages, entropy.abs())], mask.cuda()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum", "constant_length"])
+@pytest.mark.parametrize(("rows", "steps"), [(1, 1), (8, 4096), (37, 4001)])
+def test_policy_loss(rows, steps, reduction, kind):
+    tokens, mask = inputs(rows, steps, kind)
+
+    def run(dtype: torch.dtype):
+        new, old, advantages, entropy = (x.to(dtype) for x in tokens)
+        leaves = [new.requires_grad_(), entropy.requires_grad_()]
+        loss, stats = ppo_loss(
+            leaves[0], old, advantages, mask, entropy=leaves[1], entropy_coef=0.01, reduction=reduction
+        )
+        return [loss, *stats], torch.autograd.grad(loss, leaves)
+
+    (got, gradients), (want, exact) = run(torch.float32), run(torch.float64)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=3e-6, atol=1e-6)
+    for a, b in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_value_loss(clip):
+    (values, old, returns, _), mask = inputs(37, 4001)
+
+    def run(dtype: torch.dtype):
+        leaf = values.to(dtype).requires_grad_()
+        loss, stats = value_loss(leaf, old.to(dtype), returns.to(dtype), mask, clip=clip)
+        return [loss, *stats, torch.autograd.grad(loss, leaf)[0]]
+
+    for a, b in zip(run(torch.float32), run(torch.float64), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 1),
+        ({"normalizer": 1000.0, "reduction": "sum"}, 1),
+        ({"reduction": "constant_length"}, 1),
+        ({"reduction": "sequence_mean"}, 2),
+    ],
+)
+def test_launches_waits_streams_and_graphs(options, count):
+    (new, old, advantages, entropy), mask = inputs(8, 4096)
+
+    def call():
+        with torch.no_grad():
+            loss, stats = ppo_loss(new, old, advantages, mask, entropy=entropy, **options)
+        return loss, stats.ratio_var, stats.approx_kl, stats.entropy
+
+    assert len(launches(call)) == count
+    with no_waiting():
+        whole = call()
+    for _ in range(20):  # the last program to arrive is another one every time
+        assert all(same_bits(a, b) for a, b in zip(whole, call(), strict=True))
+    assert all(same_bits(a, b) for a, b in zip(whole, on_another_stream(call), strict=True))
+    graph = replayed(call, lambda: advantages.mul_(2))
+    assert all(same_bits(a, b) for a, b in zip(graph, call(), strict=True))
+
+
+def test_many_tokens_are_counted_first():
+    (new, old, advantages, _), mask = inputs(64, 4096)
+    with torch.no_grad():
+        assert len(launches(lambda: ppo_loss(new, old, advantages, mask))) == 2

@@ -1,0 +1,89 @@
+"""When Triton's kernels run: never by themselves in the interpreter, and refused in words where they cannot."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from srppo_kernels import _triton, gae
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, **changes: str | None) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **{k: v for k, v in changes.items() if v is not None}}
+    for name in (name for name, value in changes.items() if value is None):
+        environment.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_the_variable_it_is_refused_in_words_and_auto_is_native():
+    pytest.importorskip("triton")
+    code = """
+import torch
+from srppo_kernels import _triton, gae
+x, mask = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+gae(x, x, mask)
+try:
+    gae(x, x, mask, backend="triton")
+except ValueError as error:
+    print(error)
+print(_triton.available(), _triton.why())
+"""
+    lines = python(code, TRITON_INTERPRET=None).splitlines()
+    assert lines[0].startswith(
+        "gae: backend='triton' cannot run: Triton kernels need a CUDA device; on CPU tensors only"
+    )
+    assert lines[1] == "False off: no CUDA device"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_the_interpreter_is_for_those_who_ask():
+    pytest.importorskip("triton")
+    cpu = torch.device("cpu")
+    assert _triton.obstacle(cpu) == ""
+    assert "need a CUDA device" in _triton.obstacle(cpu, explicit=False)
+    assert _triton.why() == "on: interpreted on the CPU, for tests"
+    late = "import triton.language, os; os.environ['TRITON_INTERPRET'] = '1'; from srppo_kernels import _triton"
+    assert python(f"{late}; print(_triton.interpreted())", TRITON_INTERPRET=None).strip() == "False"
+
+
+def test_an_unknown_device_and_a_missing_triton():
+    assert "no kernels for device 'meta'" in _triton.obstacle(torch.device("meta"))
+    code = """
+import sys, importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch
+from srppo_kernels import _triton
+print(_triton.why())
+"""
+    assert python(code).strip() == "off: triton is not installed (pip install triton)"
+
+
+def test_every_triton_module_is_compiled_by_the_tool():
+    pytest.importorskip("triton")
+    found = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "srppo_kernels").glob("*/triton_*.py")
+        if "def compile_cases" in path.read_text()
+    }
+    assert found == set(_triton.KERNEL_MODULES)
+
+
+def test_a_call_of_auto_on_the_cpu_does_not_import_triton():
+    code = """
+import sys, torch
+from srppo_kernels import gae
+x, mask = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+gae(x, x, mask)
+print("triton" in sys.modules)
+"""
+    assert python(code).strip() == "False"
+    assert gae(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))[0] == 0
