@@ -84,6 +84,7 @@ def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
 
 
 def train(args: PipelineConfig, options: argparse.Namespace) -> None:
+    from srppo.engines import Sampling, make_engine
     from srppo.sft import run_sft
     from srppo.trainer import SRPPOTrainer
 
@@ -102,9 +103,13 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
             run_sft(args, train_dataset=train_examples, eval_dataset=held_out, output_dir=model,
                     tokenizer=tokenizer, console=console)  # fmt: skip
     assert args.base_model_name_or_path is not None
+    stops = stop_tokens(tokenizer, args.stop_token_ids)
+    sampling = Sampling.of(args, stops, filler_token(tokenizer, stops))
     trainer = SRPPOTrainer(
-        model, args.base_model_name_or_path, args, train_examples, held_out, processing_class=tokenizer, console=console
-    )
+        model, args.base_model_name_or_path, args, train_examples, held_out, processing_class=tokenizer,
+        console=console, engine=make_engine(args, sampling, url=args.vllm_url), importance_cap=args.importance_cap,
+        save_rollouts=args.save_rollouts, from_rollouts=args.from_rollouts,
+    )  # fmt: skip
     try:
         trainer.train()
     except KeyboardInterrupt:

@@ -22,15 +22,17 @@ from srppo import checkpoint, ppo, startup
 from srppo.config import SRPPOConfig
 from srppo.console import Bar, Console
 from srppo.data import Example, Sampler, filler_token, prepare, stop_tokens
+from srppo.engines import Engine, Sampling, importance_weights, make_engine, sampling_metrics
 from srppo.errors import UserError
-from srppo.evaluation import completion_rows, evaluate_policy
+from srppo.evaluation import completion_rows, evaluate_policy, table_rows, write_completions
 from srppo.guard import Guard, HeldOut, KLController, look_at
 from srppo.metrics import MetricsWriter, iteration_metrics, peak_memory_gib
 from srppo.model_card import model_card
 from srppo.models import check_positions, tokenizer_for
 from srppo.plots import plot_history
 from srppo.roles import Roles, build_roles
-from srppo.rollout import Rollout, generate
+from srppo.rollout import Rollout
+from srppo.rollout_store import load_rollout, save_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +57,11 @@ class SRPPOTrainer:
         callbacks: called after each iteration as ``callback(trainer, step, metrics)``; may raise ``StopIteration`` to
             end.
         reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.
+        engine: what samples; if absent, the one that ``args.rollout_engine`` names.
+        importance_cap: C of truncated importance weights ``min(pi_old / mu, C)`` on the advantages, where an engine
+            gives the log-probs mu of its sampler; absent: none.
+        save_rollouts: a folder that every rollout is written to.
+        from_rollouts: a folder of saved rollouts to train on in place of sampling.
 
     Raises:
         UserError: something in the configuration, data or models must change; raised before training where possible.
@@ -72,6 +79,11 @@ class SRPPOTrainer:
         callbacks: Sequence[Callback] = (),
         reward_fn: ppo.RewardFn | None = None,
         console: Console | None = None,
+        *,
+        engine: Engine | None = None,
+        importance_cap: float | None = None,
+        save_rollouts: str | Path | None = None,
+        from_rollouts: str | Path | None = None,
     ) -> None:
         self.args, self.callbacks, self.reward_fn = args, callbacks, reward_fn
         self.console = console or Console()
@@ -82,6 +94,12 @@ class SRPPOTrainer:
         self.eval_dataset = self.examples(eval_dataset)
         if not self.train_dataset:
             raise UserError("there are no prompts to sample from: the training data is empty")
+        pad = filler_token(self.tokenizer, self.stop_token_ids)
+        self.sampling = Sampling.of(args, self.stop_token_ids, pad)
+        self.engine = engine or make_engine(args, self.sampling)
+        self.importance_cap = importance_cap
+        self.save_rollouts = None if save_rollouts is None else Path(save_rollouts)
+        self.from_rollouts = None if from_rollouts is None else Path(from_rollouts)
         torch.manual_seed(args.seed)
         self.roles: Roles = build_roles(args, base_model, model, peft_config)
         longest = max(len(example.prompt_ids) for example in [*self.train_dataset, *self.eval_dataset])
@@ -97,9 +115,8 @@ class SRPPOTrainer:
         self.held_out = None
         if demonstrations:
             self.held_out = HeldOut(
-                demonstrations, args, self.roles.sft, stop_token_ids=self.stop_token_ids,
-                pad_token_id=filler_token(self.tokenizer, self.stop_token_ids),
-            )  # fmt: skip
+                demonstrations, args, self.roles.sft, stop_token_ids=self.stop_token_ids, pad_token_id=pad
+            )
         self.generator = torch.Generator().manual_seed(args.seed + 1)  # of the mini-batch partitions
         self.step = self.episodes = self.tokens = 0
         self.history: list[dict[str, Any]] = []
@@ -124,6 +141,7 @@ class SRPPOTrainer:
         held_out = 0 if self.held_out is None else len(self.held_out.rollout)
         for line in startup.describe(args, self.roles, prompts=len(self.train_dataset), held_out=held_out):
             self.console.note(f"  {line}")
+        self.console.note("  " + self.start_sampling())
         with (
             MetricsWriter(self.output_dir, args, self.history) as writer,
             self.console.progress("SRPPO", args.max_steps) as progress,
@@ -168,7 +186,11 @@ class SRPPOTrainer:
         if self.step == 0:
             self.console.note("  " + startup.check_start(self.roles, args, rollout, scores, micro_batches))
         beta = self.controller.beta
-        targets = ppo.advantages(rollout, scores, args, moments=self.moments, reward_fn=self.reward_fn, kl_coef=beta)
+        cap = self.importance_cap
+        weights = None if cap is None else importance_weights(rollout, scores.policy, cap)
+        targets = ppo.advantages(
+            rollout, scores, args, moments=self.moments, reward_fn=self.reward_fn, kl_coef=beta, weights=weights
+        )
         watched = self.watch(rollout, scores, targets)
         scored = time.perf_counter()
 
@@ -212,21 +234,31 @@ class SRPPOTrainer:
                                  f"length {metrics['completions/mean_length']:.0f}")  # fmt: skip
         return metrics
 
+    def start_sampling(self) -> str:
+        """Checks that rollouts can be had before anything is computed; says where they come from."""
+        if self.from_rollouts is None:
+            return self.engine.start(self.roles.policy)
+        if not self.from_rollouts.is_dir():
+            raise UserError(f"there are no rollouts to replay in {self.from_rollouts}: it is no folder")
+        return f"rollouts: replayed from {self.from_rollouts}"
+
     def rollout(self, batch: Sequence[Example]) -> Rollout:
-        """A completion from the policy for each prompt."""
-        return generate(
-            self.roles.policy,
-            [example.prompt_ids for example in batch],
-            max_completion_length=self.args.max_completion_length,
-            pad_token_id=filler_token(self.tokenizer, self.stop_token_ids),
-            stop_token_ids=self.stop_token_ids,
-            temperature=self.args.temperature,
-            top_p=self.args.top_p,
-        )
+        """A completion from the policy for each prompt: sampled, or as it was saved."""
+        prompts = [example.prompt_ids for example in batch]
+        if self.from_rollouts is not None:
+            vocabulary = self.roles.policy.causal_lm.get_input_embeddings().num_embeddings
+            return load_rollout(
+                self.from_rollouts, prompts, step=self.step + 1, sampling=self.sampling, vocabulary=vocabulary,
+                device=self.roles.policy.device,
+            )  # fmt: skip
+        rollout = self.engine.sample(self.roles.policy, prompts, step=self.step)
+        if self.save_rollouts is not None:
+            save_rollout(self.save_rollouts, rollout, step=self.step + 1, sampling=self.sampling)
+        return rollout
 
     def watch(self, rollout: Rollout, scores: ppo.Scores, targets: ppo.Advantages) -> dict[str, float]:
         """The guard's look at the policy that sampled: warnings, ``best/``, and the likelihood of demonstrations."""
-        metrics, gain, error = {}, None, 0.0
+        metrics, gain, error = sampling_metrics(rollout, scores.policy), None, 0.0
         if self.held_out is not None:
             metrics["guard/demonstrations_logp"], gain, error = self.held_out.look(self.roles.policy)
         seen = look_at(scores, targets, rollout, self.args, gain=gain, gain_error=error)
@@ -255,21 +287,10 @@ class SRPPOTrainer:
         self, batch: Sequence[Example], rollout: Rollout, scores: ppo.Scores, targets: ppo.Advantages
     ) -> None:
         """A few samples on the console, all of them in ``completions/completions_<step>.parquet``."""
-        import pyarrow
-        import pyarrow.parquet
-
         kl = (scores.policy - scores.reference).sum(-1)
         rows = completion_rows(batch, rollout, targets.scores, kl, self.tokenizer, skip_special_tokens=False)
-        rows = [{"step": self.step, **row} for row in rows]
-        folder = self.output_dir / "completions"
-        with checkpoint.temporary_folder(folder) as writing:
-            path = writing / f"completions_{self.step:05d}.parquet"
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-            path.replace(folder / path.name)
-        names = {"prompt": "prompt", "completion": "completion", "score": "score", "score_per_token": "per token"}
-        names |= {"kl": "KL", "length": "tokens", "truncated": "cut"}
-        shown = [{title: row[name] for name, title in names.items()} for row in rows]
-        self.console.table(f"iteration {self.step}", shown, limit=4)
+        write_completions(self.output_dir / "completions", rows, step=self.step)
+        self.console.table(f"iteration {self.step}", table_rows(rows[:4]))
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Writes the policy, tokenizer, configuration, state, plots and model card; returns the folder."""
