@@ -133,6 +133,11 @@ def require_fresh_output(path: Path, *, again: bool = False) -> None:
         require_new_folder(path)
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder that this run wrote."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def require_space(path: Path, needed: int) -> None:
     """Stops before training if the result would not fit on the disk."""
     place = next(p for p in (path, *path.resolve().parents) if p.exists())
@@ -147,6 +152,12 @@ def require_space(path: Path, needed: int) -> None:
 
 def save_model(role: Role, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a role as ``PeftModel`` or ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it."""
+    save_weights(role, folder)
+    tokenizer.save_pretrained(str(folder))
+
+
+def save_weights(role: Role, folder: Path) -> None:
+    """Writes a role's adapter or model without a tokenizer."""
     if is_peft(role.model):
         assert role.adapter is not None, "a role with its adapter off has nothing to save"
         with temporary_folder(folder.parent) as scratch, failed_writes(folder):
@@ -160,7 +171,6 @@ def save_model(role: Role, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     else:
         with failed_writes(folder):
             role.causal_lm.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
 
 
 def model_bytes(role: Role) -> int:

@@ -141,8 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def complain(text: str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")  # of several processes, those after the first say who they are
-    print(f"srppo: {text}" if rank == "0" else f"srppo: (process {rank}) {text}", file=sys.stderr)
+    print(f"srppo: {text}", file=sys.stderr)
     return code
 
 

@@ -1,7 +1,7 @@
 """The configuration of a run: one flat dataclass, whose field documentation is the command line's help.
 
 :class:`SRPPOConfig` is what the trainer reads. :class:`PipelineConfig` adds what ``srppo train`` needs around it: the
-SFT stage before PPO, and a second source of prompts.
+SFT stage before PPO, a second source of prompts, and where rollouts come from and go.
 
 Names are TRL's where TRL has one, so that scripts and dashboards carry over. Batch arithmetic, per PPO iteration::
 
@@ -78,6 +78,9 @@ class SRPPOConfig:
         "nucleus of rollouts; below 1 the sampler is not the policy, and PPO's ratio is biased",
         minimum=1e-3,
         maximum=1,
+    )
+    rollout_engine: Literal["hf", "vllm"] = option(
+        "hf", "what samples: transformers' generate, or a vLLM server (see vllm_url)"
     )
     stop_token_ids: list[int] | None = option(None, "tokens that end a completion; absent: the tokenizer's EOS")
     missing_eos_penalty: float | None = option(None, "subtracted, in nats, from the score of a completion that was cut")
@@ -216,6 +219,12 @@ class PipelineConfig(SRPPOConfig):
     prompt_dataset_name: str | None = option(None, "further prompts for PPO, with no completions; same kinds of source")
     sft_learning_rate: float = option(2e-5, "peak learning rate of SFT; LoRA wants about ten times more", minimum=0)
     sft_num_train_epochs: int = option(3, "passes over the demonstrations", minimum=1)
+    vllm_url: str = option("http://127.0.0.1:8000", "the vLLM server of rollout_engine=vllm")
+    importance_cap: float | None = option(
+        None, "C of importance weights min(pi_old / mu, C) where another engine samples; absent: none", minimum=0
+    )
+    save_rollouts: str | None = option(None, "a folder to write every rollout to")
+    from_rollouts: str | None = option(None, "a folder of saved rollouts to train on in place of sampling")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

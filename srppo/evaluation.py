@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from srppo import distributed
+from srppo.checkpoint import temporary_folder
 from srppo.config import SRPPOConfig
 from srppo.data import Example, filler_token
 from srppo.models import Head
@@ -154,6 +156,24 @@ def completion_rows(
             "truncated": bool(rollout.truncated[row]),
         })  # fmt: skip
     return rows
+
+
+def write_completions(folder: Path, rows: Sequence[dict[str, Any]], *, step: int) -> None:
+    """All rows of an iteration, as ``completions_<step>.parquet``."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with temporary_folder(folder) as writing:
+        path = writing / f"completions_{step:05d}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"step": step, **row} for row in rows]), path)
+        path.replace(folder / path.name)
+
+
+def table_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of :func:`completion_rows` with titles for the console."""
+    names = {"prompt": "prompt", "completion": "completion", "score": "score", "score_per_token": "per token"}
+    names |= {"kl": "KL", "length": "tokens", "truncated": "cut"}
+    return [{title: row[name] for name, title in names.items()} for row in rows]
 
 
 def sequence_logprobs(role: Role, rollout: Rollout, temperature: float, args: SRPPOConfig) -> torch.Tensor:

@@ -67,6 +67,13 @@ METRICS = {
 }
 
 
+SAMPLING_METRICS = {
+    "sampling/logp_difference/mean": "|log pi_old - log mu|, mu being the log-probs of another engine's sampler, mean "
+    "over tokens",
+    "sampling/logp_difference/max": "the same, largest",
+}
+
+
 def iteration_metrics(rollout: Rollout, scores: Scores, targets: Advantages, result: UpdateResult) -> dict[str, float]:
     """The metrics of one iteration that come from its tensors."""
     lengths, tokens = rollout.lengths.float(), rollout.completion_mask.sum().clamp(min=1)

@@ -174,6 +174,7 @@ def advantages(
     moments: RunningMoments | None = None,
     reward_fn: RewardFn | None = None,
     kl_coef: float | None = None,
+    weights: Tensor | None = None,
 ) -> Advantages:
     """Rewards, advantages and returns of a scored rollout.
 
@@ -183,6 +184,7 @@ def advantages(
         moments: running moments of the scores, updated here; needed for ``reward_normalization=running``.
         reward_fn: ``(prompts, completions) -> a number per sequence`` on token ids, added at the last token.
         kl_coef: beta in place of ``args.kl_coef``.
+        weights: importance weights ``[B, T]`` that multiply the advantages, after whitening.
     """
     beta = args.kl_coef if kl_coef is None else kl_coef
     mask = rollout.completion_mask
@@ -216,6 +218,8 @@ def advantages(
     advantage, returns = gae(rewards, scores.values, mask, gamma=args.gamma, lam=args.lam)
     if args.whiten_advantages:
         advantage = whiten(advantage, mask)
+    if weights is not None:
+        advantage = advantage * weights
     return Advantages(sequence_scores, shaped, penalties, advantage, returns)
 
 

@@ -35,6 +35,7 @@ class Rollout:
     completion_mask: Tensor  # [B, T] bool, true up to and including the stop token
     truncated: Tensor  # [B] bool, true where no stop token came
     prompt_length: int  # P
+    sampler_logprobs: Tensor | None = None  # [B, T] fp32, of another engine's sampler, 0 where masked; if it gave them
 
     @property
     def completions(self) -> Tensor:
@@ -93,7 +94,11 @@ class Rollout:
             self.completion_mask[rows, : last - self.prompt_length],
             self.truncated[rows],
             self.prompt_length - first,
+            None if self.sampler_logprobs is None else self.sampler_logprobs[rows, : last - self.prompt_length],
         )
+
+    def with_sampler_logprobs(self, logprobs: Tensor) -> Rollout:
+        return dataclasses.replace(self, sampler_logprobs=logprobs)
 
     def to(self, device: torch.device) -> Rollout:
         moved = {
@@ -141,6 +146,9 @@ def gather(rollout: Rollout) -> Rollout:
         distributed.gathered_rows(pad(rollout.completion_mask, (0, right))),
         distributed.gathered_rows(rollout.truncated),
         prompt,
+        None
+        if rollout.sampler_logprobs is None
+        else distributed.gathered_rows(pad(rollout.sampler_logprobs, (0, right))),
     )
 
 

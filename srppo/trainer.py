@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from srppo import checkpoint, distributed, ppo, startup
+from srppo import checkpoint, ppo, startup
 from srppo.config import SRPPOConfig
 from srppo.console import Bar, Console
 from srppo.data import Example, Sampler, filler_token, prepare, stop_tokens
+from srppo.engines import Engine, Sampling, importance_weights, make_engine, sampling_metrics
 from srppo.errors import UserError
-from srppo.evaluation import completion_rows, evaluate_policy
+from srppo.evaluation import completion_rows, evaluate_policy, table_rows, write_completions
 from srppo.guard import Guard, HeldOut, KLController, look_at
 from srppo.metrics import MetricsWriter, iteration_metrics, peak_memory_gib
 from srppo.model_card import model_card
 from srppo.models import check_positions, tokenizer_for
 from srppo.plots import plot_history
 from srppo.roles import Roles, build_roles
-from srppo.rollout import Rollout, gather, generate
+from srppo.rollout import Rollout
+from srppo.rollout_store import load_rollout, save_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +57,11 @@ class SRPPOTrainer:
         callbacks: called after each iteration as ``callback(trainer, step, metrics)``; may raise ``StopIteration`` to
             end.
         reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.
+        engine: what samples; if absent, the one that ``args.rollout_engine`` names.
+        importance_cap: C of truncated importance weights ``min(pi_old / mu, C)`` on the advantages, where an engine
+            gives the log-probs mu of its sampler; absent: none.
+        save_rollouts: a folder that every rollout is written to.
+        from_rollouts: a folder of saved rollouts to train on in place of sampling.
 
     Raises:
         UserError: something in the configuration, data or models must change; raised before training where possible.
@@ -72,10 +79,14 @@ class SRPPOTrainer:
         callbacks: Sequence[Callback] = (),
         reward_fn: ppo.RewardFn | None = None,
         console: Console | None = None,
+        *,
+        engine: Engine | None = None,
+        importance_cap: float | None = None,
+        save_rollouts: str | Path | None = None,
+        from_rollouts: str | Path | None = None,
     ) -> None:
         self.args, self.callbacks, self.reward_fn = args, callbacks, reward_fn
-        distributed.start()
-        self.console = console or Console(quiet=not distributed.is_main())
+        self.console = console or Console()
         self.output_dir = Path(args.output_dir)
         self.tokenizer = processing_class or tokenizer_for(model, base_model, args)
         self.stop_token_ids = stop_tokens(self.tokenizer, args.stop_token_ids)
@@ -83,17 +94,20 @@ class SRPPOTrainer:
         self.eval_dataset = self.examples(eval_dataset)
         if not self.train_dataset:
             raise UserError("there are no prompts to sample from: the training data is empty")
+        pad = filler_token(self.tokenizer, self.stop_token_ids)
+        self.sampling = Sampling.of(args, self.stop_token_ids, pad)
+        self.engine = engine or make_engine(args, self.sampling)
+        self.importance_cap = importance_cap
+        self.save_rollouts = None if save_rollouts is None else Path(save_rollouts)
+        self.from_rollouts = None if from_rollouts is None else Path(from_rollouts)
         torch.manual_seed(args.seed)
         self.roles: Roles = build_roles(args, base_model, model, peft_config)
-        for role in (self.roles.policy, self.roles.critic):
-            distributed.spread_from_main(parameter for _, parameter in role.parameters())
-        distributed.seed_apart(args.seed)
         longest = max(len(example.prompt_ids) for example in [*self.train_dataset, *self.eval_dataset])
         check_positions(self.roles.policy.causal_lm, longest + args.max_completion_length)
         self.policy = ppo.Learner.create(self.roles.policy, args, args.learning_rate, args.max_steps)
         value_rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         self.critic = ppo.Learner.create(self.roles.critic, args, value_rate, args.max_steps)
-        self.sampler = Sampler(self.train_dataset, args.batch_size * distributed.size(), args.seed)
+        self.sampler = Sampler(self.train_dataset, args.batch_size, args.seed)
         self.moments = ppo.RunningMoments()
         self.controller = KLController(args)
         self.guard = Guard()
@@ -101,10 +115,9 @@ class SRPPOTrainer:
         self.held_out = None
         if demonstrations:
             self.held_out = HeldOut(
-                demonstrations, args, self.roles.sft, stop_token_ids=self.stop_token_ids,
-                pad_token_id=filler_token(self.tokenizer, self.stop_token_ids),
-            )  # fmt: skip
-        self.generator = torch.Generator().manual_seed(args.seed + 1)  # of the mini-batch partitions, on all ranks
+                demonstrations, args, self.roles.sft, stop_token_ids=self.stop_token_ids, pad_token_id=pad
+            )
+        self.generator = torch.Generator().manual_seed(args.seed + 1)  # of the mini-batch partitions
         self.step = self.episodes = self.tokens = 0
         self.history: list[dict[str, Any]] = []
 
@@ -124,13 +137,13 @@ class SRPPOTrainer:
         """Runs all iterations and writes the result to ``args.output_dir``; returns the last metrics."""
         args = self.args
         self.resume()
-        space = 3 * checkpoint.model_bytes(self.roles.policy) + 2**20
-        distributed.on_main(lambda: checkpoint.require_space(self.output_dir, space))
+        checkpoint.require_space(self.output_dir, 3 * checkpoint.model_bytes(self.roles.policy) + 2**20)
         held_out = 0 if self.held_out is None else len(self.held_out.rollout)
         for line in startup.describe(args, self.roles, prompts=len(self.train_dataset), held_out=held_out):
             self.console.note(f"  {line}")
+        self.console.note("  " + self.start_sampling())
         with (
-            MetricsWriter(self.output_dir if distributed.is_main() else None, args, self.history) as writer,
+            MetricsWriter(self.output_dir, args, self.history) as writer,
             self.console.progress("SRPPO", args.max_steps) as progress,
         ):
             progress.advance(0, steps=self.step)
@@ -143,7 +156,10 @@ class SRPPOTrainer:
                 writer.write(self.step, metrics)
                 if args.save_steps and self.step % args.save_steps == 0:
                     self.save_checkpoint()
-                if distributed.any_rank(self.call_back(metrics)):
+                try:
+                    for callback in self.callbacks:
+                        callback(self, self.step, metrics)
+                except StopIteration:
                     self.console.note(f"a callback ended the run after iteration {self.step}")
                     break
             if self.eval_dataset and "eval/objective/kl" not in (writer.history or [{}])[-1]:
@@ -153,34 +169,28 @@ class SRPPOTrainer:
         self.console.table("evaluation", [{"metric": n, "value": v} for n, v in last.items() if n.startswith("eval/")])
         return self.history[-1] if self.history else {}
 
-    def call_back(self, metrics: dict[str, float]) -> bool:
-        """Calls the callbacks; whether one of them wants the run to end."""
-        try:
-            for callback in self.callbacks:
-                callback(self, self.step, metrics)
-        except StopIteration:
-            return True
-        return False
-
     def iterate(self, progress: Bar) -> dict[str, float]:
         """One PPO iteration."""
         args, start = self.args, time.perf_counter()
         progress.status("sampling")
         batch = self.sampler.next()
-        rollout = gather(self.rollout(distributed.share(batch)))
+        rollout = self.rollout(batch)
         sampled = time.perf_counter()
 
         progress.status("scoring")
         mini_batches = ppo.split_rows(
-            torch.arange(len(rollout)).chunk(distributed.size())[distributed.rank()], rollout, args,
-            packs=self.roles.policy.packs, generator=self.generator,
-        )  # fmt: skip
+            torch.arange(len(rollout)), rollout, args, packs=self.roles.policy.packs, generator=self.generator
+        )
         micro_batches = [rows for mini_batch in mini_batches for rows in mini_batch]
-        scores = ppo.gather_scores(ppo.score(self.roles, rollout, args, micro_batches))
+        scores = ppo.score(self.roles, rollout, args, micro_batches)
         if self.step == 0:
             self.console.note("  " + startup.check_start(self.roles, args, rollout, scores, micro_batches))
         beta = self.controller.beta
-        targets = ppo.advantages(rollout, scores, args, moments=self.moments, reward_fn=self.reward_fn, kl_coef=beta)
+        cap = self.importance_cap
+        weights = None if cap is None else importance_weights(rollout, scores.policy, cap)
+        targets = ppo.advantages(
+            rollout, scores, args, moments=self.moments, reward_fn=self.reward_fn, kl_coef=beta, weights=weights
+        )
         watched = self.watch(rollout, scores, targets)
         scored = time.perf_counter()
 
@@ -212,39 +222,49 @@ class SRPPOTrainer:
             "time/score": scored - sampled,
             "time/update": updated - scored,
             "perf/tokens_per_second": tokens / (updated - start),
-            "perf/peak_memory_gib": max(map(float, distributed.gathered(torch.tensor(peak_memory_gib())))),
+            "perf/peak_memory_gib": peak_memory_gib(),
         }
         if result.skipped_steps:
             self.console.warn(
                 f"iteration {self.step}: {result.skipped_steps} optimizer steps skipped, gradient not finite"
             )
-        if distributed.is_main() and args.log_completions and (self.step == 1 or self.step % args.log_completions == 0):
+        if args.log_completions and (self.step == 1 or self.step % args.log_completions == 0):
             self.log_completions(batch, rollout, scores, targets)
         progress.advance(tokens, f"reward {metrics['objective/scores']:.2f} kl {metrics['objective/kl']:.2f} "
                                  f"length {metrics['completions/mean_length']:.0f}")  # fmt: skip
         return metrics
 
+    def start_sampling(self) -> str:
+        """Checks that rollouts can be had before anything is computed; says where they come from."""
+        if self.from_rollouts is None:
+            return self.engine.start(self.roles.policy)
+        if not self.from_rollouts.is_dir():
+            raise UserError(f"there are no rollouts to replay in {self.from_rollouts}: it is no folder")
+        return f"rollouts: replayed from {self.from_rollouts}"
+
     def rollout(self, batch: Sequence[Example]) -> Rollout:
-        """A completion from the policy for each prompt."""
-        return generate(
-            self.roles.policy,
-            [example.prompt_ids for example in batch],
-            max_completion_length=self.args.max_completion_length,
-            pad_token_id=filler_token(self.tokenizer, self.stop_token_ids),
-            stop_token_ids=self.stop_token_ids,
-            temperature=self.args.temperature,
-            top_p=self.args.top_p,
-        )
+        """A completion from the policy for each prompt: sampled, or as it was saved."""
+        prompts = [example.prompt_ids for example in batch]
+        if self.from_rollouts is not None:
+            vocabulary = self.roles.policy.causal_lm.get_input_embeddings().num_embeddings
+            return load_rollout(
+                self.from_rollouts, prompts, step=self.step + 1, sampling=self.sampling, vocabulary=vocabulary,
+                device=self.roles.policy.device,
+            )  # fmt: skip
+        rollout = self.engine.sample(self.roles.policy, prompts, step=self.step)
+        if self.save_rollouts is not None:
+            save_rollout(self.save_rollouts, rollout, step=self.step + 1, sampling=self.sampling)
+        return rollout
 
     def watch(self, rollout: Rollout, scores: ppo.Scores, targets: ppo.Advantages) -> dict[str, float]:
         """The guard's look at the policy that sampled: warnings, ``best/``, and the likelihood of demonstrations."""
-        metrics, gain, error = {}, None, 0.0
+        metrics, gain, error = sampling_metrics(rollout, scores.policy), None, 0.0
         if self.held_out is not None:
             metrics["guard/demonstrations_logp"], gain, error = self.held_out.look(self.roles.policy)
         seen = look_at(scores, targets, rollout, self.args, gain=gain, gain_error=error)
         verdict = self.guard.look(self.step, seen, beta=self.controller.beta)
         if verdict.best:
-            distributed.on_main(self.save_best)
+            self.save_best()
         for text in verdict.warnings:
             self.console.warn(text)
         for text in verdict.notes:
@@ -267,29 +287,14 @@ class SRPPOTrainer:
         self, batch: Sequence[Example], rollout: Rollout, scores: ppo.Scores, targets: ppo.Advantages
     ) -> None:
         """A few samples on the console, all of them in ``completions/completions_<step>.parquet``."""
-        import pyarrow
-        import pyarrow.parquet
-
         kl = (scores.policy - scores.reference).sum(-1)
         rows = completion_rows(batch, rollout, targets.scores, kl, self.tokenizer, skip_special_tokens=False)
-        rows = [{"step": self.step, **row} for row in rows]
-        folder = self.output_dir / "completions"
-        with checkpoint.temporary_folder(folder) as writing:
-            path = writing / f"completions_{self.step:05d}.parquet"
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-            path.replace(folder / path.name)
-        names = {"prompt": "prompt", "completion": "completion", "score": "score", "score_per_token": "per token"}
-        names |= {"kl": "KL", "length": "tokens", "truncated": "cut"}
-        shown = [{title: row[name] for name, title in names.items()} for row in rows]
-        self.console.table(f"iteration {self.step}", shown, limit=4)
+        write_completions(self.output_dir / "completions", rows, step=self.step)
+        self.console.table(f"iteration {self.step}", table_rows(rows[:4]))
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Writes the policy, tokenizer, configuration, state, plots and model card; returns the folder."""
         target = Path(output_dir or self.output_dir)
-        distributed.on_main(lambda: self.write_model(target))
-        return target
-
-    def write_model(self, target: Path) -> None:
         with checkpoint.temporary_folder(target) as folder:
             checkpoint.save_model(self.roles.policy, self.tokenizer, folder)
             checkpoint.write_text(folder / "trainer_state.json", checkpoint.to_json(self.state()))
@@ -297,6 +302,7 @@ class SRPPOTrainer:
             checkpoint.publish(folder, target)
         plots = plot_history(self.history, target / "plots")
         self.console.note(f"model written to {target}" + (f", plots to {target / 'plots'}" if plots else ""))
+        return target
 
     def save_best(self) -> None:
         """``best/``: the policy that the guard thinks best so far, as a model of its own."""
@@ -321,45 +327,32 @@ class SRPPOTrainer:
             "guard": self.guard.state_dict(),
             "controller": self.controller.state_dict(),
             "generator": self.generator.get_state(),
-            "rng": distributed.gathered(torch.get_rng_state()),
-            "cuda_rng": distributed.gathered(torch.cuda.get_rng_state()) if torch.cuda.is_available() else [],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         folder = self.output_dir / f"checkpoint-{self.step}"
-
-        def write() -> None:
-            checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state())
-            checkpoint.keep_newest(self.output_dir, self.args.save_total_limit, self.step)
-
-        distributed.on_main(write)
+        checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state())
+        checkpoint.keep_newest(self.output_dir, self.args.save_total_limit, self.step)
 
     def resume(self) -> None:
         """Goes on where the checkpoint that is asked for was written, or starts in an output folder of its own."""
         wanted = self.args.resume_from_checkpoint
         if wanted is None:
-            distributed.on_main(lambda: checkpoint.require_fresh_output(self.output_dir))
+            checkpoint.require_fresh_output(self.output_dir)
             return
-        folder = distributed.on_main(lambda: self.find(wanted))
-        if folder is None:
-            self.console.note(f"no checkpoint in {self.output_dir} yet: starting at the beginning")
-            return
-        self.load_state(folder, *checkpoint.load_checkpoint(folder))
-        if self.guard.best is not None and not distributed.on_main(
-            lambda: checkpoint.adopt_best(folder.parent, self.output_dir)
-        ):
-            self.console.warn(f"{folder.parent / 'best'} is gone: what is best is judged anew from here")
-            self.guard.best = None
-
-    def find(self, wanted: str) -> Path | None:
-        """The checkpoint to go on from, and the output folder made ready for what follows."""
         checkpoint.sweep(self.output_dir)
         found = checkpoint.find_checkpoint(wanted, self.output_dir, self.console.warn)
         if found is None:
             checkpoint.require_fresh_output(self.output_dir, again=True)
-            return None
-        folder = found[0]
+            self.console.note(f"no checkpoint in {self.output_dir} yet: starting at the beginning")
+            return
+        folder, tensors, state = found
         if folder.resolve().parent != self.output_dir.resolve():
             checkpoint.require_new_folder(self.output_dir)
-        return folder
+        self.load_state(folder, tensors, state)
+        if self.guard.best is not None and not checkpoint.adopt_best(folder.parent, self.output_dir):
+            self.console.warn(f"{folder.parent / 'best'} is gone: what is best is judged anew from here")
+            self.guard.best = None
 
     def load_state(self, folder: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Puts everything back as it was when a checkpoint was written."""
@@ -380,18 +373,9 @@ class SRPPOTrainer:
         self.guard.load_state_dict(tensors["guard"])
         self.controller.load_state_dict(tensors["controller"])
         self.generator.set_state(tensors["generator"])
-        rank, ranks = distributed.rank(), len(tensors["rng"])
-        if ranks == distributed.size():
-            torch.set_rng_state(tensors["rng"][rank])
-            if torch.cuda.is_available() and tensors["cuda_rng"]:
-                torch.cuda.set_rng_state(tensors["cuda_rng"][rank])
-        else:
-            torch.manual_seed(self.args.seed + state["step"])
-            distributed.seed_apart(self.args.seed + state["step"])
-            self.console.warn(
-                f"{folder} was written by {ranks} processes and is resumed by {distributed.size()}: samples come from "
-                f"other random numbers than they would have, and a batch is now {self.sampler.batch_size} prompts"
-            )
+        torch.set_rng_state(tensors["rng"])
+        if torch.cuda.is_available() and tensors["cuda_rng"]:
+            torch.cuda.set_rng_state_all(tensors["cuda_rng"])
         self.step, self.episodes, self.tokens = state["step"], state["episode"], state["num_tokens"]
         self.history = state["log_history"]
         self.console.note(f"resumed from {folder} after iteration {self.step}")

@@ -115,7 +115,9 @@ def examples(rows: Iterable[Mapping[str, Any]], stops: Sequence[int] = (0,)) -> 
 
 def trainer(models: TinyModels, folder: Path, *, kind: str = "sft", rows: Any = None, **settings: Any) -> SRPPOTrainer:
     """A trainer on one of the models on disk; ``trainer`` keywords that are no settings go to the constructor."""
-    own = {k: settings.pop(k) for k in ("callbacks", "reward_fn", "eval_dataset", "peft_config") if k in settings}
+    names = ("callbacks", "reward_fn", "eval_dataset", "peft_config", "engine", "importance_cap", "save_rollouts",
+             "from_rollouts")  # fmt: skip
+    own = {name: settings.pop(name) for name in names if name in settings}
     settings.setdefault("use_peft", kind == "adapter")
     rows = examples(ROWS) if rows is None else rows
     path = {"sft": models.sft, "adapter": models.adapter}[kind]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import random
 from collections.abc import Callable
@@ -17,10 +19,11 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import QUIET, ROWS, TinyModels, config, examples, full_roles, rollout, trainer, write_jsonl
 from transformers import dynamic_module_utils
 
-from srppo import PipelineConfig, SRPPOConfig, UserError, ppo, run_sft
+from srppo import PipelineConfig, SRPPOConfig, UserError, commands, ppo, run_sft
 from srppo.cli import main
 from srppo.commands import load_data
 from srppo.config import read_yaml
+from srppo.engines import VLLMEngine
 from srppo.models import load_model, lora_config
 from srppo.roles import build_roles, is_peft
 from srppo.rollout import Rollout
@@ -212,6 +215,38 @@ def refusal(world: World, **settings: Any) -> Any:
         return str(error)
 
 
+def replay(world: World, **settings: Any) -> Any:
+    """What a run of the command says of its rollouts, the server that it asks, and the rollouts that it leaves."""
+    for name, value in settings.items():
+        if name in ("save_rollouts", "from_rollouts") and value:
+            settings[name] = str(world.folder / value)
+    settings.setdefault("max_steps", 1)
+    args = config(
+        world.fresh(), base_model_name_or_path=world.models.base, sft_model_name_or_path=world.models.adapter,
+        use_peft=True, dataset_name=write_jsonl(world.folder / "rows.jsonl", ROWS), **settings,
+    )  # fmt: skip
+    said, asked = io.StringIO(), []
+
+    def ask(engine: VLLMEngine, path: str, body: Any) -> Any:
+        asked.append(engine.url)
+        raise UserError("nobody there")
+
+    with contextlib.redirect_stderr(said), contextlib.suppress(UserError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VLLMEngine, "call", ask)
+        commands.train(args, argparse.Namespace())
+    lines = [line for line in said.getvalue().splitlines() if "rollouts: " in line]
+    return lines, asked, sorted(path.name for path in world.folder.glob("*/rollout_*"))
+
+
+def capped(world: World, **settings: Any) -> Any:
+    """The advantages' weights that a run of the command would use."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[Any] = []
+        patch.setattr("srppo.trainer.SRPPOTrainer.train", lambda run: seen.append(run.importance_cap))
+        replay(world, **settings)
+    return seen
+
+
 def batches(world: World, **settings: Any) -> Any:
     args = config(world.fresh(), **settings)
     given = rollout([[10, 11, 12]] * args.batch_size, [[13, 0]] * args.batch_size)
@@ -268,6 +303,15 @@ EFFECTS: dict[str, tuple[Any, Any, Observation]] = {
     "learning_rate": (1e-3, 1e-4, trained),
     "per_device_train_batch_size": (2, 4, batches),
     "gradient_accumulation_steps": (2, 4, batches),
+    "rollout_engine": ("hf", "vllm", replay),
+    "vllm_url": (
+        "http://one",
+        "http://other",
+        lambda world, **s: replay(world, rollout_engine="vllm", max_steps=0, **s),
+    ),
+    "importance_cap": (None, 2.0, capped),
+    "save_rollouts": (None, "kept", replay),
+    "from_rollouts": (None, "missing", replay),
     "max_tokens_per_micro_batch": (10, 20, batches),
     "max_grad_norm": (None, 1e-6, updated),
     "adam_betas": ([0.9, 0.999], [0.5, 0.999], updated),

@@ -1,0 +1,230 @@
+"""Rollout engines: what samples the completions.
+
+An engine takes prompts as token ids and gives a :class:`srppo.rollout.Rollout`: token ids, masks, and where it has them
+the log-probs of its own sampler. Text is never involved. ``hf`` is transformers' ``generate`` in this process; ``vllm``
+a server beside it, that is brought up to date with the policy's adapter before each rollout.
+
+Another engine's kernels and dtype give other log-probs than the training forward: log mu where PPO has log pi_old.
+Sampling from mu biases the gradient; ``sampling/logp_difference/*`` tells how far the two are apart, and truncated
+importance weights ``min(pi_old / mu, C)`` on the advantages take the bias out of what is below C.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from srppo import checkpoint, distributed
+from srppo.config import SRPPOConfig
+from srppo.errors import UserError
+from srppo.models import is_peft
+from srppo.roles import Role
+from srppo.rollout import Rollout, collate, generate
+
+VLLM_URL = "http://127.0.0.1:8000"
+
+
+class Engine(Protocol):
+    """Samples completions from the policy as it is now."""
+
+    def start(self, policy: Role) -> str:
+        """Checks that sampling will work, before anything is trained, and says in one line what samples."""
+
+    def sample(self, policy: Role, prompts: Sequence[Sequence[int]], *, step: int) -> Rollout:
+        """One completion per prompt, in their order, from the policy after ``step`` iterations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How every engine samples, and what padding is filled with."""
+
+    temperature: float
+    top_p: float
+    max_completion_length: int
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+    @classmethod
+    def of(cls, args: SRPPOConfig, stop_token_ids: Sequence[int], pad_token_id: int) -> Sampling:
+        return cls(args.temperature, args.top_p, args.max_completion_length, tuple(stop_token_ids), pad_token_id)
+
+
+@dataclass(frozen=True, slots=True)
+class HFEngine:
+    """transformers' ``generate``, in this process. Its log-probs are not asked for: scoring has them exactly."""
+
+    sampling: Sampling
+
+    def start(self, policy: Role) -> str:
+        return "rollouts: transformers' generate"
+
+    def sample(self, policy: Role, prompts: Sequence[Sequence[int]], *, step: int) -> Rollout:
+        how = self.sampling
+        return generate(
+            policy, prompts, max_completion_length=how.max_completion_length, pad_token_id=how.pad_token_id,
+            stop_token_ids=how.stop_token_ids, temperature=how.temperature, top_p=how.top_p,
+        )  # fmt: skip
+
+
+class VLLMEngine:
+    """A vLLM server that samples from the policy's LoRA adapter over HTTP.
+
+    Written against vLLM's OpenAI-compatible API as documented for 0.10.2 and later (``return_token_ids``), and tested
+    with a fake server that speaks it; not yet run with vLLM itself. The server is started beside the trainer, with the
+    model that the adapter stands on, on a machine that sees the same file system::
+
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank R
+            --logprobs-mode processed_logprobs
+
+    ``processed_logprobs`` are those after temperature and top-p, which are what was sampled from. Each sequence has a
+    seed of its own, drawn from torch's generator, so that a resumed run asks for the same samples.
+
+    Args:
+        url: of the server.
+        folder: where adapters are written for the server to read; only the newest stays.
+        seconds: that a request may take.
+        requests: at the same time; the server forms its batches from them.
+    """
+
+    def __init__(
+        self, sampling: Sampling, folder: Path, *, url: str = VLLM_URL, seconds: float = 600.0, requests: int = 64
+    ) -> None:
+        self.sampling, self.folder, self.url = sampling, folder, url.rstrip("/")
+        self.seconds, self.requests = seconds, requests
+        self.loaded: str | None = None  # the adapter that the server has
+
+    def start(self, policy: Role) -> str:
+        if not is_peft(policy.model):
+            raise UserError(
+                "rollout_engine=vllm brings the server up to date by a LoRA adapter, so it needs use_peft=true; full "
+                "fine-tuning samples with rollout_engine=hf"
+            )
+        models = self.call("/v1/models", None).get("data", [])
+        if not models:
+            raise UserError(f"the vLLM server at {self.url} serves no model")
+        return f"rollouts: vLLM at {self.url}, serving {models[0].get('id')}, with the policy's adapter"
+
+    def sample(self, policy: Role, prompts: Sequence[Sequence[int]], *, step: int) -> Rollout:
+        distributed.on_main(lambda: self.synchronise(policy, f"policy-{step}"))
+        self.loaded = f"policy-{step}"
+        seeds: list[int] = torch.randint(2**31 - 1, (len(prompts),)).tolist()
+        with ThreadPoolExecutor(min(self.requests, max(len(prompts), 1))) as pool:
+            sampled = list(pool.map(self.complete, prompts, seeds))
+        completions = [ids for ids, _ in sampled]
+        rollout = collate(
+            prompts, completions, pad_token_id=self.sampling.pad_token_id,
+            stop_token_ids=self.sampling.stop_token_ids, device=policy.device,
+        )  # fmt: skip
+        logprobs = torch.tensor([value for _, values in sampled for value in values], device=policy.device)
+        return rollout.with_sampler_logprobs(rollout.in_place(logprobs))
+
+    def synchronise(self, policy: Role, name: str) -> None:
+        """Gives the server the policy's adapter as it is now, under a name that it has not seen."""
+        if self.loaded == name:
+            return
+        folder = self.folder / name
+        with checkpoint.atomic_folder(folder, replace=True) as writing:
+            checkpoint.save_weights(policy, writing)
+        self.call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
+        if self.loaded is not None:
+            self.call("/v1/unload_lora_adapter", {"lora_name": self.loaded})
+            checkpoint.remove_folder(self.folder / self.loaded)
+
+    def complete(self, prompt: Sequence[int], seed: int) -> tuple[list[int], list[float]]:
+        """Token ids and log-probs of one completion, its stop token included."""
+        how = self.sampling
+        reply = self.call(
+            "/v1/completions",
+            {
+                "model": self.loaded,
+                "prompt": list(prompt),
+                "max_tokens": how.max_completion_length,
+                "temperature": how.temperature,
+                "top_p": how.top_p,
+                "stop_token_ids": list(how.stop_token_ids),
+                "seed": seed,
+                "logprobs": 0,  # of the token taken, and of no other
+                "return_token_ids": True,
+                "skip_special_tokens": False,
+            },
+        )
+        try:
+            (choice,) = reply["choices"]
+            ids = [int(token) for token in choice["token_ids"]]
+            logprobs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
+            reason = choice["finish_reason"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise self.surprise(f"its reply has no {error}: is it vLLM 0.10.2 or later?") from None
+        if not ids or len(ids) != len(logprobs) or len(ids) > how.max_completion_length:
+            raise self.surprise(f"it gave {len(ids)} tokens and {len(logprobs)} log-probs")
+        if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
+            raise self.surprise("it gave log-probs that are none")
+        ended = ids[-1] in how.stop_token_ids
+        if any(token in how.stop_token_ids for token in ids[:-1]) or ended != (reason == "stop"):
+            raise self.surprise(f"it ended for {reason!r} with token {ids[-1]}, which does not fit the stop tokens")
+        return ids, logprobs
+
+    def surprise(self, what: str) -> UserError:
+        return UserError(f"the vLLM server at {self.url} does not do what the trainer relies on: {what}")
+
+    def call(self, path: str, body: dict[str, Any] | None) -> Any:
+        """POSTs JSON (GETs without a body) and returns the JSON of the answer, or its text."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=self.seconds) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:300]
+            raise UserError(f"the vLLM server at {self.url} refused {path} ({error.code}): {said}") from None
+        except OSError as error:
+            raise UserError(
+                f"no vLLM server answers at {self.url} ({error}): start one, or rollout_engine=hf"
+            ) from None
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+
+def make_engine(args: SRPPOConfig, sampling: Sampling, *, url: str = VLLM_URL) -> Engine:
+    """The engine that ``args.rollout_engine`` names."""
+    if args.rollout_engine == "vllm":
+        return VLLMEngine(sampling, Path(args.output_dir) / "rollout-adapters", url=url)
+    return HFEngine(sampling)
+
+
+# -- where the sampler is not the policy ------------------------------------------------------------------------------
+
+
+def sampling_metrics(rollout: Rollout, logprobs: Tensor) -> dict[str, float]:
+    """How far the sampler's log-probs are from the training forward's; nothing where the engine gives none.
+
+    Args:
+        logprobs: log pi_old of the tokens taken, ``[B, T]``.
+    """
+    if rollout.sampler_logprobs is None:
+        return {}
+    gaps = rollout.of_tokens((logprobs - rollout.sampler_logprobs).abs())
+    return {
+        "sampling/logp_difference/mean": gaps.mean().item(),
+        "sampling/logp_difference/max": gaps.max().item(),
+    }
+
+
+def importance_weights(rollout: Rollout, logprobs: Tensor, cap: float) -> Tensor:
+    """``min(pi_old / mu, cap)`` per token, ``[B, T]``, 0 where masked; 1 where the engine gives no log-probs."""
+    mask = rollout.completion_mask
+    if rollout.sampler_logprobs is None:
+        return mask.to(logprobs.dtype)
+    return (logprobs - rollout.sampler_logprobs).exp().clamp(max=cap) * mask

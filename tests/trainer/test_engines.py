@@ -1,0 +1,252 @@
+"""Rollout engines: the vLLM one against a fake server of the same protocol; rollouts saved and replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_vllm import FakeVLLM
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_runs import STOPS, config, rollout, trainer
+
+from srppo import UserError, ppo
+from srppo.engines import HFEngine, Sampling, VLLMEngine, importance_weights, make_engine, sampling_metrics
+from srppo.metrics import SAMPLING_METRICS
+from srppo.rollout import collate, generate
+from srppo.rollout_store import path_of
+
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_completion_length=5, stop_token_ids=tuple(STOPS), pad_token_id=1)
+PROMPTS = [[10, 11, 12], [13], [14, 15], [16, 17, 18]]
+
+
+@pytest.fixture
+def server(tiny_models) -> Iterator[FakeVLLM]:
+    fake = FakeVLLM(tiny_models.base)
+    yield fake
+    fake.close()
+
+
+def run_with(tiny_models, folder: Path, url: str, **settings):
+    """A LoRA run whose engine is the fake server."""
+    engine = VLLMEngine(SAMPLING, folder / "adapters", url=url, requests=2)
+    return trainer(tiny_models, folder, kind="adapter", engine=engine, **settings)
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+
+def test_hf_engine_is_generate(tiny_models, tmp_path):
+    run = trainer(tiny_models, tmp_path)
+    assert isinstance(run.engine, HFEngine)
+    torch.manual_seed(3)
+    got = run.engine.sample(run.roles.policy, PROMPTS, step=0)
+    torch.manual_seed(3)
+    expected = generate(run.roles.policy, PROMPTS, max_completion_length=5, pad_token_id=1, stop_token_ids=STOPS)
+    assert torch.equal(got.completions[got.completion_mask], expected.completions[expected.completion_mask])
+    assert got.sampler_logprobs is None and sampling_metrics(got, torch.zeros(1)) == {}
+
+
+def test_a_run_samples_from_a_server_that_is_given_every_new_policy(tiny_models, tmp_path, server):
+    run = run_with(tiny_models, tmp_path, server.url, max_steps=3, learning_rate=1e-2)
+    run.train()
+    assert all(set(SAMPLING_METRICS) <= set(entry) for entry in run.history)
+    largest = [entry["sampling/logp_difference/max"] for entry in run.history]
+    assert all(0 < value < 1e-4 for value in largest), "the server's policy is the trainer's, up to rounding"
+    moved = max(abs(run.history[2][name] - run.history[0][name]) for name in ("objective/kl", "objective/logp_sft"))
+    assert moved > 1e-3, "otherwise a server that was never brought up to date would have passed"
+    kinds = [path for path, _ in server.requests]
+    assert kinds.count("/v1/load_lora_adapter") == 3 and kinds.count("/v1/completions") == 12
+    assert list(server.models) == ["policy-2"], "older adapters are unloaded"
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["policy-2"]
+    asked = [body for path, body in server.requests if path == "/v1/completions"]
+    assert len({body["seed"] for body in asked}) == 12
+    assert all(body["temperature"] == 1.0 and set(body["stop_token_ids"]) == set(STOPS) for body in asked)
+
+
+def test_a_server_with_an_old_policy_shows_in_the_metrics(tiny_models, tmp_path, server):
+    run = run_with(tiny_models, tmp_path, server.url, max_steps=2, learning_rate=1e-2)
+    synchronise = run.engine.synchronise
+    run.engine.synchronise = lambda policy, name: synchronise(policy, name) if name == "policy-0" else None
+    complete = server.act
+    server.act = lambda path, body: complete(path, {**body, "model": "policy-0"})
+    run.train()
+    first, second = (entry["sampling/logp_difference/max"] for entry in run.history)
+    assert first < 1e-4 < 1e-2 < second
+
+
+def test_the_same_seed_asks_for_the_same_samples(tiny_models, tmp_path, server):
+    run = run_with(tiny_models, tmp_path, server.url)
+    samples = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        samples.append(run.engine.sample(run.roles.policy, PROMPTS, step=0))
+    assert torch.equal(samples[0].input_ids, samples[1].input_ids)
+    other = run.engine.sample(run.roles.policy, PROMPTS, step=0)
+    assert other.input_ids.shape != samples[0].input_ids.shape or not torch.equal(other.input_ids, samples[0].input_ids)
+
+
+def change(**changes):
+    return lambda answer: {"choices": [answer["choices"][0] | changes]}
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda answer: {"choices": []}, "its reply has no"),
+        (lambda answer: "not json", "its reply has no"),
+        (change(token_ids=None), "its reply has no"),
+        (lambda answer: {"choices": [{"text": "abc", "finish_reason": "stop"}]}, "vLLM 0.10.2 or later"),
+        (change(token_ids=[]), "it gave 0 tokens and"),
+        (change(logprobs={"token_logprobs": [-1.0] * 9}), r"tokens and 9 log-probs"),
+        (change(token_ids=[1] * 6, logprobs={"token_logprobs": [-1.0] * 6}), "it gave 6 tokens and 6"),
+        (change(token_ids=[1], logprobs={"token_logprobs": [0.5]}, finish_reason="length"), "log-probs that are none"),
+        (change(token_ids=[1], logprobs={"token_logprobs": [-1.0]}, finish_reason="stop"), "does not fit the stop"),
+        (change(token_ids=[0, 1], logprobs={"token_logprobs": [-1.0, -1.0]}, finish_reason="length"), "does not fit"),
+        (change(token_ids=[1], logprobs={"token_logprobs": [-1.0]}, finish_reason="abort"), None),
+    ],
+)
+def test_an_answer_that_is_not_what_the_trainer_relies_on_is_refused(tiny_models, tmp_path, server, alter, message):
+    run = run_with(tiny_models, tmp_path, server.url)
+    server.alter = alter
+    if message is None:  # cut by the server: a sequence without its stop token, as any other
+        assert run.engine.sample(run.roles.policy, PROMPTS, step=0).truncated.all()
+        return
+    with pytest.raises(UserError, match=message):
+        run.engine.sample(run.roles.policy, PROMPTS, step=0)
+
+
+def test_what_is_wrong_with_the_server_is_said_before_training(tiny_models, tmp_path, server):
+    run = run_with(tiny_models, tmp_path / "a", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"no vLLM server answers at http://127\.0\.0\.1:9 .*rollout_engine=hf"):
+        run.train()
+    assert not (tmp_path / "a" / "run").exists()
+    full = trainer(tiny_models, tmp_path / "b", rollout_engine="vllm")
+    assert isinstance(full.engine, VLLMEngine)
+    with pytest.raises(UserError, match="needs use_peft=true"):
+        full.train()
+    run = run_with(tiny_models, tmp_path / "c", server.url)
+    server.act = lambda path, body: (400, "LoRA is not enabled")
+    with pytest.raises(UserError, match=r"refused /v1/load_lora_adapter \(400\): LoRA is not enabled"):
+        run.train()
+
+
+def test_the_configuration_chooses_the_engine(tmp_path):
+    assert isinstance(make_engine(config(tmp_path), SAMPLING), HFEngine)
+    made = make_engine(config(tmp_path, rollout_engine="vllm"), SAMPLING, url="http://there:1/")
+    assert isinstance(made, VLLMEngine) and made.url == "http://there:1"
+
+
+# -- importance weights -----------------------------------------------------------------------------------------------
+
+
+def test_importance_weights_are_truncated_ratios_and_sampling_metrics_mean_over_tokens():
+    given = rollout()
+    mask = given.completion_mask
+    logprobs = -torch.rand(mask.shape) * mask
+    gaps = torch.linspace(-2, 2, mask.numel()).reshape(mask.shape) * mask
+    given = given.with_sampler_logprobs((logprobs - gaps) * mask)
+    weights = importance_weights(given, logprobs, 1.5)
+    assert torch.allclose(weights[mask], gaps[mask].exp().clamp(max=1.5)) and not weights[~mask].any()
+    assert importance_weights(rollout(), logprobs, 1.5)[mask].unique().tolist() == [1.0]
+    got = sampling_metrics(given, logprobs)
+    assert got["sampling/logp_difference/mean"] == pytest.approx(gaps[mask].abs().mean().item(), rel=1e-5)
+    assert got["sampling/logp_difference/max"] == pytest.approx(gaps[mask].abs().max().item(), rel=1e-5)
+
+
+def test_weights_multiply_the_advantages_and_nothing_else(tmp_path):
+    args, given = config(tmp_path), rollout()
+    scores = ppo.Scores(*(-torch.rand(given.completion_mask.shape) * given.completion_mask for _ in range(6)))
+    weights = torch.rand(given.completion_mask.shape)
+    plain = ppo.advantages(given, scores, args)
+    weighted = ppo.advantages(given, scores, args, weights=weights)
+    assert torch.equal(weighted.advantages, plain.advantages * weights)
+    assert torch.equal(weighted.returns, plain.returns)
+
+
+# -- saved and replayed -----------------------------------------------------------------------------------------------
+
+
+def numbers(history: list[dict]) -> list[dict]:
+    return [{k: v for k, v in entry.items() if "time" not in k and "perf/" not in k} for entry in history]
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_replayed_run_has_the_numbers_of_the_live_one(tiny_models, tmp_path, server, engine):
+    saved = tmp_path / "rollouts"
+    if engine == "hf":
+        live = trainer(tiny_models, tmp_path / "a", kind="adapter", save_rollouts=saved)
+    else:
+        live = run_with(tiny_models, tmp_path / "a", server.url, save_rollouts=saved, importance_cap=2.0)
+    live.train()
+    server.close()
+    replayed = trainer(
+        tiny_models, tmp_path / "b", kind="adapter", from_rollouts=saved, importance_cap=None if engine == "hf" else 2.0
+    )
+    torch.manual_seed(77)
+    replayed.train()
+    assert numbers(replayed.history) == numbers(live.history)
+    pairs = zip(live.roles.policy.parameters(), replayed.roles.policy.parameters(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "rollout_00001.safetensors", "rollout_00002.safetensors",
+    ]  # fmt: skip
+
+
+def rewrite(path: Path, **changes) -> None:
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for name, value in changes.items():
+        if name in tensors:
+            tensors[name] = value(tensors[name])
+        else:
+            metadata[name] = value
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:200]), "cannot be replayed"),
+        (lambda path: path.write_bytes(b""), "cannot be replayed"),
+        (lambda path: rewrite(path, version="0"), "not written by this version"),
+        (lambda path: rewrite(path, step="2"), "its step is 2, and this run's is 1"),
+        (lambda path: rewrite(path, temperature="0.5"), "its temperature is 0.5, and this run's is 1.0"),
+        (lambda path: rewrite(path, stop_token_ids="[5]"), "its stop_token_ids is"),
+        (lambda path: rewrite(path, input_ids=lambda x: x + 10_000), "outside the vocabulary"),
+        (lambda path: rewrite(path, input_ids=lambda x: x.float()), "input_ids is .* of torch.float32"),
+        (lambda path: rewrite(path, truncated=lambda x: x[:2].clone()), r"truncated is \(2,\)"),
+        (lambda path: rewrite(path, completion_mask=lambda x: ~x), "its masks contradict each other"),
+        (lambda path: rewrite(path, input_ids=lambda x: (x + 1) % 200), "its prompts are not those that this run drew"),
+    ],
+)
+def test_a_saved_rollout_that_does_not_fit_is_refused_by_name(tiny_models, tmp_path, damage, message):
+    saved = tmp_path / "rollouts"
+    trainer(tiny_models, tmp_path / "a", save_rollouts=saved, max_steps=1).train()
+    damage(path_of(saved, 1))
+    run = trainer(tiny_models, tmp_path / "b", from_rollouts=saved, max_steps=1)
+    with pytest.raises(UserError, match=message) as caught:
+        run.train()
+    assert "rollout_00001.safetensors" in str(caught.value)
+    assert not (tmp_path / "b" / "run").exists()
+
+
+def test_rollouts_from_a_folder_that_is_not_there_are_refused_at_the_start(tiny_models, tmp_path):
+    with pytest.raises(UserError, match="no rollouts to replay in"):
+        trainer(tiny_models, tmp_path, from_rollouts=tmp_path / "nowhere").train()
+
+
+def test_sampler_logprobs_follow_their_sequences(tmp_path):
+    given = rollout()
+    given = given.with_sampler_logprobs(torch.arange(given.completion_mask.numel()).reshape_as(given.completions) * 1.0)
+    part = given.select([3, 0])
+    assert torch.equal(part.sampler_logprobs[0, :2], given.sampler_logprobs[3, :2])
+    assert part.sampler_logprobs.shape == part.completion_mask.shape
+    assert dataclasses.replace(part, sampler_logprobs=None).select([0]).sampler_logprobs is None
+    assert collate([[1]], [[2]], pad_token_id=0, stop_token_ids=[2]).sampler_logprobs is None
+    assert math.isfinite(part.to(torch.device("cpu")).sampler_logprobs.sum().item())
