@@ -1,6 +1,6 @@
 """`srppo::gae`: schema, fake, autograd and the choice of backend. `reference.py` has the maths."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -42,6 +42,12 @@ def _check_starts(cu_seqlens: Tensor | None, total: int) -> None:
         raise ValueError(f"gae: cu_seqlens decreases after position {int((cu_seqlens.diff() < 0).nonzero()[0])}")
 
 
+def _moments_of(advantages: Tensor, mask: Tensor, backend: str) -> Tensor:
+    if backend == "native" and advantages.device.type == "cpu":
+        return torch.ops.srppo_native.whiten_moments(advantages, native_input(mask))
+    return reference.whiten_moments(advantages, mask)
+
+
 def _run_gae(
     rewards: Tensor,
     values: Tensor,
@@ -53,8 +59,9 @@ def _run_gae(
     bootstrap: Tensor | None,
     mask_mode: str,
     cu_seqlens: Tensor | None,
+    moments: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_starts(cu_seqlens, rewards.shape[0])
     dtype = compute_dtype(rewards, values)
     chosen = resolve("gae", backend, rewards, dtype)
@@ -62,30 +69,36 @@ def _run_gae(
         from srppo_kernels.gae.triton_scan import gae_triton
 
         carry = mask_mode == "carry"
-        return gae_triton(rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, carry, cu_seqlens)
+        options = (gamma, lam, gamma_rows, lam_rows, bootstrap, carry, cu_seqlens, moments)
+        return gae_triton(rewards, values, mask, *options)
+    nothing = torch.empty(0, dtype=torch.float64, device=rewards.device)
     if chosen == "native":
         rows = [None if row is None else native_input(row) for row in (gamma_rows, lam_rows, bootstrap)]
         starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
         tokens = native_input(rewards), native_input(values), native_input(mask)
-        return torch.ops.srppo_native.gae(*tokens, gamma, lam, *rows, mask_mode == "carry", starts)
+        made = torch.ops.srppo_native.gae(*tokens, gamma, lam, *rows, mask_mode == "carry", starts)
+        return (*made, _moments_of(made[0], mask, "native") if moments else nothing)
     g = gamma if gamma_rows is None else gamma_rows
     la = lam if lam_rows is None else lam_rows
     if cu_seqlens is None:
-        return reference.gae_reference(rewards, values, mask, g, la, bootstrap, mask_mode)
+        advantages, returns = reference.gae_reference(rewards, values, mask, g, la, bootstrap, mask_mode)
+        return advantages, returns, _moments_of(advantages, mask, "reference") if moments else nothing
     (padded_rewards, padded_values, padded_mask), inside = _as_rows((rewards, values, mask), cu_seqlens)
     advantages, returns = reference.gae_reference(
         padded_rewards, padded_values, padded_mask, g, la, bootstrap, mask_mode
     )
-    return advantages[inside], returns[inside]
+    advantages, returns = advantages[inside], returns[inside]
+    return advantages, returns, _moments_of(advantages, mask, "reference") if moments else nothing
 
 
 _gae = Op("gae", _run_gae)
 
 
 @_gae.register_fake
-def _(rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, mask_mode, cu_seqlens, backend):  # type: ignore[no-untyped-def]
+def _(rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, mask_mode, cu_seqlens, moments, backend):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(rewards, values)
-    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
+    advantages, returns = (rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
+    return advantages, returns, rewards.new_empty(3 if moments else 0, dtype=torch.float64)
 
 
 def _run_gae_backward(
@@ -143,13 +156,14 @@ _gae_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx,
 
 
 def _gae_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, mask_mode, cu_seqlens, backend = inputs
+    rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, mask_mode, cu_seqlens, _, backend = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(mask, gamma_rows, lam_rows, cu_seqlens)
     ctx.options = (gamma, lam, mask_mode, backend)
     ctx.dtypes = (rewards.dtype, values.dtype, None if bootstrap is None else bootstrap.dtype)
 
 
-def _gae_autograd(ctx: Any, grad_advantages: Tensor, grad_returns: Tensor) -> tuple[Any, ...]:
+def _gae_autograd(ctx: Any, grad_advantages: Tensor, grad_returns: Tensor, _: Tensor) -> tuple[Any, ...]:
     mask, gamma_rows, lam_rows, cu_seqlens = ctx.saved_tensors
     gamma, lam, mask_mode, backend = ctx.options
     d_rewards, d_values, d_bootstrap = torch.ops.srppo.gae_backward(
@@ -157,13 +171,40 @@ def _gae_autograd(ctx: Any, grad_advantages: Tensor, grad_returns: Tensor) -> tu
     )
     rewards_dtype, values_dtype, bootstrap_dtype = ctx.dtypes
     bootstrap_grad = None if bootstrap_dtype is None else d_bootstrap.to(bootstrap_dtype)
-    none = (None,) * 3
-    return (d_rewards.to(rewards_dtype), d_values.to(values_dtype), None, None, None, None, None, bootstrap_grad, *none)
+    return (d_rewards.to(rewards_dtype), d_values.to(values_dtype), *(None,) * 5, bootstrap_grad, *(None,) * 4)
 
 
 _gae.register_autograd(_gae_autograd, setup_context=_gae_setup)
 
 
+@overload
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float | Tensor = ...,
+    lam: float | Tensor = ...,
+    bootstrap: Tensor | None = ...,
+    mask_mode: str = ...,
+    cu_seqlens: Tensor | None = ...,
+    moments: Literal[False] = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float | Tensor = ...,
+    lam: float | Tensor = ...,
+    bootstrap: Tensor | None = ...,
+    mask_mode: str = ...,
+    cu_seqlens: Tensor | None = ...,
+    moments: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -174,8 +215,9 @@ def gae(
     bootstrap: Tensor | None = None,
     mask_mode: str = "carry",
     cu_seqlens: Tensor | None = None,
+    moments: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Generalized advantage estimation: `A_t = r_t + gamma V_{t+1} - V_t + gamma lambda A_{t+1}`, returns `A + V`.
 
     Args:
@@ -187,10 +229,13 @@ def gae(
         mask_mode: `"carry"` skips masked tokens (verl, AReaL), `"zero"` treats gaps as steps of value and reward 0
             (TRL); `reference.py` writes both down.
         cu_seqlens: `[B + 1]` int32 or int64, starts of the packed sequences: `0 = cu[0] <= ... <= cu[B] = total`.
+        moments: return the advantages' moments as well, out of the same launch, for `whiten(advantages, mask,
+            moments=moments)`.
         backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
 
     Returns:
         `(advantages, returns)`, the inputs' shape, both 0 on masked tokens. Gradients reach rewards, values, bootstrap.
+        With `moments` a third: float64 `[3]`, count, mean and sum of squared deviations over valid tokens; no gradient.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or modes that do not fit, by the argument's name.
@@ -227,7 +272,7 @@ def gae(
     if isinstance(lam, Tensor):
         check_rows("gae", "lam", lam, rows, rewards.device)
         lam_rows = lam.detach()
-    return torch.ops.srppo.gae(
+    made = torch.ops.srppo.gae(
         rewards,
         values,
         mask,
@@ -238,5 +283,7 @@ def gae(
         bootstrap,
         mask_mode,
         cu_seqlens,
+        moments,
         backend,
     )
+    return made if moments else made[:2]

@@ -10,7 +10,8 @@ the neighbour's) and an associative scan of the pairs (a, b) for R = b + a R_car
 R_carried in float64: with gamma = lambda = 1 a row is a plain sum of 10^5 rewards, and a float32 carry would lose its
 last digits. Tiles are counted from the row's last valid token, so padded and packed rows have the same bits.
 
-    gae_rows            a program walks a row from right to left: the one launch of an ordinary batch
+    gae_rows            a program walks a row from right to left: the one launch of an ordinary batch; it also sums up
+                        the moments of the advantages, for whitening, where they are asked for
     row_ends, tile_maps, fold_tiles, tile_outputs
                         a program a tile, for few and very long rows, where one program would walk alone: every tile
                         becomes a map, the maps are folded with the same arithmetic, and every tile is scanned again
@@ -24,7 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srppo_kernels._triton import CompileCase, interpreted, on_device
+from srppo_kernels._triton import CompileCase, finish_counter, interpreted, on_device
+from srppo_kernels._triton_language import arrived_last
+from srppo_kernels.gae.triton_whiten import leave_moments, merge_moments, whiten_moments_triton
 
 __all__ = [
     "clear",
@@ -141,17 +144,30 @@ def _scan_tile(rewards, values, mask, right, end, next_value, through, decay, CA
 
 @triton.jit
 def _store_tile(advantages, returns, at, inside, valid, value, a, b, carried):
-    """-> R of every token in float64; writes both outputs."""
+    """-> R of every token in float64, and the advantages; writes both outputs."""
     ret = b.to(tl.float64) + a.to(tl.float64) * carried
-    tl.store(advantages + at, tl.where(valid, (ret - value.to(tl.float64)).to(tl.float32), 0.0), mask=inside)
+    advantage = tl.where(valid, (ret - value.to(tl.float64)).to(tl.float32), 0.0)
+    tl.store(advantages + at, advantage, mask=inside)
     tl.store(returns + at, tl.where(valid, ret.to(tl.float32), 0.0), mask=inside)
-    return ret
+    return ret, advantage
 
 
 @triton.jit
 def leftmost(x, TILE: tl.constexpr):
     """Of the last lane, the leftmost token of a tile that is walked from the right."""
     return tl.sum(tl.where(tl.arange(0, TILE) == TILE - 1, x, 0.0), 0)
+
+
+@triton.jit
+def _join_moments(count, mean, squares, x, valid):
+    """Chan's merge of a row's moments so far with those of a tile, which is two-pass in registers."""
+    n = tl.sum(valid.to(tl.float64), 0)
+    tile_mean = tl.sum(x, 0) / tl.maximum(n, 1.0)
+    off = tl.where(valid, x - tile_mean, 0.0)
+    both = tl.maximum(count + n, 1.0)
+    shift = tl.where(n > 0, tile_mean - mean, 0.0)
+    squares += tl.sum(off * off, 0) + shift * shift * (count * n / both)
+    return count + n, mean + shift * (n / both), squares
 
 
 @triton.jit
@@ -168,6 +184,9 @@ def gae_rows(
     steps,  # T
     advantages,  # float32, as rewards
     returns,
+    partials,  # [3, B] float64 and the next two, or None: the advantages' moments for whitening
+    finished,
+    moments,  # [3] float64: count, mean, squared deviations
     CARRY: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -183,16 +202,25 @@ def gae_rows(
     through, decay = coefficients(row, through, decay, gamma_rows, lam_rows)
     next_value = _bootstrap(bootstrap, row)
     carried = next_value.to(tl.float64)
+    count = tl.zeros([], tl.float64)
+    mean = tl.zeros([], tl.float64)
+    squares = tl.zeros([], tl.float64)
     right = end
     while right > 0:
         at, inside, valid, value, a, b, following = _scan_tile(
             rewards, values, mask, right, end, next_value, through, decay, CARRY, TILE
         )
-        ret = _store_tile(advantages, returns, at, inside, valid, value, a, b, carried)
+        ret, advantage = _store_tile(advantages, returns, at, inside, valid, value, a, b, carried)
         carried = leftmost(ret, TILE)
         if CARRY:
             next_value = leftmost(following, TILE)
+        if moments is not None:
+            count, mean, squares = _join_moments(count, mean, squares, advantage.to(tl.float64), valid)
         right -= TILE
+    if moments is not None:
+        leave_moments(partials, tl.program_id(0), tl.num_programs(0), count, mean, squares)
+        if arrived_last(finished):
+            merge_moments(partials, moments, tl.num_programs(0), TILE)
 
 
 @triton.jit
@@ -309,17 +337,19 @@ def gae_triton(
     bootstrap: Tensor | None,
     carry: bool,
     cu_seqlens: Tensor | None,
+    with_moments: bool = False,
     tile: int | None = None,
     spread: bool | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`gae` of float32 or narrower inputs. `tile` and `spread` (a program a tile) are for tests."""
     rewards, values, mask = (x.contiguous() for x in (rewards, values, mask))
     rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     steps = rewards.numel() if cu_seqlens is not None else rewards.shape[1]  # packed: no row is longer than all of them
     advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
+    moments = torch.empty(3 if with_moments else 0, dtype=torch.float64, device=rewards.device)
     if rewards.numel() == 0:
-        return advantages, returns
+        return advantages, returns, moments.zero_()
     tile = tile or (32 if interpreted() else TILE)
     if spread is None:
         spread = steps >= LONG and rows <= FEW
@@ -329,8 +359,12 @@ def gae_triton(
     inputs = (rewards, values, mask, gamma * (1.0 - lam), gamma * lam, *row_options, starts, steps)
     with on_device(rewards):
         if not spread:
-            gae_rows[(rows,)](*inputs, advantages, returns, CARRY=carry, TILE=tile, **OPTIONS)
-            return advantages, returns
+            sums: tuple[Tensor | None, ...] = (None, None, None)
+            if with_moments:
+                partials = torch.empty((3, rows), dtype=torch.float64, device=rewards.device)
+                sums = (partials, finish_counter(rewards.device), moments)
+            gae_rows[(rows,)](*inputs, advantages, returns, *sums, CARRY=carry, TILE=tile, **OPTIONS)
+            return advantages, returns, moments
         tiles = triton.cdiv(steps, tile)
         ends = torch.empty(rows, dtype=torch.int32, device=rewards.device)
         maps = torch.empty((rows, tiles, 2), dtype=torch.float32, device=rewards.device)
@@ -339,25 +373,26 @@ def gae_triton(
         tile_maps[(rows, tiles)](*inputs, ends, maps, CARRY=carry, TILE=tile, **OPTIONS)
         fold_tiles[(rows,)](maps, row_options[2], carries, tiles, num_warps=1, enable_fp_fusion=False)
         tile_outputs[(rows, tiles)](*inputs, ends, carries, advantages, returns, CARRY=carry, TILE=tile, **OPTIONS)
-    return advantages, returns
+    return advantages, returns, whiten_moments_triton(advantages, mask) if with_moments else moments
 
 
 def compile_cases() -> Iterator[CompileCase]:
     tokens = {"rewards": "*fp32", "values": "*fp32", "mask": "*i1", "through": "fp32", "decay": "fp32", "steps": "i32"}
+    outputs = {"advantages": "*fp32", "returns": "*fp32", "ends": "*i32", "maps": "*fp32", "carries": "*fp64"}
     by_row = {"gamma_rows": "*fp64", "lam_rows": "*fp64", "bootstrap": "*fp32", "starts": "*i64"}
-    outputs = {"advantages": "*fp32", "returns": "*fp32"}
-    none = dict.fromkeys(by_row)
-    spread = {"ends": "*i32", "maps": "*fp32", "carries": "*fp64", "tiles": "i32"}
+    sums = {"partials": "*fp64", "finished": "*i32", "moments": "*fp64"}
+    types = {**tokens, **outputs, **by_row, **sums, "tiles": "i32"}
+    plain, unsummed = dict.fromkeys(by_row), dict.fromkeys(sums)
     options = {"enable_fp_fusion": False}
     for carry in (True, False):
         mode = "carry" if carry else "zero"
         fixed = {"CARRY": carry, "TILE": TILE}
-        everything = {**tokens, **by_row, **outputs, **spread}
-        yield CompileCase(
-            f"gae_rows: {mode}, padded", gae_rows, {**tokens, **outputs}, {**none, **fixed}, WARPS, options=options
-        )
-        yield CompileCase(f"gae_rows: {mode}, packed, by row", gae_rows, everything, fixed, WARPS, options=options)
-        yield CompileCase(f"tile_maps: {mode}", tile_maps, everything, {**none, **fixed}, WARPS, options=options)
-        yield CompileCase(f"tile_outputs: {mode}", tile_outputs, everything, {**none, **fixed}, WARPS, options=options)
-    yield CompileCase("row_ends", row_ends, everything, {"starts": None, "TILE": TILE}, WARPS, options=options)
-    yield CompileCase("fold_tiles", fold_tiles, everything, {}, 1, options=options)
+        for name, kernel, constants in (
+            (f"gae_rows: {mode}, padded", gae_rows, {**plain, **unsummed, **fixed}),
+            (f"gae_rows: {mode}, packed, by row, moments", gae_rows, fixed),
+            (f"tile_maps: {mode}", tile_maps, {**plain, **fixed}),
+            (f"tile_outputs: {mode}", tile_outputs, {**plain, **fixed}),
+        ):
+            yield CompileCase(name, kernel, types, constants, WARPS, options=options)
+    yield CompileCase("row_ends", row_ends, types, {"starts": None, "TILE": TILE}, WARPS, options=options)
+    yield CompileCase("fold_tiles", fold_tiles, types, {}, 1, options=options)

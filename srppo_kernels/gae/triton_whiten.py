@@ -15,7 +15,7 @@ from torch import Tensor
 from srppo_kernels._triton import CompileCase, finish_counter, on_device
 from srppo_kernels._triton_language import TOKENS, arrived_last, grid_sum
 
-__all__ = ["compile_cases", "whiten_apply_triton", "whiten_moments_triton"]
+__all__ = ["compile_cases", "leave_moments", "merge_moments", "whiten_apply_triton", "whiten_moments_triton"]
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -30,11 +30,40 @@ def _tokens(x, mask, total, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def leave_moments(partials, program, programs, count, mean, squares):
+    """One program's count, sum and squared deviations from its own mean."""
+    tl.store(partials + program, count)
+    tl.store(partials + programs + program, mean * count)
+    tl.store(partials + 2 * programs + program, squares)
+
+
+@triton.jit
+def merge_moments(partials, moments, programs, CHUNK: tl.constexpr):
+    """Chan's merge of what all programs left, in their order -> count, mean, squared deviations in `moments`."""
+    count = grid_sum(partials, 0, programs)
+    mean = grid_sum(partials, 1, programs) / tl.maximum(count, 1.0)
+    squares = grid_sum(partials, 2, programs)
+    lane = tl.arange(0, CHUNK)
+    between = tl.zeros([CHUNK], tl.float64)
+    start = 0
+    while start < programs:
+        there = start + lane < programs
+        n = tl.load(partials + start + lane, mask=there, other=0.0, cache_modifier=".cg")
+        sums = tl.load(partials + programs + start + lane, mask=there, other=0.0, cache_modifier=".cg")
+        off = tl.where(n > 0, sums / tl.maximum(n, 1.0) - mean, 0.0)
+        between += n * off * off
+        start += CHUNK
+    tl.store(moments, count)
+    tl.store(moments + 1, mean)
+    tl.store(moments + 2, squares + tl.sum(between, 0))
+
+
+@triton.jit
 def whiten_moments(
     x,  # any float dtype
     mask,  # bool
     total,
-    partials,  # [3, programs] float64: count, mean, squared deviations
+    partials,  # [3, programs] float64
     finished,
     moments,  # [3] float64
     TOKENS: tl.constexpr,
@@ -45,26 +74,9 @@ def whiten_moments(
     count = tl.sum(valid.to(tl.float64), 0)
     mean = tl.sum(x, 0) / tl.maximum(count, 1.0)
     deviation = tl.where(valid, x - mean, 0.0)
-    tl.store(partials + program, count)
-    tl.store(partials + programs + program, mean * count)
-    tl.store(partials + 2 * programs + program, tl.sum(deviation * deviation, 0))
+    leave_moments(partials, program, programs, count, mean, tl.sum(deviation * deviation, 0))
     if arrived_last(finished):
-        count = grid_sum(partials, 0, programs)
-        mean = grid_sum(partials, 1, programs) / tl.maximum(count, 1.0)
-        squares = grid_sum(partials, 2, programs)
-        lane = tl.arange(0, TOKENS)
-        between = tl.zeros([TOKENS], tl.float64)
-        start = 0
-        while start < programs:
-            there = start + lane < programs
-            n = tl.load(partials + start + lane, mask=there, other=0.0, cache_modifier=".cg")
-            sums = tl.load(partials + programs + start + lane, mask=there, other=0.0, cache_modifier=".cg")
-            off = tl.where(n > 0, sums / tl.maximum(n, 1.0) - mean, 0.0)
-            between += n * off * off
-            start += TOKENS
-        tl.store(moments, count)
-        tl.store(moments + 1, mean)
-        tl.store(moments + 2, squares + tl.sum(between, 0))
+        merge_moments(partials, moments, programs, TOKENS)
 
 
 @triton.jit

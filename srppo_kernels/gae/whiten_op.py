@@ -109,6 +109,7 @@ def whiten(
     mask: Tensor,
     *,
     shift_mean: bool = True,
+    moments: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -118,6 +119,8 @@ def whiten(
         x: any shape and float dtype; computed from float64 moments, returned in float32 (float64 stays float64).
         mask: bool, same shape, True on valid tokens. What masked places hold, NaN included, is not read.
         shift_mean: False adds the mean back, which only rescales around it (used for rewards).
+        moments: float64 `[3]`, count, mean and sum of squared deviations of x over its valid tokens, where the caller
+            has them already (`gae(..., moments=True)`): one pass less. They carry no gradient: detach x first.
         group: a process group over whose ranks mean and variance are taken; None means this process alone.
             Collective: all ranks call it. It has no gradient: detach x first.
         backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
@@ -130,9 +133,18 @@ def whiten(
     check_backend("whiten", backend, BACKENDS)
     check_mask("whiten", mask)
     check_same_shape("whiten", "x", x, mask=mask)
-    moments = torch.ops.srppo.whiten_moments(x, mask, backend)
-    if group is not None:
-        if x.requires_grad and torch.is_grad_enabled():
+    if x.requires_grad and torch.is_grad_enabled():
+        if group is not None:
             raise ValueError("whiten: x requires grad but whitening over a process group has none; pass x.detach()")
+        if moments is not None:
+            raise ValueError("whiten: x requires grad but the moments that are given carry none; pass x.detach()")
+    if moments is None:
+        moments = torch.ops.srppo.whiten_moments(x, mask, backend)
+    elif moments.shape != (3,) or moments.dtype != torch.float64 or moments.device != x.device:
+        raise ValueError(
+            f"whiten: moments has shape {tuple(moments.shape)}, dtype {moments.dtype} on {moments.device}; pass what "
+            f"gae(..., moments=True) returns: float64 [3] on x's device"
+        )
+    if group is not None:
         moments = _merge_over_group(moments, group)
     return torch.ops.srppo.whiten_apply(x, mask, moments, shift_mean, backend)

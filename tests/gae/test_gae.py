@@ -234,7 +234,7 @@ def test_opcheck(backend, packed):
     tensors = [x.detach().flatten().requires_grad_() if packed else x for x in (rewards, values)]
     starts = torch.tensor([0, 6, 12, 18]) if packed else None
     rows = torch.tensor([0.9, 0.95, 1.0])
-    tail = (rows, None, end.requires_grad_(), "carry", starts, backend)
+    tail = (rows, None, end.requires_grad_(), "carry", starts, packed, backend)
     torch.library.opcheck(torch.ops.srppo.gae, (*tensors, mask.flatten() if packed else mask, 0.0, 0.95, *tail))
 
 

@@ -7,7 +7,7 @@ from cuda_checks import launches, no_waiting, on_another_stream, replayed
 from torch import Tensor
 
 from srppo_kernels import gae, whiten
-from srppo_kernels.gae.reference import gae_reference, whiten_reference
+from srppo_kernels.gae.reference import gae_reference, whiten_moments, whiten_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -53,7 +53,7 @@ def test_bits_of_spread_packed_and_padded_rows(mask_mode):
     rewards, values, mask, end = inputs(3, 5000)
 
     def run(r, v, m, starts=None, spread=False):
-        return gae_triton(r, v, m, 1.0, 0.95, None, None, end, mask_mode == "carry", starts, spread=spread)
+        return gae_triton(r, v, m, 1.0, 0.95, None, None, end, mask_mode == "carry", starts, spread=spread)[:2]
 
     whole = run(rewards, values, mask)
     starts = torch.arange(0, 15001, 5000, device="cuda", dtype=torch.int32)
@@ -71,9 +71,14 @@ def test_one_launch_no_wait_and_graphs():
     def call():
         return gae(rewards, values, mask, bootstrap=end)
 
-    assert len(launches(call)) == 1
+    def with_moments():
+        return gae(rewards, values, mask, bootstrap=end, moments=True)
+
+    assert len(launches(call)) == len(launches(with_moments)) == 1
     with no_waiting():
         whole = call()
+    advantages, _, moments = with_moments()
+    torch.testing.assert_close(moments, whiten_moments(advantages.double(), mask), rtol=1e-12, atol=1e-12)
     assert all(same_bits(a, b) for a, b in zip(whole, on_another_stream(call), strict=True))
     graph = replayed(call, lambda: rewards.mul_(2))
     assert all(same_bits(a, b) for a, b in zip(graph, call(), strict=True))

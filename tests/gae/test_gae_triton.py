@@ -55,7 +55,8 @@ def test_bits_do_not_depend_on_padding_packing_or_how_tiles_are_spread(kind, mas
     mask[0, -20:] = False
 
     def run(r, v, m, starts=None, spread=False):
-        return gae_triton(r, v, m, 1.0, 0.95, None, None, end, mask_mode == "carry", starts, tile=16, spread=spread)
+        options = (1.0, 0.95, None, None, end, mask_mode == "carry", starts)
+        return gae_triton(r, v, m, *options, tile=16, spread=spread)[:2]
 
     whole = run(rewards, values, mask)
     for a, b in zip(whole, run(rewards, values, mask, spread=True), strict=True):
@@ -78,7 +79,7 @@ def test_a_long_row_keeps_its_digits(spread):
 
     rewards, values, mask, end = inputs(1, 1500, "gaps", seed=2)
     rewards = rewards.abs()  # of one sign: with gamma = lambda = 1 an advantage is a plain sum of all of them
-    got, _ = gae_triton(rewards, values, mask, 1.0, 1.0, None, None, end, True, None, tile=64, spread=spread)
+    got, _, _ = gae_triton(rewards, values, mask, 1.0, 1.0, None, None, end, True, None, tile=64, spread=spread)
     expected, _ = gae_reference(rewards.double(), values.double(), mask, 1.0, 1.0, end)
     assert (got.double() - expected).abs().max() / expected.abs().max() <= 2e-7
 

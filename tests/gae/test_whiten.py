@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from backends import BACKENDS, MASKS, NATIVE, make_mask, poison, running, same_bits, threads
+from backends import BACKENDS, MASKS, NATIVE, TRITON, make_mask, poison, running, same_bits, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from srppo_kernels.gae import whiten
+from srppo_kernels.gae import gae, whiten
+from srppo_kernels.gae.reference import whiten_moments
 
 
 def formula(x, mask, shift_mean):
@@ -85,6 +86,30 @@ def test_bits_do_not_depend_on_padding_or_threads(backend, kind):
         for n in (1, 3):
             with threads(n):
                 assert same_bits(whiten(x, mask, backend=name), whole)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_moments_out_of_gae_are_those_of_its_advantages(backend, kind, packed):
+    generator = torch.Generator().manual_seed(2)
+    rewards, values = (torch.randn(4, 70, generator=generator) for _ in range(2))
+    mask = make_mask(kind, 4, 70, generator)
+    starts = torch.arange(0, 281, 70) if packed else None
+    tokens = [x.flatten() if packed else x for x in (poison(rewards, mask), poison(values, mask), mask)]
+    with running(backend) as name:
+        advantages, returns, moments = gae(*tokens, cu_seqlens=starts, moments=True, backend=name)
+        plain = gae(*tokens, cu_seqlens=starts, backend=name)
+        whitened = whiten(advantages, tokens[2], moments=moments, backend=name)
+        again = whiten(advantages, tokens[2], backend=name)
+    assert same_bits(advantages, plain[0]) and same_bits(returns, plain[1])
+    assert not moments.requires_grad
+    torch.testing.assert_close(moments, whiten_moments(advantages, tokens[2]), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(whitened, again, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="the moments that are given carry none"):
+        whiten(advantages.clone().requires_grad_(), tokens[2], moments=moments)
+    with pytest.raises(ValueError, match=r"moments has shape \(2,\)"):
+        whiten(advantages, tokens[2], moments=moments[:2])
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
