@@ -1,6 +1,7 @@
 """What every test shares: a fixed seed, `gpu` tests skipped where there is no GPU, and Triton interpreted there."""
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -8,6 +9,11 @@ import torch
 if not torch.cuda.is_available():
     # Before anything imports triton: it reads the variable when it decorates a function.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Compiled graphs are cached by what they call, not by its signature: an op that gained an argument since would be called
+# without it, by code that another version of this project left in the shared folder.
+_COMPILED = tempfile.TemporaryDirectory(prefix="srppo-inductor-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILED.name
 
 
 @pytest.fixture(autouse=True)

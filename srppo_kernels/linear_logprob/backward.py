@@ -117,23 +117,25 @@ def gradients(
     consume: bool = False,
     group: str = "",
     backend: str = "torch",
+    dz_bytes: int = 0,
 ) -> tuple[Rows, Tensor | None]:
     """Writes dweight and dbias; returns the rows that have a gradient and their dhidden, ``[count, D]``.
 
     With a ``residual`` (which holds ``rows`` in order, or at ``kept_rows``) p is read from it, else it is recomputed;
-    ``consume`` allows it to be overwritten.
+    ``consume`` allows it to be overwritten. ``dz_bytes``: of a dz that has no exponentials to be formed in, 0 for the
+    default.
     """
     acc = accumulation_dtype(hidden)
     if backend == "triton":
         nonzero = upstream.nonzero(rows) & _live(rows, hidden.device)
         scalars = RowScalars.of(rows, upstream, acc)
-        dhidden = _on_triton(hidden, head, targets, rows, nonzero, scalars, into, residual, consume)
+        dhidden = _on_triton(hidden, head, targets, rows, nonzero, scalars, into, residual, consume, dz_bytes)
         return replace(rows, live=nonzero), _sum_over_ranks(dhidden, acc, group)
     wanted, position = rows.keep(upstream.nonzero(rows))
     if position is not None:
         kept_rows = position if kept_rows is None else kept_rows[position]
     scalars = RowScalars.of(wanted, upstream, acc)
-    dhidden = over_groups(hidden, head, targets, wanted, scalars, into, residual, kept_rows, consume)
+    dhidden = over_groups(hidden, head, targets, wanted, scalars, into, residual, kept_rows, consume, dz_bytes)
     return wanted, _sum_over_ranks(dhidden, acc, group)
 
 
@@ -157,10 +159,11 @@ def _on_triton(
     into: "Destination",
     residual: Residual | None,
     consume: bool,
+    dz_bytes: int = 0,
 ) -> Tensor | None:
     temperature, chain = _temperature_and_chain(rows, head, accumulation_dtype(hidden))
     return gpu.over_vocabulary(
-        hidden, head, targets, rows, wanted, scalars.scaled(chain), temperature, into, residual, consume
+        hidden, head, targets, rows, wanted, scalars.scaled(chain), temperature, into, residual, consume, dz_bytes
     )
 
 
@@ -182,6 +185,7 @@ def over_groups(
     residual: Residual | None,
     kept_rows: Tensor | None,
     consume: bool = False,
+    dz_bytes: int = 0,
 ) -> Tensor | None:
     """The loop over vocabulary groups; dhidden is this shard's part, rounded only where it is one GEMM's result."""
     acc, dtype = accumulation_dtype(hidden), operand_dtype(hidden, head.weight)
@@ -197,7 +201,7 @@ def over_groups(
         return native_gradients.over_vocabulary(
             hidden, head, y, rows, (b, h, at_target, row_max, log_sum), temperature,
             (into.hidden, into.weight, into.bias), (into.accumulate_weight, into.accumulate_bias),
-            residual, kept_rows, consume,
+            residual, kept_rows, consume, dz_bytes,
         )  # fmt: skip
     dhidden = torch.zeros(n, width, dtype=acc, device=device) if into.hidden else None
     step = max(128, BACKWARD_ELEMENTS // GROUP)

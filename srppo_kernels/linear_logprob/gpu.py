@@ -66,13 +66,14 @@ def over_vocabulary(
     into: "Destination",
     residual: "Residual | None",
     consume: bool,
+    dz_bytes: int,
 ) -> Tensor | None:
     """dhidden of ``rows``, and dweight and dbias into their destination; ``wanted`` (``[count]``) have a gradient."""
     from srppo_kernels.linear_logprob import triton_gradients
 
     return triton_gradients.over_vocabulary(
         hidden[rows.start : rows.stop], head, rows.take(targets).long(), wanted, scalars, temperature, into, residual,
-        rows.live, consume=consume, dense=rows.dense,
+        rows.live, consume=consume, dense=rows.dense, dz_bytes=dz_bytes,
     )  # fmt: skip
 
 
@@ -81,11 +82,19 @@ def scan_bytes(rows: int, width: int, vocab: int, item: int) -> int:
     return rows * (width * item + 12 * -(-vocab // GROUP) + 48)
 
 
-def backward_bytes(rows: int, width: int, vocab: int, item: int, kept_item: int, *, in_place: bool) -> int:
+def chunk_entries(rows: int, vocab: int, item: int, dz_bytes: int, group: int = GROUP) -> int:
+    """Vocabulary entries of a dz that is not formed in place, of ``dz_bytes`` (0: CHUNK_GROUPS groups)."""
+    groups = dz_bytes // (rows * item * group) if dz_bytes else CHUNK_GROUPS
+    return min(vocab, max(1, groups) * group)
+
+
+def backward_bytes(
+    rows: int, width: int, vocab: int, item: int, kept_item: int, *, in_place: bool, dz_bytes: int = 0
+) -> int:
     """Beyond exponentials that are kept: rows gathered twice, scalars, and dZ and an fp32 dhidden where chunks add
     up."""
     size = rows * (2 * width * item + 96)
     if in_place:
         return size
-    entries = min(vocab, CHUNK_GROUPS * GROUP)
+    entries = chunk_entries(max(1, rows), vocab, kept_item, dz_bytes)
     return size + rows * (-(-entries // 8) * 8 * kept_item + (4 * width if entries < vocab else 0))

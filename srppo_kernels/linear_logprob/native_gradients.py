@@ -16,7 +16,8 @@ from srppo_kernels.linear_logprob import native
 from srppo_kernels.linear_logprob.chunked import GROUP, Head, Residual
 from srppo_kernels.linear_logprob.rows import Rows
 
-CHUNK_BYTES = 32 << 20  # of dz at once, where it is not formed in place
+CHUNK_BYTES = 32 << 20  # of dz at once, where it is not formed in place, unless the caller's workspace is smaller
+LEAST_CHUNK_BYTES = 1 << 18  # 32 rows of a vocabulary group in fp32: below, GEMMs would be mostly overhead
 WEIGHT_PART = 4096  # vocabulary entries of a rounded dweight that is added to an fp32 one
 
 
@@ -35,25 +36,28 @@ def _serves_bf16() -> bool:
     return fast and torch.backends.mkldnn.is_available()
 
 
-def chunk_shape(rows: int, vocab: int, item: int) -> tuple[int, int]:
-    """Rows and vocabulary entries of a dz that is not formed in place."""
-    step = min(rows, CHUNK_BYTES // (GROUP * item))
-    return step, min(vocab, max(1, CHUNK_BYTES // (max(1, step) * item) // GROUP) * GROUP)
+def chunk_shape(rows: int, vocab: int, item: int, dz_bytes: int = 0) -> tuple[int, int]:
+    """Rows and vocabulary entries of a dz that is not formed in place, of ``dz_bytes`` (0: CHUNK_BYTES)."""
+    dz_bytes = dz_bytes or CHUNK_BYTES
+    step = min(rows, max(1, dz_bytes // (GROUP * item)))
+    return step, min(vocab, max(1, dz_bytes // (max(1, step) * item) // GROUP) * GROUP)
 
 
-def workspace_bytes(rows: int, width: int, vocab: int, item: int, *, in_place: bool, weight: bool) -> int:
+def workspace_bytes(
+    rows: int, width: int, vocab: int, item: int, *, in_place: bool, weight: bool, dz_bytes: int = 0
+) -> int:
     """Beyond exponentials that are kept: dz, a chunk's rows, dhidden in fp32 and a chunk's part, a part of dweight."""
     if in_place:
         return 2 * rows * width * item + (WEIGHT_PART * width * item if weight else 0) + 32 * rows
-    step, entries = chunk_shape(rows, vocab, item)
+    step, entries = chunk_shape(rows, vocab, item, dz_bytes)
     size = step * entries * item + rows * width * 4 + 2 * step * width * item + 32 * rows
     several = WEIGHT_PART * item + entries * 4 if step < rows else 0  # dweight of several blocks of rows
     return size + (several * width if weight else 0)
 
 
-def scan_bytes(rows: int, width: int, vocab: int, item: int) -> int:
+def scan_bytes(rows: int, width: int, vocab: int, item: int, dz_bytes: int = 0) -> int:
     """At the peak of plan recompute, whose backward scans a chunk while dz's memory and dhidden are there."""
-    step, entries = chunk_shape(rows, vocab, item)
+    step, entries = chunk_shape(rows, vocab, item, dz_bytes)
     scan = native.workspace_bytes(step, width, entries, GROUP)
     return step * entries * item + rows * width * 4 + step * width * item + scan + 32 * rows
 
@@ -70,6 +74,7 @@ def over_vocabulary(
     residual: Residual | None,
     kept_rows: Tensor | None,
     consume: bool,
+    dz_bytes: int,
 ) -> Tensor | None:
     """Writes dweight and dbias and returns dhidden, in float32 or in the hidden states' dtype.
 
@@ -78,7 +83,7 @@ def over_vocabulary(
     n, vocab, item = rows.count, head.weight.shape[0], hidden.element_size()
     want_hidden, weight_out, bias_out = destinations
     in_place = residual is not None and consume
-    step, entries = (n, vocab) if in_place else chunk_shape(n, vocab, item)
+    step, entries = (n, vocab) if in_place else chunk_shape(n, vocab, item, dz_bytes)
     blocks = [slice(a, min(a + step, n)) for a in range(0, n, step)]
     buffer = residual.kept if residual is not None and consume else hidden.new_empty(step * entries)
     dhidden = None

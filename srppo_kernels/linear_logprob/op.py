@@ -72,7 +72,7 @@ def _linear_logprob(
     entropy: bool,
     plan: str,
     backend: str,
-    chunk: int,
+    chunk: int,  # rows at a time (plan precompute), or bytes of dz (recompute; 0: the default)
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group)
@@ -159,6 +159,7 @@ def _linear_logprob_backward(
     softcap: float | None,
     plan: str,
     backend: str,
+    chunk: int,
     group: str,
     need_hidden: bool,
     need_weight: bool,
@@ -188,6 +189,7 @@ def _linear_logprob_backward(
             residual = Residual(kept, group_max) if plan == "cache" else None
             wanted, dhidden = grads.gradients(
                 x, head, y, rows, upstream, into, residual=residual, kept_rows=rows.index, group=group, backend=backend,
+                dz_bytes=chunk,
             )  # fmt: skip
     if dhidden is None:
         return hidden.new_empty(0), dweight, dbias
@@ -214,7 +216,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     # Not through save_for_backward: another micro-batch adds to it in between, which is its purpose.
     ctx.grad_weight_out = grad_weight_out
     ctx.scalars = options[:4]
-    ctx.plan, ctx.backend, _, ctx.group = options[5:]
+    ctx.plan = options[5:]  # plan, backend, chunk, group
 
 
 def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -224,7 +226,7 @@ def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, dlse: Tensor | None,
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     out = ctx.grad_weight_out
     dhidden, dweight, dbias = torch.ops.srppo.linear_logprob_backward(
-        g, h, dlse, *ctx.saved_tensors, out, *ctx.scalars, ctx.plan, ctx.backend, ctx.group,
+        g, h, dlse, *ctx.saved_tensors, out, *ctx.scalars, *ctx.plan,
         need_hidden, need_weight and out is None, need_bias,
     )  # fmt: skip
     return (
@@ -279,7 +281,8 @@ def linear_logprob(
         softcap: ``softcap * tanh(z / softcap)`` before the temperature (Gemma), or None.
         entropy, lse: whether to return them; their gradients are supported.
         plan: ``"auto"``, ``"score"`` (no gradient), ``"precompute"``, ``"cache"`` or ``"recompute"``: see plan.py.
-        workspace_bytes: bound on the exponentials that ``cache`` keeps; by default the size of an fp32 dweight.
+        workspace_bytes: bound on the exponentials that ``cache`` keeps, by default the size of an fp32 dweight; and on
+            what ``recompute`` holds at a time, down to what its smallest blocks take.
         backend: ``"auto"``, ``"native"`` (C++, CPU), ``"triton"`` (GPU), ``"torch"``, or ``"reference"`` (all logits).
         group: process group over which the vocabulary is cut in rank order; ``weight`` and ``bias`` are then this
             rank's shard (sizes may differ), all else is the same on every rank, and so are the results and dhidden.
@@ -313,7 +316,7 @@ def linear_logprob(
             hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         outputs = torch.ops.srppo.linear_logprob(
             hidden, weight, targets, bias, mask, per_row, grad_weight_out, ignore_index, scalar, float(logit_scale),
-            softcap, entropy, chosen.plan, chosen.backend, chosen.rows_per_chunk, group_name(group),
+            softcap, entropy, chosen.plan, chosen.backend, chosen.rows_per_chunk or chosen.dz_bytes, group_name(group),
         )  # fmt: skip
     return LinearLogprob(outputs[0], outputs[1] if entropy else None, outputs[2] if lse else None)
 

@@ -8,7 +8,7 @@ precompute   2      linear_logprob, frozen head, no entropy wanted: dhidden   N 
                     is a row's scalar times a vector that the forward has
 cache        3      linear_logprob, and exp(z) of all rows fits in            N x V, 2 bytes (4 for fp32 inputs)
                     workspace_bytes; 2 with a frozen head
-recompute    4      else; 3 with a frozen head                                blocks only, 32 MiB of dz
+recompute    4      else; 3 with a frozen head                                blocks only, 32 MiB of dz or less
 """
 
 from collections.abc import Sequence
@@ -75,6 +75,7 @@ class Plan:
     workspace_bytes: int
     reason: str
     rows_per_chunk: int = 0
+    dz_bytes: int = 0  # of plan recompute, where workspace_bytes asks for less than the default
 
     def __str__(self) -> str:
         chunk = f", {self.rows_per_chunk} rows a chunk" if self.rows_per_chunk else ""
@@ -156,7 +157,7 @@ def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str
         size += problem.vocab * problem.width * 4
     gemms = 1 + problem.needs_hidden + problem.needs_weight
     reason = f"{asked}the loss is known, so its gradients are formed in the forward, {chunks} chunk(s) of rows"
-    reason += _how(problem)
+    reason += _how(problem, backend)
     return Plan(backend, "precompute", gemms, size, reason, chunk)
 
 
@@ -190,7 +191,7 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
         size += chunk * problem.vocab * problem.kept_bytes
         reason = (
             f"{asked}the head is frozen and no entropy is wanted: dhidden is formed in the forward up to a row's scalar"
-            f"{_how(problem)}"
+            f"{_how(problem, backend)}"
         )
         return Plan(backend, "precompute", 2, size, reason, chunk)
     kept = problem.rows * problem.vocab * problem.kept_bytes
@@ -202,20 +203,35 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
             f"pass workspace_bytes={kept} or more, or plan='recompute'"
         )
     if plan == "cache" or (plan == "auto" and fits):
-        reason = (
-            f"{asked}the exponentials of all rows fit: {kept / 2**20:.1f} of {budget / 2**20:.1f} MiB{_how(problem)}"
-        )
+        reason = f"{asked}the exponentials of all rows fit: {kept / 2**20:.1f} of {budget / 2**20:.1f} MiB"
+        reason += _how(problem, backend)
         return Plan(backend, "cache", 1 + gradient_gemms, kept + size, reason)
     reason = f"{asked}the exponentials of all rows would be {kept / 2**20:.1f} MiB, above {budget / 2**20:.1f} MiB"
-    reason = (asked.rstrip("; ") if asked else reason) + _how(problem)
-    if problem.native_gradients:
-        size = max(size, native_gradients.scan_bytes(problem.rows, problem.width, problem.vocab, problem.kept_bytes))
-    return Plan(backend, "recompute", 2 + gradient_gemms, size, reason)
+    reason = (asked.rstrip("; ") if asked else reason) + _how(problem, backend)
+    size, dz_bytes = _recompute_bytes(problem, backend, 0), 0
+    if not default and size > budget:
+        dz_bytes = native_gradients.CHUNK_BYTES
+        while size > budget and dz_bytes > native_gradients.LEAST_CHUNK_BYTES:
+            dz_bytes //= 2
+            size = _recompute_bytes(problem, backend, dz_bytes)
+        reason += f"; blocks of dz of {dz_bytes / 2**20:g} MiB, for a workspace of {budget / 2**20:.1f} MiB"
+    return Plan(backend, "recompute", 2 + gradient_gemms, size, reason, dz_bytes=dz_bytes)
 
 
-def _how(problem: Problem) -> str:
+def _recompute_bytes(problem: Problem, backend: str, dz_bytes: int) -> int:
+    """Of plan recompute: the forward's scan, or the backward, which scans again beside dz."""
+    size = max(_backward_bytes(problem, backend, dz_bytes=dz_bytes), _scan_bytes(problem, backend))
+    if backend != "triton" and problem.native_gradients:
+        again = native_gradients.scan_bytes(
+            problem.rows, problem.width, problem.vocab, problem.kept_bytes, dz_bytes
+        )  # fmt: skip
+        size = max(size, again)
+    return size
+
+
+def _how(problem: Problem, backend: str) -> str:
     """How GEMMs 2 and 3 run, for a reason's end."""
-    if problem.device.type != "cpu" or not problem.needs_any:
+    if problem.device.type != "cpu" or backend == "triton" or not problem.needs_any:
         return ""
     if problem.native_gradients:
         return f"; gradients by a native pass and GEMMs in {str(problem.hidden_dtype).removeprefix('torch.')}"
@@ -240,7 +256,7 @@ def _scan_bytes(problem: Problem, backend: str) -> int:
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
 
 
-def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0) -> int:
+def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0, dz_bytes: int = 0) -> int:
     """Blocks of the backward: log p and dz, the rows, dhidden, and one vocabulary group's dweight.
 
     ``in_place_rows``: of a chunk whose exponentials may be overwritten; 0: they may not, or are none.
@@ -248,12 +264,12 @@ def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0) -> i
     if backend == "triton":
         return gpu.backward_bytes(
             in_place_rows or problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize,
-            problem.kept_bytes, in_place=in_place_rows > 0,
+            problem.kept_bytes, in_place=in_place_rows > 0, dz_bytes=dz_bytes,
         )  # fmt: skip
     if problem.native_gradients:
         return native_gradients.workspace_bytes(
             in_place_rows or problem.rows, problem.width, problem.vocab, problem.kept_bytes,
-            in_place=in_place_rows > 0, weight=problem.needs_weight,
+            in_place=in_place_rows > 0, weight=problem.needs_weight, dz_bytes=dz_bytes,
         )  # fmt: skip
     group = min(GROUP, problem.vocab)
     block = min(problem.rows, BACKWARD_ELEMENTS // GROUP)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from srppo_kernels import _triton
 from srppo_kernels.linear_logprob.chunked import add_mm
-from srppo_kernels.linear_logprob.gpu import CHUNK_GROUPS, GROUP, PART
+from srppo_kernels.linear_logprob.gpu import GROUP, PART, chunk_entries
 from srppo_kernels.linear_logprob.triton_products import columns_product, rows_product
 from srppo_kernels.linear_logprob.triton_scan import options, scan_tile
 from srppo_kernels.linear_logprob.triton_tiles import (
@@ -260,6 +260,7 @@ def over_vocabulary(
     *,
     consume: bool,
     dense: bool,
+    dz_bytes: int,
 ) -> Tensor | None:
     """Writes dweight and dbias and returns dhidden ``[n, D]``, in which rows that are not wanted hold anything.
 
@@ -279,7 +280,7 @@ def over_vocabulary(
     packed = torch.stack([plane.index_select(0, rows.index) for plane in planes])
     target = y.index_select(0, rows.index)
     in_place = residual is not None and consume and residual.kept.dtype == dtype
-    entries = vocab if in_place else min(vocab, CHUNK_GROUPS * group_size(device))
+    entries = vocab if in_place else chunk_entries(n, vocab, dtype.itemsize, dz_bytes, group_size(device))
     aligned = -(-entries // 8) * 8  # TMA reads rows at multiples of 16 bytes
     buffer = None if in_place else torch.empty(n, aligned, dtype=dtype, device=device)
     dhidden = None

@@ -20,7 +20,7 @@ def chunks(request, monkeypatch):
     """dz whole, and 32-row blocks of one group each, whose last ones are smaller."""
     if request.param == "many":
         monkeypatch.setattr(
-            native_gradients, "chunk_shape", lambda rows, vocab, item: (min(rows, 32), min(vocab, 2048))
+            native_gradients, "chunk_shape", lambda rows, vocab, item, dz_bytes: (min(rows, 32), min(vocab, 2048))
         )
 
 
@@ -140,3 +140,23 @@ def test_explain_says_where_gradients_come_from():
     assert whole.rows_per_chunk == wide.shape[0]
     assert explain(wide, head, targets, op="linear_loss", workspace_bytes=64 << 20).rows_per_chunk < wide.shape[0]
     assert explain(wide, head.detach(), targets, op="linear_loss").rows_per_chunk < wide.shape[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recompute_obeys_a_small_workspace(dtype):
+    """dz comes in smaller blocks, explain says so, and the gradients stay what they are."""
+    n, d, v = 600, 32, 9000
+    p = make("random", n=n, d=d, v=v, dtype=dtype)
+    whole = explain(p.hidden, p.weight, p.targets, plan="recompute")
+    small = explain(p.hidden, p.weight, p.targets, plan="recompute", workspace_bytes=8 << 20)
+    assert whole.dz_bytes == 0 and whole.workspace_bytes > 8 << 20
+    assert small.dz_bytes > 0 and small.workspace_bytes <= 8 << 20
+    assert "MiB, for a workspace of 8.0 MiB" in small.reason
+    gradients = [
+        torch.autograd.grad(p.run(plan="recompute", workspace_bytes=size).logprob.sum(), p.inputs(), retain_graph=True)
+        for size in (None, 8 << 20, 0)
+    ]
+    bound = 1e-6 if dtype == torch.float32 else 4e-3
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert relative(b, a.double()) < bound

@@ -38,7 +38,7 @@ def test_opcheck(plan, backend):
             torch.ops.srppo.linear_logprob_backward.default,
             (
                 torch.rand(9), torch.rand(9) if train else None, None, logprob, entropy, norm, kept, group_max, hidden,
-                weight, targets, bias, mask, None, out, -100, 0.8, 1.5, 4.0, plan, "torch", "", True,
+                weight, targets, bias, mask, None, out, -100, 0.8, 1.5, 4.0, plan, "torch", 0, "", True,
                 train and out is None, train,
             ),
         )  # fmt: skip
