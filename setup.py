@@ -27,6 +27,8 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", TARGET]
 CUDA_ARCHITECTURES = ("80", "90a", "100")
+# A source that is named after an architecture has instructions of its own and is compiled for that one alone.
+OWN_ARCHITECTURE = {"sm90.cu": ("90a",)}
 LOST = "srppo runs on plain torch without its native kernels"
 
 
@@ -36,6 +38,10 @@ def say(text):
 
 def relative(pattern):
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+
+
+def architectures(source):
+    return OWN_ARCHITECTURE.get(Path(source).name, CUDA_ARCHITECTURES)
 
 
 def nvcc_command(nvcc, source, output, include_dirs):
@@ -49,7 +55,7 @@ def nvcc_command(nvcc, source, output, include_dirs):
         TARGET,
         "-DUSE_CUDA",
     ]
-    for arch in CUDA_ARCHITECTURES:
+    for arch in architectures(source):
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     includes = [flag for path in include_dirs for flag in ("-I", str(path))]
     return [nvcc, *flags, *includes, "-c", source, "-o", str(output)]
@@ -93,7 +99,7 @@ class CheckCuda(Command):
                 command = nvcc_command(nvcc, source, output, torch_include_dirs())
                 command += ["-Xptxas", "-v"] if self.keep else []
                 subprocess.run(command, check=True, cwd=ROOT)
-                say(f"{source} compiles for sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+                say(f"{source} compiles for sm_{', sm_'.join(architectures(source))}")
 
 
 def extension_arguments():

@@ -1,0 +1,154 @@
+// What a consumer of sm90.cu does with a tile of accumulators: logits, the target's taken out, the rest absorbed into the rows'
+// states, exponentials kept on request. A thread works in place on its 128 accumulators, 8 columns of a row at a time: with
+// the states of its 4 rows that leaves about 70 registers of 232 for everything else.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "sm90_tiles.h"
+#include "softmax_state.h"
+
+namespace srppo::sm90 {
+
+using softmax::kLowest;
+using softmax::RowState;
+
+struct ScanParams {
+  const float* bias;                  // [V], or null
+  const std::int64_t* targets;        // [n]
+  const float* inverse_temperatures;  // [n], or null
+  const int* count;                   // live rows
+  float* state;                       // [3, groups, n]
+  float* target_logits;               // [n]
+  __nv_bfloat16* kept;                // [n, V] exponentials
+  float* kept_max;                    // [n, parts]: the maximum that they are around
+  std::int64_t stride_kept, stride_max;
+  int n, width, vocab, group;
+  float scale, softcap, inverse_softcap, inverse_temperature;  // softcap 0: none
+};
+
+// A thread's 4 rows of a unit.
+struct ThreadRows {
+  RowState state[kThreadRows];
+  int target[kThreadRows];  // -1 beyond the live rows
+  int first;                // the first of them, counted among the live rows
+  int live;
+
+  __device__ __forceinline__ bool is_live(int slot) const { return first + row_offset(slot) < live; }
+};
+
+// Calls f(slot, entry, column of the tile, accumulator) for everything that the thread holds, with constant indices.
+template <class F>
+__device__ __forceinline__ void each_logit(float (&acc)[2][64], int thread, F f) {
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot)
+#pragma unroll
+    for (int i = 0; i < kColumns / 4; ++i) f(slot, column_of(thread, i), acc[slot / 2][register_of(slot, i)]);
+}
+
+// Accumulators to logits, in place; kLowest beyond the vocabulary.
+template <bool kPlain>
+__device__ __forceinline__ void to_logits(float (&acc)[2][64], const ThreadRows& rows, int thread, int v0,
+                                          const ScanParams& p) {
+  if (kPlain) {
+    const float factor = p.scale * p.inverse_temperature;
+    each_logit(acc, thread, [&](int, int, float& z) { z *= factor; });
+  } else {
+    if (p.bias) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 4; ++i) {
+        const int v = v0 + column_of(thread, i);
+        const float bias = v < p.vocab ? __ldg(p.bias + v) : 0.0f;
+#pragma unroll
+        for (int slot = 0; slot < kThreadRows; ++slot) acc[slot / 2][register_of(slot, i)] += bias;
+      }
+    }
+    each_logit(acc, thread, [&](int, int, float& z) { z *= p.scale; });
+    if (p.softcap != 0.0f)
+      each_logit(acc, thread, [&](int, int, float& z) { z = softmax::capped(z, p.softcap, p.inverse_softcap); });
+    float inverse[kThreadRows];
+#pragma unroll
+    for (int slot = 0; slot < kThreadRows; ++slot) {
+      const bool own = p.inverse_temperatures && rows.is_live(slot);
+      inverse[slot] = own ? __ldg(p.inverse_temperatures + rows.first + row_offset(slot)) : p.inverse_temperature;
+    }
+    // By comparison: a bias of -inf rules an entry out, and a NaN must stay one.
+    each_logit(acc, thread, [&](int slot, int, float& z) {
+      z *= inverse[slot];
+      z = z < kLowest ? kLowest : z;
+    });
+  }
+  if (v0 + kColumns > p.vocab)
+    each_logit(acc, thread, [&](int, int column, float& z) { z = v0 + column < p.vocab ? z : kLowest; });
+}
+
+// Stores the target's logit where this thread holds it, and takes it out: kLowest in its place, the logit in `peak`. One
+// tile in about 40 has a target of a warp's 32 rows at V = 152k, so looking costs a few instructions a tile.
+__device__ __forceinline__ void take_targets(float (&acc)[2][64], const ThreadRows& rows, int thread, int v0,
+                                             float (&peak)[kThreadRows], const ScanParams& p) {
+  bool here = false;
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot) {
+    const int column = rows.target[slot] - v0;
+    here |= column >= 0 && column < kColumns && column % 8 / 2 == thread % 4;
+    peak[slot] = kLowest;
+  }
+  if (!here) return;
+  each_logit(acc, thread, [&](int slot, int column, float& z) {
+    if (v0 + column != rows.target[slot]) return;
+    p.target_logits[rows.first + row_offset(slot)] = peak[slot] = z;
+    z = kLowest;
+  });
+}
+
+__device__ __forceinline__ float quad_largest(float m) {
+  m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+  return fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Keeps a part's exponentials. The target's was taken out of them: it is stored behind them, over a 0.
+__device__ __forceinline__ void keep(const float (&e)[kEntries], const ThreadRows& rows, int slot, int part, int thread, int v0,
+                                     float peak, const ScanParams& p) {
+  const int first = v0 + part * kPart;
+  if (!rows.is_live(slot) || first >= p.vocab) return;
+  const std::int64_t row = rows.first + row_offset(slot);
+  __nv_bfloat16* at = p.kept + row * p.stride_kept + first + thread % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kEntries; i += 2) {
+    const int column = column_of(0, i);
+    if (first + thread % 4 * 2 + column < p.vocab)
+      *reinterpret_cast<__nv_bfloat162*>(at + column) = __floats2bfloat162_rn(e[i], e[i + 1]);
+  }
+  const float m = rows.state[slot].m;
+  const int target = rows.target[slot] - first;
+  if (target >= 0 && target < kPart && target % 8 / 2 == thread % 4)
+    at[target - thread % 4 * 2] = __float2bfloat16_rn(softmax::exp2_of((peak - m) * softmax::kLog2e));
+  if (thread % 4 == 0) p.kept_max[row * p.stride_max + first / kPart] = m;
+}
+
+template <bool kPlain, bool kKeep>
+__device__ __forceinline__ void absorb_tile(float (&acc)[2][64], ThreadRows& rows, int thread, int v0, const ScanParams& p) {
+  float peak[kThreadRows];
+  to_logits<kPlain>(acc, rows, thread, v0, p);
+  take_targets(acc, rows, thread, v0, peak, p);
+#pragma unroll
+  for (int part = 0; part < kColumns / kPart; ++part) {
+#pragma unroll
+    for (int slot = 0; slot < kThreadRows; ++slot) {
+      float z[kEntries];
+#pragma unroll
+      for (int i = 0; i < kEntries; ++i) z[i] = acc[slot / 2][register_of(slot, part * kEntries + i)];
+      float m = softmax::largest(z);
+      if (part == 0) m = fmaxf(m, peak[slot]);  // wherever in the tile it is: a maximum that comes early does no harm
+      softmax::absorb(rows.state[slot], quad_largest(m), z);
+      if (kKeep) keep(z, rows, slot, part, thread, v0, peak[slot], p);
+    }
+  }
+}
+
+}  // namespace srppo::sm90

@@ -1,0 +1,87 @@
+// The scalar maths of the scan's epilogue (srppo_kernels/linear_logprob/chunked.py has the formulas): accumulators to
+// logits, logits into a row's online state. Device code for sm90.cu, host code for tests/linear_logprob/test_sm90_host.py.
+#pragma once
+
+#include "../common/scalar.h"
+
+namespace srppo::softmax {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLowest = -2e38f;    // a finite stand-in for -inf, whose product with 0 would be NaN
+constexpr float kVanished = -256.0f;  // e to this is 0 in float32
+
+SRPPO_INLINE float exp2_of(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;  // 2 ulp; results below 2^-126 are 0
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+SRPPO_INLINE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;  // 1 ulp
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// (1 - e^-2|u|) / (1 + e^-2|u|) with u's sign, and near 0, where that would lose digits, an odd series whose next term is
+// below 1e-7 of it. No clamp, which would drop a NaN.
+SRPPO_INLINE float tanh_of(float u) {
+  const float q = u * u;
+  const float series = fmaf(q, fmaf(q, -0.008863236f, 0.021869489f), -0.053968254f);
+  const float near = u * fmaf(q, fmaf(q, fmaf(q, series, 0.13333333f), -0.33333333f), 1.0f);
+  const float e = exp2_of(fabsf(u) * (-2 * kLog2e));
+  const float far = copysignf((1.0f - e) * reciprocal(1.0f + e), u);
+  return fabsf(u) < 0.25f ? near : far;
+}
+
+SRPPO_INLINE float capped(float z, float softcap, float inverse_softcap) { return softcap * tanh_of(z * inverse_softcap); }
+
+// m, and sums of e^(z - m) and of e^(z - m) (z - m) over entries other than the target.
+struct RowState {
+  float m = kLowest, s = 0.0f, t = 0.0f;
+};
+
+template <int kCount>
+SRPPO_INLINE float largest(const float (&z)[kCount]) {
+  float m = z[0];
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) m = fmaxf(m, z[i]);
+  return m;
+}
+
+// Takes entries into a state. `m_part` is the largest of them and of all that other threads take of the same row at this
+// time, so that a row's threads have one m; each has its own s and t, and they add up to the row's. Entries that do not
+// count (the target, or beyond the vocabulary) come as kLowest. `z` becomes e^(z - m).
+template <int kCount>
+SRPPO_INLINE void absorb(RowState& state, float m_part, float (&z)[kCount]) {
+  const float m = fmaxf(state.m, m_part);
+  // Bounded below: from m = kLowest it would be -2e38, whose product with s overflows, and inf * 0 is NaN.
+  const float fall = fmaxf(state.m - m, kVanished);
+  const float factor = exp2_of(fall * kLog2e);
+  float s[2] = {0.0f, 0.0f}, t[2] = {0.0f, 0.0f};  // even and odd: half the latency, half the rounding
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float shifted = z[i] - m;  // before the product with log2 e: m may be 1e4 and its product has lost the digits
+    z[i] = exp2_of(shifted * kLog2e);
+    s[i % 2] += z[i];
+    t[i % 2] = fmaf(z[i], shifted, t[i % 2]);
+  }
+  state.t = fmaf(factor, fmaf(state.s, fall, state.t), t[0] + t[1]);
+  state.s = fmaf(factor, state.s, s[0] + s[1]);
+  state.m = m;
+}
+
+// Where every entry was ruled out, m is kLowest and s counts them: nothing is what they add up to.
+SRPPO_INLINE RowState finished(RowState state) {
+  if (state.m <= kLowest) state.s = state.t = 0.0f;
+  return state;
+}
+
+}  // namespace srppo::softmax
