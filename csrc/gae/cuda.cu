@@ -1,11 +1,14 @@
-// CUDA kernel of srppo_kernels/gae. Compiled here, not run: no device was at hand. So backend="auto" does not choose it;
+// CUDA kernels of srppo_kernels/gae. Compiled here, not run: no device was at hand. So backend="auto" does not choose them;
 // backend="native" does. The maths (step.h, scan.h) is what the CPU kernels and tests/gae/test_scan.py run.
 //
-// A block walks one row from its last valid token to the left, a tile of 4 tokens a thread at a time. Each thread folds its
-// tokens into one map, the block scans the maps, and each thread then steps through its tokens from the state that reaches
-// it. One warp a row to 4k tokens: no barrier, and hundreds of rows fill the device. Beyond, 8 warps, then 32: at 128k
-// tokens that is 32 tiles a row, too few to be worth a look-back over several blocks. Tiles are counted from the last valid
-// token, so that padded and packed rows have the same bits.
+// A tile is 512 tokens, four a thread, counted from the row's last valid token. Each thread folds its tokens into one map, the
+// block scans the maps, and each thread then steps through its tokens from the state that reaches it. All rows have the same
+// tiles whatever their length, so padded and packed rows have the same bits.
+//
+//   gae_rows      a block walks a row from right to left: the one launch of an ordinary batch
+//   row_ends, tile_maps, fold_tiles, tile_outputs
+//                 a block a tile, for few and very long rows, where one block would walk alone: the tiles' maps are folded
+//                 with the same arithmetic, and every tile is scanned again from its state. The bits are those of gae_rows.
 #include "../common/cuda_launch.h"
 #include "../common/scalar.h"
 
@@ -15,6 +18,8 @@ namespace srppo::scalar {
 #include "scan.h"
 
 constexpr int kEach = 4;  // tokens a thread
+constexpr int kWarps = 4, kThreads = kWarps * 32, kTile = kThreads * kEach;
+constexpr int64_t kLong = 64 * kTile, kFew = 64;  // rows of at least so many tokens, at most so many rows: spread
 
 struct GaeParams {
   const float* rewards;
@@ -41,17 +46,25 @@ __device__ __forceinline__ GaeMap shuffle_up(GaeMap map, int by) {
   return got;
 }
 
-template <bool carry, int kWarps>
-__global__ void __launch_bounds__(kWarps * 32) gae_kernel(GaeParams p) {
-  constexpr int kThreads = kWarps * 32, kTile = kThreads * kEach;
-  __shared__ GaeMap totals[kWarps];
-  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  const int64_t row = blockIdx.x;
-  const int64_t begin = p.starts ? p.starts[row] : row * p.steps;
-  const int64_t row_end = p.starts ? p.starts[row + 1] : begin + p.steps;
+__device__ __forceinline__ GaeCoefficients coefficients(const GaeParams& p, int64_t row) {
+  const double gamma = p.gamma_rows ? static_cast<double>(p.gamma_rows[row]) : p.gamma;
+  const double lam = p.lam_rows ? static_cast<double>(p.lam_rows[row]) : p.lam;
+  return {static_cast<float>(gamma * (1.0 - lam)), static_cast<float>(gamma * lam)};
+}
 
-  // One past the last valid token; what lies beyond is 0.
+__device__ __forceinline__ GaeState start_state(const GaeParams& p, int64_t row) {
+  const float start = p.bootstrap ? p.bootstrap[row] : 0.0f;
+  return {start, 0.0f, start};
+}
+
+__device__ __forceinline__ int64_t row_begin(const GaeParams& p, int64_t row) {
+  return p.starts ? p.starts[row] : row * p.steps;
+}
+
+// One past the row's last valid token; what lies beyond becomes 0. Called by a whole block.
+__device__ int64_t find_end(const GaeParams& p, int64_t begin, int64_t row_end) {
   __shared__ int nearest;  // the rightmost thread that sees a valid token
+  const int thread = threadIdx.x;
   int64_t end = row_end;
   while (end > begin) {
     if (thread == 0) nearest = kThreads;
@@ -65,72 +78,143 @@ __global__ void __launch_bounds__(kWarps * 32) gae_kernel(GaeParams p) {
     if (found) break;
     __syncthreads();  // before `nearest` is set again
   }
+  return end;
+}
 
-  const double gamma = p.gamma_rows ? static_cast<double>(p.gamma_rows[row]) : p.gamma;
-  const double lam = p.lam_rows ? static_cast<double>(p.lam_rows[row]) : p.lam;
-  const GaeCoefficients k{static_cast<float>(gamma * (1.0 - lam)), static_cast<float>(gamma * lam)};
-  const float start = p.bootstrap ? p.bootstrap[row] : 0.0f;
-  GaeState state{start, 0.0f, start};  // on the right of the tile, the same in every thread
+// The tokens of a thread in the tile that ends at `right`, rightmost first, and the maps that it needs.
+struct Tile {
+  float reward[kEach], value[kEach];
+  bool valid[kEach];
+  GaeMap before;  // of what lies between the tile's right end and the thread's tokens
+  GaeMap all;     // of the whole tile, the same in every thread
+};
 
-  for (int64_t right = end; right > begin; right -= kTile) {
-    float reward[kEach], value[kEach];
-    bool valid[kEach];
-    GaeMap mine = gae_identity();
+template <bool carry>
+__device__ Tile scan_tile(const GaeParams& p, int64_t begin, int64_t right, GaeCoefficients k) {
+  __shared__ GaeMap totals[kWarps];
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  Tile tile;
+  GaeMap upto = gae_identity();
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int64_t at = right - 1 - (thread * kEach + j);
-      const bool inside = at >= begin;
-      valid[j] = inside && p.mask[at];
-      reward[j] = valid[j] ? p.rewards[at] : 0.0f;
-      value[j] = valid[j] ? p.values[at] : 0.0f;
-      mine = gae_compose(gae_map<carry>(reward[j], value[j], valid[j], k), mine);
-    }
-
-    GaeMap upto = mine;  // inclusive scan; lane 0 is the rightmost
+  for (int j = 0; j < kEach; ++j) {
+    const int64_t at = right - 1 - (thread * kEach + j);
+    tile.valid[j] = at >= begin && p.mask[at];
+    tile.reward[j] = tile.valid[j] ? p.rewards[at] : 0.0f;
+    tile.value[j] = tile.valid[j] ? p.values[at] : 0.0f;
+    upto = gae_compose(gae_map<carry>(tile.reward[j], tile.value[j], tile.valid[j], k), upto);
+  }
 #pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      const GaeMap other = shuffle_up(upto, by);
-      if (lane >= by) upto = gae_compose(upto, other);
-    }
-    if (kWarps > 1) {
-      if (lane == 31) totals[warp] = upto;
-      __syncthreads();
-    }
-    GaeMap before = shuffle_up(upto, 1);
-    if (lane == 0) before = gae_identity();
-    GaeMap all = gae_identity();
-    for (int w = 0; kWarps > 1 && w < kWarps; ++w) {
-      if (w == warp) before = gae_compose(before, all);
-      all = gae_compose(totals[w], all);
-    }
-    if (kWarps == 1) {
-      all.a = __shfl_sync(0xffffffffu, upto.a, 31);
-      all.b = __shfl_sync(0xffffffffu, upto.b, 31);
-      all.c = __shfl_sync(0xffffffffu, upto.c, 31);
-      all.v = __shfl_sync(0xffffffffu, upto.v, 31);
-      all.sets = __shfl_sync(0xffffffffu, static_cast<int>(upto.sets), 31) != 0;
-    }
+  for (int by = 1; by < 32; by *= 2) {  // inclusive scan; lane 0 is the rightmost
+    const GaeMap other = shuffle_up(upto, by);
+    if (lane >= by) upto = gae_compose(upto, other);
+  }
+  if (lane == 31) totals[warp] = upto;
+  __syncthreads();
+  tile.before = shuffle_up(upto, 1);
+  if (lane == 0) tile.before = gae_identity();
+  tile.all = gae_identity();
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) tile.before = gae_compose(tile.before, tile.all);
+    tile.all = gae_compose(totals[w], tile.all);
+  }
+  __syncthreads();  // before `totals` is written again
+  return tile;
+}
 
-    GaeState here = gae_apply(before, state);
+// Outputs of the thread's tokens, from the state on the right of the tile.
+template <bool carry>
+__device__ void store_tile(const GaeParams& p, int64_t begin, int64_t right, GaeCoefficients k, const Tile& tile,
+                           GaeState state) {
+  GaeState here = gae_apply(tile.before, state);
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int64_t at = right - 1 - (thread * kEach + j);
-      if (at < begin) break;
-      here = gae_step<carry>(here, reward[j], value[j], valid[j], k);
-      p.advantages[at] = valid[j] ? gae_advantage(here, value[j]) : 0.0f;
-      p.returns[at] = valid[j] ? gae_return(here) : 0.0f;
-    }
-    state = gae_apply(all, state);
-    if (kWarps > 1) __syncthreads();  // before `totals` is written again
+  for (int j = 0; j < kEach; ++j) {
+    const int64_t at = right - 1 - (threadIdx.x * kEach + j);
+    if (at < begin) break;
+    here = gae_step<carry>(here, tile.reward[j], tile.value[j], tile.valid[j], k);
+    p.advantages[at] = tile.valid[j] ? gae_advantage(here, tile.value[j]) : 0.0f;
+    p.returns[at] = tile.valid[j] ? gae_return(here) : 0.0f;
   }
 }
 
 template <bool carry>
-void launch(const GaeParams& p, int64_t rows, int64_t longest, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(rows);
-  if (longest <= 4096) gae_kernel<carry, 1><<<grid, 32, 0, stream>>>(p);
-  else if (longest <= 32768) gae_kernel<carry, 8><<<grid, 256, 0, stream>>>(p);
-  else gae_kernel<carry, 32><<<grid, 1024, 0, stream>>>(p);
+__global__ void __launch_bounds__(kThreads) gae_rows(GaeParams p) {
+  const int64_t row = blockIdx.x, begin = row_begin(p, row);
+  const int64_t end = find_end(p, begin, row_begin(p, row + 1));
+  const GaeCoefficients k = coefficients(p, row);
+  GaeState state = start_state(p, row);  // on the right of the tile, the same in every thread
+  for (int64_t right = end; right > begin; right -= kTile) {
+    const Tile tile = scan_tile<carry>(p, begin, right, k);
+    store_tile<carry>(p, begin, right, k, tile, state);
+    state = gae_apply(tile.all, state);
+  }
+}
+
+// Scratch of the spread kernels; `tiles` is what the longest row may have.
+struct Spread {
+  int64_t* ends;     // [rows]
+  GaeMap* maps;      // [rows, tiles]
+  GaeState* states;  // [rows, tiles], on the right of each tile
+  int64_t tiles;
+};
+
+__global__ void __launch_bounds__(kThreads) row_ends(GaeParams p, Spread spread) {
+  const int64_t row = blockIdx.x, end = find_end(p, row_begin(p, row), row_begin(p, row + 1));
+  if (threadIdx.x == 0) spread.ends[row] = end;
+}
+
+template <bool carry>
+__global__ void __launch_bounds__(kThreads) tile_maps(GaeParams p, Spread spread) {
+  const int64_t row = blockIdx.x / spread.tiles, at = blockIdx.x % spread.tiles;
+  const int64_t begin = row_begin(p, row), right = spread.ends[row] - at * kTile;
+  if (right <= begin) return;
+  const Tile tile = scan_tile<carry>(p, begin, right, coefficients(p, row));
+  if (threadIdx.x == 0) spread.maps[blockIdx.x] = tile.all;
+}
+
+__global__ void fold_tiles(GaeParams p, Spread spread, int64_t rows) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  const int64_t tiles = (spread.ends[row] - row_begin(p, row) + kTile - 1) / kTile, first = row * spread.tiles;
+  GaeState state = start_state(p, row);
+#pragma unroll 8  // the maps of eight tiles are on their way while their states are still to come
+  for (int64_t i = 0; i < tiles; ++i) {
+    spread.states[first + i] = state;
+    state = gae_apply(spread.maps[first + i], state);
+  }
+}
+
+template <bool carry>
+__global__ void __launch_bounds__(kThreads) tile_outputs(GaeParams p, Spread spread) {
+  const int64_t row = blockIdx.x / spread.tiles, at = blockIdx.x % spread.tiles;
+  const int64_t begin = row_begin(p, row), right = spread.ends[row] - at * kTile;
+  if (right <= begin) return;
+  const GaeCoefficients k = coefficients(p, row);
+  const Tile tile = scan_tile<carry>(p, begin, right, k);
+  store_tile<carry>(p, begin, right, k, tile, spread.states[blockIdx.x]);
+}
+
+template <bool carry>
+void launch(const GaeParams& p, const Tensor& like, int64_t rows, int64_t longest, cudaStream_t stream) {
+  if (longest < kLong || rows > kFew) {
+    gae_rows<carry><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(p);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
+  Spread spread{};
+  spread.tiles = (longest + kTile - 1) / kTile;
+  const int64_t blocks = rows * spread.tiles;
+  const auto bytes = [&](int64_t size) { return torch::stable::new_empty(like, {size}, ScalarType::Byte); };
+  Tensor ends = torch::stable::new_empty(like, {rows}, ScalarType::Long);
+  Tensor maps = bytes(blocks * static_cast<int64_t>(sizeof(GaeMap)));
+  Tensor states = bytes(blocks * static_cast<int64_t>(sizeof(GaeState)));
+  spread.ends = static_cast<int64_t*>(ends.mutable_data_ptr());
+  spread.maps = static_cast<GaeMap*>(maps.mutable_data_ptr());
+  spread.states = static_cast<GaeState*>(states.mutable_data_ptr());
+  row_ends<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(p, spread);
+  tile_maps<carry><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, spread);
+  fold_tiles<<<static_cast<unsigned>((rows + 31) / 32), 32, 0, stream>>>(p, spread, rows);
+  tile_outputs<carry><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, spread);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, double gamma, double lam,
@@ -154,12 +238,11 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
   p.advantages = static_cast<float*>(advantages.mutable_data_ptr());
   p.returns = static_cast<float*>(returns.mutable_data_ptr());
   if (total > 0) {
-    // Packed rows' lengths lie on the device; their mean decides, and any kernel is right for any length.
-    const int64_t longest = starts ? total / (rows > 0 ? rows : 1) : p.steps;
+    // Packed rows' lengths lie on the device: none is longer than all of them. Either way is right for any length.
+    const int64_t longest = starts ? total : p.steps;
     const cudaStream_t stream = current_stream(rewards);
-    if (carry) launch<true>(p, rows, longest, stream);
-    else launch<false>(p, rows, longest, stream);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (carry) launch<true>(p, rewards, rows, longest, stream);
+    else launch<false>(p, rewards, rows, longest, stream);
   }
   return {advantages, returns};
 }

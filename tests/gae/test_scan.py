@@ -8,43 +8,50 @@ from backends import MASKS, compile_host, make_mask, pointer
 
 from srppo_kernels.gae import gae
 
-# The kernel's schedule for one warp: four tokens a lane, an inclusive scan by doubling, then each lane steps.
+# The kernel's schedule: four tokens a thread, an inclusive scan by doubling in each warp, the warps' totals in turn, then
+# each thread steps from the state that reaches it.
 SOURCE = """
 #include "csrc/common/scalar.h"
 namespace srppo::scalar {
 #include "csrc/gae/step.h"
 #include "csrc/gae/scan.h"
 
+constexpr int kEach = 4, kWarps = 4, kTile = kWarps * 32 * kEach;
+
 template <bool carry>
 void row(const float* r, const float* v, const bool* m, int n, GaeCoefficients k, float start, float* adv, float* ret) {
   while (n > 0 && !m[n - 1]) adv[n - 1] = ret[n - 1] = 0, --n;
   GaeState state{start, 0.0f, start};
-  for (int right = n; right > 0; right -= 128) {
-    GaeMap maps[32], next[32];
-    for (int lane = 0; lane < 32; ++lane) {
-      maps[lane] = gae_identity();
-      for (int j = 0; j < 4; ++j) {
-        const int at = right - 1 - (lane * 4 + j);
+  for (int right = n; right > 0; right -= kTile) {
+    GaeMap maps[kWarps][32], next[32], all = gae_identity();
+    for (int thread = 0; thread < kWarps * 32; ++thread) {
+      GaeMap& map = maps[thread / 32][thread % 32] = gae_identity();
+      for (int j = 0; j < kEach; ++j) {
+        const int at = right - 1 - (thread * kEach + j);
         const bool valid = at >= 0 && m[at];
-        maps[lane] = gae_compose(gae_map<carry>(valid ? r[at] : 0, valid ? v[at] : 0, valid, k), maps[lane]);
+        map = gae_compose(gae_map<carry>(valid ? r[at] : 0, valid ? v[at] : 0, valid, k), map);
       }
     }
-    for (int by = 1; by < 32; by *= 2) {
-      for (int i = 0; i < 32; ++i) next[i] = i >= by ? gae_compose(maps[i], maps[i - by]) : maps[i];
-      for (int i = 0; i < 32; ++i) maps[i] = next[i];
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      GaeState here = lane ? gae_apply(maps[lane - 1], state) : state;
-      for (int j = 0; j < 4; ++j) {
-        const int at = right - 1 - (lane * 4 + j);
-        if (at < 0) break;
-        const float value = m[at] ? v[at] : 0;
-        here = gae_step<carry>(here, m[at] ? r[at] : 0, value, m[at], k);
-        adv[at] = m[at] ? gae_advantage(here, value) : 0;
-        ret[at] = m[at] ? gae_return(here) : 0;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      for (int by = 1; by < 32; by *= 2) {
+        for (int i = 0; i < 32; ++i) next[i] = i >= by ? gae_compose(maps[warp][i], maps[warp][i - by]) : maps[warp][i];
+        for (int i = 0; i < 32; ++i) maps[warp][i] = next[i];
       }
+      for (int lane = 0; lane < 32; ++lane) {
+        const GaeMap before = gae_compose(lane ? maps[warp][lane - 1] : gae_identity(), all);
+        GaeState here = gae_apply(before, state);
+        for (int j = 0; j < kEach; ++j) {
+          const int at = right - 1 - ((warp * 32 + lane) * kEach + j);
+          if (at < 0) break;
+          const float value = m[at] ? v[at] : 0;
+          here = gae_step<carry>(here, m[at] ? r[at] : 0, value, m[at], k);
+          adv[at] = m[at] ? gae_advantage(here, value) : 0;
+          ret[at] = m[at] ? gae_return(here) : 0;
+        }
+      }
+      all = gae_compose(maps[warp][31], all);
     }
-    state = gae_apply(maps[31], state);
+    state = gae_apply(all, state);
   }
 }
 }  // namespace srppo::scalar
@@ -68,7 +75,7 @@ def host(tmp_path_factory):
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
 def test_scanned_maps_are_the_recursion(host, mask_mode, kind, gamma, lam):
     generator = torch.Generator().manual_seed(0)
-    for steps in (1, 3, 4, 127, 128, 129, 1000):
+    for steps in (1, 3, 4, 127, 129, 511, 512, 513, 1500):
         rewards, values = (torch.randn(3, steps, generator=generator) for _ in range(2))
         mask, end = make_mask(kind, 3, steps, generator), torch.randn(3, generator=generator)
         advantages, returns = torch.empty(3, steps), torch.empty(3, steps)
