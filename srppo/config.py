@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from srppo.errors import UserError
+from srppo.trackers import check_trackers
 
 
 def option(default: Any, doc: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
@@ -155,7 +156,9 @@ class SRPPOConfig:
     resume_from_checkpoint: str | None = option(
         None, "a checkpoint-N folder to go on from; latest (or true): the newest in output_dir, if there is one yet"
     )
-    report_to: list[str] = option(("tensorboard",), "where metrics go besides metrics.jsonl: tensorboard, none")
+    report_to: list[str] = option(
+        ("tensorboard",), "where metrics go besides metrics.jsonl: tensorboard, wandb, trackio; or none"
+    )
     log_completions: int = option(10, "print and save sample completions every so many iterations; 0: never", minimum=0)
 
     def __post_init__(self) -> None:
@@ -169,9 +172,7 @@ class SRPPOConfig:
             setattr(self, field.name, value)
         if len(self.adam_betas) != 2:
             raise UserError(f"adam_betas takes two numbers, got {self.adam_betas}")
-        unknown = set(self.report_to) - {"tensorboard", "none"}
-        if unknown:
-            raise UserError(f"report_to knows tensorboard and none, got {sorted(unknown)}")
+        check_trackers(self.report_to)
         if self.kl_target is not None and self.kl_coef == 0:
             raise UserError("kl_target adapts beta from kl_coef on, so kl_coef must be above 0")
         if self.reward_normalization == "running" and self.reward_placement == "token":

@@ -20,6 +20,7 @@ import torch
 from srppo.checkpoint import write_text
 from srppo.ppo import Advantages, Scores, UpdateResult
 from srppo.rollout import Rollout
+from srppo.trackers import Tracker, start_trackers
 
 if TYPE_CHECKING:
     from srppo.config import SRPPOConfig
@@ -122,7 +123,7 @@ def peak_memory_gib() -> float:
 
 
 class MetricsWriter:
-    """Writes metrics to ``metrics.jsonl`` and, if asked for, TensorBoard; keeps the history for the plots.
+    """Writes metrics to ``metrics.jsonl`` and to the trackers that are asked for; keeps the history for the plots.
 
     The configuration and all files are written with the first entry: a run that is refused at its start leaves nothing.
     Without a folder, as on every rank but the first, it keeps the history alone.
@@ -132,16 +133,12 @@ class MetricsWriter:
         self.folder, self.args = folder, args
         self.history: list[dict[str, Any]] = [dict(entry) for entry in history]
         self.file: IO[str] | None = None
-        self.board: Any = None
+        self.trackers: list[Tracker] = []
 
     def open(self, folder: Path) -> IO[str]:
         write_text(folder / "srppo_config.yaml", self.args.to_yaml())
-        if "tensorboard" in self.args.report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # of a run that is resumed, the board forgets what came after the checkpoint
-            purge = self.history[-1]["step"] + 1 if self.history else None
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        step = self.history[-1]["step"] if self.history else None
+        self.trackers = start_trackers(folder, self.args, step)
         return self.rewrite(folder)
 
     def rewrite(self, folder: Path) -> IO[str]:
@@ -168,9 +165,8 @@ class MetricsWriter:
         else:
             self.file.write(json.dumps(self.history[-1]) + "\n")
             self.file.flush()
-        if self.board is not None:
-            for name, value in finite.items():
-                self.board.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log(step, finite)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -180,5 +176,5 @@ class MetricsWriter:
     ) -> None:
         if self.file is not None:
             self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()

@@ -398,7 +398,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_is_named(key, hint):
         ({"use_peft": 1}, "use_peft must be true or false; got 1"),
         ({"dtype": "fp8"}, "dtype must be one of auto, float32, bfloat16, float16; got 'fp8'"),
         ({"output_dir": 3}, "output_dir must be text; got 3"),
-        ({"report_to": ["wandb"]}, r"report_to knows tensorboard and none, got \['wandb'\]"),
+        ({"report_to": ["mlflow"]}, r"report_to knows tensorboard, wandb, trackio, none; got \['mlflow'\]"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_coef must be above 0"),
         ({"reward_normalization": "running", "reward_placement": "token"}, "running is for reward_placement=eos"),
     ],

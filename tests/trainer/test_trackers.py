@@ -1,0 +1,58 @@
+"""wandb and trackio get every metric once, under a name that a resumed run has too; a module stands in for them."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import types
+
+import pytest
+from tiny_runs import config, trainer
+
+from srppo import UserError
+from srppo.metrics import MetricsWriter
+
+
+@pytest.fixture(params=["wandb", "trackio"])
+def service(request, monkeypatch):
+    """A module by that name, with the functions that both have; it keeps the calls."""
+    module = types.ModuleType(request.param)
+    module.__spec__ = importlib.machinery.ModuleSpec(request.param, None)
+    module.calls = []
+    module.init = lambda **options: module.calls.append(("init", options))
+    module.log = lambda metrics, step: module.calls.append(("log", step, metrics))
+    module.finish = lambda: module.calls.append(("finish",))
+    monkeypatch.setitem(sys.modules, request.param, module)
+    return module
+
+
+def test_a_run_logs_its_settings_and_every_metric_and_ends(tiny_models, tmp_path, service):
+    run = trainer(tiny_models, tmp_path, report_to=[service.__name__], save_steps=1)
+    run.train()
+    (kind, options), *logged, last = service.calls
+    assert kind == "init" and options["project"] == "srppo" and options["config"]["kl_coef"] == 1.0
+    assert [{"step": step, **metrics} for _, step, metrics in logged] == run.history
+    assert last == ("finish",)
+
+    service.calls.clear()
+    again = trainer(
+        tiny_models, tmp_path, report_to=[service.__name__], max_steps=3, resume_from_checkpoint="latest", save_steps=1
+    )
+    again.train()
+    assert service.calls[0][1]["name"] == options["name"] and service.calls[0][1]["resume"] == "allow"
+    assert [call[1] for call in service.calls if call[0] == "log"] == [3]
+
+
+def test_another_folder_is_another_run(tmp_path, service):
+    for name in ("a", "b"):
+        with MetricsWriter(tmp_path / name / "run", config(tmp_path, report_to=[service.__name__])) as writer:
+            writer.write(1, {"x": 1.0})
+    first, second = (call[1]["name"] for call in service.calls if call[0] == "init")
+    assert first != second
+
+
+def test_a_package_that_is_missing_is_named_when_the_run_is_configured(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="report_to=wandb needs a package that is not installed: pip install wandb"):
+        config(tmp_path, report_to=["wandb"])
