@@ -141,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def complain(text: str, code: int) -> int:
-    print(f"srppo: {text}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of several processes, those after the first say who they are
+    print(f"srppo: {text}" if rank == "0" else f"srppo: (process {rank}) {text}", file=sys.stderr)
     return code
 
 

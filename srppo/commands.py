@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from srppo import distributed
 from srppo.checkpoint import require_new_folder
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
@@ -29,6 +30,12 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
+
+
+def shared_console() -> Console:
+    """Joins the other processes, where there are any; the first of them alone prints."""
+    distributed.start()
+    return Console(quiet=not distributed.is_main())
 
 
 def require(args: PipelineConfig, *names: str) -> None:
@@ -68,9 +75,9 @@ def load_data(
 def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
     from srppo.sft import run_sft
 
-    console = Console()
+    console = shared_console()
     require(args, "base_model_name_or_path", "dataset_name")
-    require_new_folder(Path(args.output_dir))
+    distributed.on_main(lambda: require_new_folder(Path(args.output_dir)))
     tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
     train, held_out = load_data(args, tokenizer, console)
     run_sft(
@@ -81,6 +88,7 @@ def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
         tokenizer=tokenizer,
         console=console,
     )
+    distributed.finish()
 
 
 def train(args: PipelineConfig, options: argparse.Namespace) -> None:
@@ -88,18 +96,20 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     from srppo.sft import run_sft
     from srppo.trainer import SRPPOTrainer
 
-    console = Console()
+    console = shared_console()
     require(args, "base_model_name_or_path", "dataset_name")
     output, resume = Path(args.output_dir), args.resume_from_checkpoint
     made = (output if resume in (None, "latest") else Path(resume).parent) / "sft"  # by this run's SFT stage
     model = args.sft_model_name_or_path
     if resume is None and not (model is not None and Path(model).resolve() == made.resolve()):
-        require_new_folder(output)  # with the SFT model that is there, a run goes on after its first stage
+        distributed.on_main(
+            lambda: require_new_folder(output)
+        )  # with the SFT model that is there, a run goes on after its first stage
     tokenizer = tokenizer_for(model, args.base_model_name_or_path, args)
     train_examples, held_out = load_data(args, tokenizer, console)
     if model is None:
         model = str(made)
-        if resume is None or (resume == "latest" and not made.exists()):
+        if resume is None or (resume == "latest" and distributed.on_main(lambda: not made.exists())):
             run_sft(args, train_dataset=train_examples, eval_dataset=held_out, output_dir=model,
                     tokenizer=tokenizer, console=console)  # fmt: skip
     assert args.base_model_name_or_path is not None
@@ -112,6 +122,7 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     )  # fmt: skip
     try:
         trainer.train()
+        distributed.finish()
     except KeyboardInterrupt:
         from srppo.checkpoint import checkpoints
 
@@ -188,7 +199,7 @@ def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
     from srppo.cli import write_lines
     from srppo.evaluation import evaluate_policy
 
-    console = Console()
+    console = shared_console()
     require(args, "base_model_name_or_path", "sft_model_name_or_path", "dataset_name")
     assert args.base_model_name_or_path and args.sft_model_name_or_path and args.dataset_name
     tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
@@ -206,14 +217,16 @@ def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
     if options.model_name_or_path is not None:
         base, sft_model, policy = policy_to_judge(args, base, sft_model, options.model_name_or_path)
     check_positions(policy.causal_lm, max(len(row.prompt_ids) for row in rows) + args.max_completion_length)
-    with console.progress("sampling", len(rows)) as progress:
+    with console.progress("sampling", len(distributed.even_share(rows))) as progress:
         metrics, completions = evaluate_policy(
             policy, sft_model, base, rows, args, tokenizer,
             stop_token_ids=stop_tokens(tokenizer, args.stop_token_ids), extrapolate=options.extrapolate,
             on_batch=lambda done: progress.advance(0, steps=done),
         )  # fmt: skip
     console.table("evaluation", [{"metric": name, "value": value} for name, value in metrics.items()])
-    write_lines([{"metrics": metrics}, *completions], options.output_file)
+    if distributed.is_main():
+        write_lines([{"metrics": metrics}, *completions], options.output_file)
+    distributed.finish()
 
 
 def demo(options: argparse.Namespace) -> None:

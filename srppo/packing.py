@@ -10,6 +10,11 @@ How wide is a row? Eager and sdpa attention compute the pairs that the mask hide
 of hidden size ``D`` about ``24 D^2 W`` operations in its matrices (of ``12 D^2`` weights) and ``4 D W^2`` in attention,
 and ``R`` rows cost, up to a constant, ``R W (6 D + W)``: few wide rows have no gaps, many narrow ones waste no
 attention. The cheapest of both is taken. flash-attn computes no hidden pair: there one row holds everything.
+
+Measured on one thread of a CPU for a random model of SmolLM2-135M's size with LoRA, 16 prompts of 15 to 45 tokens with
+completions of 4 to 48, micro-batches of 4 (process time, the better of two runs): scoring 14.0 s for 18.7 s padded, the
+update 15.7 s for 20.7 s, a quarter less each; with at most 400 tokens in a micro-batch 13.2 and 17.0 s, for 16.1 and
+17.9 s of padded ones sorted by length.
 """
 
 from __future__ import annotations

@@ -140,15 +140,14 @@ def gather(rollout: Rollout) -> Rollout:
     prompt, completion = distributed.largest(rollout.prompt_length, rollout.completions.shape[1])
     left, right = prompt - rollout.prompt_length, completion - rollout.completions.shape[1]
     pad = torch.nn.functional.pad
+    sampler = rollout.sampler_logprobs
     return Rollout(
         distributed.gathered_rows(pad(rollout.input_ids, (left, right))),
         distributed.gathered_rows(pad(rollout.attention_mask, (left, right))),
         distributed.gathered_rows(pad(rollout.completion_mask, (0, right))),
         distributed.gathered_rows(rollout.truncated),
         prompt,
-        None
-        if rollout.sampler_logprobs is None
-        else distributed.gathered_rows(pad(rollout.sampler_logprobs, (0, right))),
+        None if sampler is None else distributed.gathered_rows(pad(sampler, (0, right))),
     )
 
 

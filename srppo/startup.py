@@ -23,9 +23,12 @@ def describe(args: SRPPOConfig, roles: Roles, *, prompts: int, held_out: int) ->
     clip = "off" if args.cliprange_value is None else f"{args.cliprange_value} nats"
     penalty = f" minus {args.missing_eos_penalty} nats" if args.missing_eos_penalty else "; missing_eos_penalty is off"
     held = "" if args.kl_target is None else f", adapted to hold {args.kl_target} nats a sequence"
+    ranks = distributed.size()
     return [
         *roles.describe(),
-        f"batch: {args.batch_size} prompts = {args.per_device_train_batch_size} a micro-batch x "
+        f"batch: {args.batch_size * ranks} prompts = "
+        + f"{ranks} processes x " * (ranks > 1)
+        + f"{args.per_device_train_batch_size} a micro-batch x "
         f"{args.gradient_accumulation_steps} accumulation x {args.num_mini_batches} mini-batches; "
         f"{args.num_ppo_epochs * args.num_mini_batches} optimizer steps an iteration, {args.max_steps} iterations, "
         f"{prompts} prompts in all",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from srppo import checkpoint, ppo, startup
+from srppo import checkpoint, distributed, ppo, startup
 from srppo.config import SRPPOConfig
 from srppo.console import Bar, Console
 from srppo.data import Example, Sampler, filler_token, prepare, stop_tokens
@@ -31,7 +31,7 @@ from srppo.model_card import model_card
 from srppo.models import check_positions, tokenizer_for
 from srppo.plots import plot_history
 from srppo.roles import Roles, build_roles
-from srppo.rollout import Rollout
+from srppo.rollout import Rollout, gather
 from srppo.rollout_store import load_rollout, save_rollout
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class SRPPOTrainer:
         from_rollouts: str | Path | None = None,
     ) -> None:
         self.args, self.callbacks, self.reward_fn = args, callbacks, reward_fn
-        self.console = console or Console()
+        distributed.start()
+        self.console = console or Console(quiet=not distributed.is_main())
         self.output_dir = Path(args.output_dir)
         self.tokenizer = processing_class or tokenizer_for(model, base_model, args)
         self.stop_token_ids = stop_tokens(self.tokenizer, args.stop_token_ids)
@@ -102,12 +103,15 @@ class SRPPOTrainer:
         self.from_rollouts = None if from_rollouts is None else Path(from_rollouts)
         torch.manual_seed(args.seed)
         self.roles: Roles = build_roles(args, base_model, model, peft_config)
+        for role in (self.roles.policy, self.roles.critic):
+            distributed.spread_from_main(parameter for _, parameter in role.parameters())
+        distributed.seed_apart(args.seed)
         longest = max(len(example.prompt_ids) for example in [*self.train_dataset, *self.eval_dataset])
         check_positions(self.roles.policy.causal_lm, longest + args.max_completion_length)
         self.policy = ppo.Learner.create(self.roles.policy, args, args.learning_rate, args.max_steps)
         value_rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         self.critic = ppo.Learner.create(self.roles.critic, args, value_rate, args.max_steps)
-        self.sampler = Sampler(self.train_dataset, args.batch_size, args.seed)
+        self.sampler = Sampler(self.train_dataset, args.batch_size * distributed.size(), args.seed)
         self.moments = ppo.RunningMoments()
         self.controller = KLController(args)
         self.guard = Guard()
@@ -117,7 +121,7 @@ class SRPPOTrainer:
             self.held_out = HeldOut(
                 demonstrations, args, self.roles.sft, stop_token_ids=self.stop_token_ids, pad_token_id=pad
             )
-        self.generator = torch.Generator().manual_seed(args.seed + 1)  # of the mini-batch partitions
+        self.generator = torch.Generator().manual_seed(args.seed + 1)  # of the mini-batch partitions, on all ranks
         self.step = self.episodes = self.tokens = 0
         self.history: list[dict[str, Any]] = []
 
@@ -137,13 +141,14 @@ class SRPPOTrainer:
         """Runs all iterations and writes the result to ``args.output_dir``; returns the last metrics."""
         args = self.args
         self.resume()
-        checkpoint.require_space(self.output_dir, 3 * checkpoint.model_bytes(self.roles.policy) + 2**20)
+        space = 3 * checkpoint.model_bytes(self.roles.policy) + 2**20
+        distributed.on_main(lambda: checkpoint.require_space(self.output_dir, space))
         held_out = 0 if self.held_out is None else len(self.held_out.rollout)
         for line in startup.describe(args, self.roles, prompts=len(self.train_dataset), held_out=held_out):
             self.console.note(f"  {line}")
         self.console.note("  " + self.start_sampling())
         with (
-            MetricsWriter(self.output_dir, args, self.history) as writer,
+            MetricsWriter(self.output_dir if distributed.is_main() else None, args, self.history) as writer,
             self.console.progress("SRPPO", args.max_steps) as progress,
         ):
             progress.advance(0, steps=self.step)
@@ -156,10 +161,7 @@ class SRPPOTrainer:
                 writer.write(self.step, metrics)
                 if args.save_steps and self.step % args.save_steps == 0:
                     self.save_checkpoint()
-                try:
-                    for callback in self.callbacks:
-                        callback(self, self.step, metrics)
-                except StopIteration:
+                if distributed.any_rank(self.call_back(metrics)):
                     self.console.note(f"a callback ended the run after iteration {self.step}")
                     break
             if self.eval_dataset and "eval/objective/kl" not in (writer.history or [{}])[-1]:
@@ -169,20 +171,30 @@ class SRPPOTrainer:
         self.console.table("evaluation", [{"metric": n, "value": v} for n, v in last.items() if n.startswith("eval/")])
         return self.history[-1] if self.history else {}
 
+    def call_back(self, metrics: dict[str, float]) -> bool:
+        """Calls the callbacks; whether one of them wants the run to end."""
+        try:
+            for callback in self.callbacks:
+                callback(self, self.step, metrics)
+        except StopIteration:
+            return True
+        return False
+
     def iterate(self, progress: Bar) -> dict[str, float]:
         """One PPO iteration."""
         args, start = self.args, time.perf_counter()
         progress.status("sampling")
         batch = self.sampler.next()
-        rollout = self.rollout(batch)
+        rollout = gather(self.rollout(distributed.share(batch)))
         sampled = time.perf_counter()
 
         progress.status("scoring")
         mini_batches = ppo.split_rows(
-            torch.arange(len(rollout)), rollout, args, packs=self.roles.policy.packs, generator=self.generator
-        )
+            torch.arange(len(rollout)).chunk(distributed.size())[distributed.rank()], rollout, args,
+            packs=self.roles.policy.packs, generator=self.generator,
+        )  # fmt: skip
         micro_batches = [rows for mini_batch in mini_batches for rows in mini_batch]
-        scores = ppo.score(self.roles, rollout, args, micro_batches)
+        scores = ppo.gather_scores(ppo.score(self.roles, rollout, args, micro_batches))
         if self.step == 0:
             self.console.note("  " + startup.check_start(self.roles, args, rollout, scores, micro_batches))
         beta = self.controller.beta
@@ -222,13 +234,13 @@ class SRPPOTrainer:
             "time/score": scored - sampled,
             "time/update": updated - scored,
             "perf/tokens_per_second": tokens / (updated - start),
-            "perf/peak_memory_gib": peak_memory_gib(),
+            "perf/peak_memory_gib": max(map(float, distributed.gathered(torch.tensor(peak_memory_gib())))),
         }
         if result.skipped_steps:
             self.console.warn(
                 f"iteration {self.step}: {result.skipped_steps} optimizer steps skipped, gradient not finite"
             )
-        if args.log_completions and (self.step == 1 or self.step % args.log_completions == 0):
+        if distributed.is_main() and args.log_completions and (self.step == 1 or self.step % args.log_completions == 0):
             self.log_completions(batch, rollout, scores, targets)
         progress.advance(tokens, f"reward {metrics['objective/scores']:.2f} kl {metrics['objective/kl']:.2f} "
                                  f"length {metrics['completions/mean_length']:.0f}")  # fmt: skip
@@ -264,7 +276,7 @@ class SRPPOTrainer:
         seen = look_at(scores, targets, rollout, self.args, gain=gain, gain_error=error)
         verdict = self.guard.look(self.step, seen, beta=self.controller.beta)
         if verdict.best:
-            self.save_best()
+            distributed.on_main(self.save_best)
         for text in verdict.warnings:
             self.console.warn(text)
         for text in verdict.notes:
@@ -295,6 +307,10 @@ class SRPPOTrainer:
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Writes the policy, tokenizer, configuration, state, plots and model card; returns the folder."""
         target = Path(output_dir or self.output_dir)
+        distributed.on_main(lambda: self.write_model(target))
+        return target
+
+    def write_model(self, target: Path) -> None:
         with checkpoint.temporary_folder(target) as folder:
             checkpoint.save_model(self.roles.policy, self.tokenizer, folder)
             checkpoint.write_text(folder / "trainer_state.json", checkpoint.to_json(self.state()))
@@ -302,7 +318,6 @@ class SRPPOTrainer:
             checkpoint.publish(folder, target)
         plots = plot_history(self.history, target / "plots")
         self.console.note(f"model written to {target}" + (f", plots to {target / 'plots'}" if plots else ""))
-        return target
 
     def save_best(self) -> None:
         """``best/``: the policy that the guard thinks best so far, as a model of its own."""
@@ -327,32 +342,45 @@ class SRPPOTrainer:
             "guard": self.guard.state_dict(),
             "controller": self.controller.state_dict(),
             "generator": self.generator.get_state(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "rng": distributed.gathered(torch.get_rng_state()),
+            "cuda_rng": distributed.gathered(torch.cuda.get_rng_state()) if torch.cuda.is_available() else [],
         }
         folder = self.output_dir / f"checkpoint-{self.step}"
-        checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state())
-        checkpoint.keep_newest(self.output_dir, self.args.save_total_limit, self.step)
+
+        def write() -> None:
+            checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state())
+            checkpoint.keep_newest(self.output_dir, self.args.save_total_limit, self.step)
+
+        distributed.on_main(write)
 
     def resume(self) -> None:
         """Goes on where the checkpoint that is asked for was written, or starts in an output folder of its own."""
         wanted = self.args.resume_from_checkpoint
         if wanted is None:
-            checkpoint.require_fresh_output(self.output_dir)
+            distributed.on_main(lambda: checkpoint.require_fresh_output(self.output_dir))
             return
+        folder = distributed.on_main(lambda: self.find(wanted))
+        if folder is None:
+            self.console.note(f"no checkpoint in {self.output_dir} yet: starting at the beginning")
+            return
+        self.load_state(folder, *checkpoint.load_checkpoint(folder))
+        if self.guard.best is not None and not distributed.on_main(
+            lambda: checkpoint.adopt_best(folder.parent, self.output_dir)
+        ):
+            self.console.warn(f"{folder.parent / 'best'} is gone: what is best is judged anew from here")
+            self.guard.best = None
+
+    def find(self, wanted: str) -> Path | None:
+        """The checkpoint to go on from, and the output folder made ready for what follows."""
         checkpoint.sweep(self.output_dir)
         found = checkpoint.find_checkpoint(wanted, self.output_dir, self.console.warn)
         if found is None:
             checkpoint.require_fresh_output(self.output_dir, again=True)
-            self.console.note(f"no checkpoint in {self.output_dir} yet: starting at the beginning")
-            return
-        folder, tensors, state = found
+            return None
+        folder = found[0]
         if folder.resolve().parent != self.output_dir.resolve():
             checkpoint.require_new_folder(self.output_dir)
-        self.load_state(folder, tensors, state)
-        if self.guard.best is not None and not checkpoint.adopt_best(folder.parent, self.output_dir):
-            self.console.warn(f"{folder.parent / 'best'} is gone: what is best is judged anew from here")
-            self.guard.best = None
+        return folder
 
     def load_state(self, folder: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Puts everything back as it was when a checkpoint was written."""
@@ -373,9 +401,18 @@ class SRPPOTrainer:
         self.guard.load_state_dict(tensors["guard"])
         self.controller.load_state_dict(tensors["controller"])
         self.generator.set_state(tensors["generator"])
-        torch.set_rng_state(tensors["rng"])
-        if torch.cuda.is_available() and tensors["cuda_rng"]:
-            torch.cuda.set_rng_state_all(tensors["cuda_rng"])
+        rank, ranks = distributed.rank(), len(tensors["rng"])
+        if ranks == distributed.size():
+            torch.set_rng_state(tensors["rng"][rank])
+            if torch.cuda.is_available() and tensors["cuda_rng"]:
+                torch.cuda.set_rng_state(tensors["cuda_rng"][rank])
+        else:
+            torch.manual_seed(self.args.seed + state["step"])
+            distributed.seed_apart(self.args.seed + state["step"])
+            self.console.warn(
+                f"{folder} was written by {ranks} processes and is resumed by {distributed.size()}: samples come from "
+                f"other random numbers than they would have, and a batch is now {self.sampler.batch_size} prompts"
+            )
         self.step, self.episodes, self.tokens = state["step"], state["episode"], state["num_tokens"]
         self.history = state["log_history"]
         self.console.note(f"resumed from {folder} after iteration {self.step}")

@@ -1,0 +1,152 @@
+"""What each rank does in the tests of many processes: importable functions of ``(rank, size)`` and a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ppo_steps import trained_head
+from tiny_runs import (
+    QUIET,
+    ROWS,
+    TinyModels,
+    config,
+    examples,
+    full_roles,
+    learners,
+    rollout,
+    trainer,
+    without_plots,
+)
+
+from srppo import UserError, distributed, ppo, run_sft
+from srppo.metrics import iteration_metrics
+from srppo.roles import build_roles
+
+# What the loss and the step depend on; each is a training in its own right.
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "adapter": {"use_peft": True, "learning_rate": 1e-2},
+    "everything on": {
+        "entropy_coef": 0.1, "missing_eos_penalty": 1.0, "reward_normalization": "running", "whiten_rewards": True,
+        "max_grad_norm": 1e-2, "temperature": 0.8, "max_tokens_per_micro_batch": 9, "learning_rate": 1.0,
+    },
+    "target_kl": {"target_kl": 1e-3, "num_ppo_epochs": 8, "learning_rate": 1e-2},
+}  # fmt: skip
+
+
+def length_reward(prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
+    return [len(p) + 0.1 * len(c) for p, c in zip(prompts, completions, strict=True)]
+
+
+def steps(models: TinyModels, folder: Path, name: str) -> dict[str, Any]:
+    """Scores, advantages and updates of one rollout by however many processes there are; all that came of it.
+
+    The optimizer is plain gradient descent: Adam divides by the gradient's size, and so makes a difference of rounding
+    in a gradient of almost 0 as large as the learning rate.
+    """
+    size = distributed.size()
+    args = config(folder, **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // size, **CASES[name]})
+    roles = build_roles(args, models.base, models.adapter) if args.use_peft else full_roles(args)
+    trained_head(roles)
+    given = rollout()
+    policy, critic = (
+        ppo.Learner(x.role, torch.optim.SGD(x.parameters, lr=args.learning_rate), x.scheduler, x.parameters)
+        for x in learners(roles, args)
+    )
+    start = [p.detach().clone() for learner in (policy, critic) for p in learner.parameters]
+    own = torch.arange(len(given)).chunk(size)[distributed.rank()]
+    generator = torch.Generator().manual_seed(0)
+    parts = ppo.split_rows(own, given, args, packs=roles.policy.packs, generator=generator)
+    scores = ppo.gather_scores(ppo.score(roles, given, args, [rows for mini in parts for rows in mini]))
+    targets = ppo.advantages(given, scores, args, moments=ppo.RunningMoments(), reward_fn=length_reward)
+    result = ppo.update(policy, critic, given, scores, targets, args, parts, generator=generator)
+    return {
+        "start": start,
+        "weights": [p.detach().clone() for learner in (policy, critic) for p in learner.parameters],
+        "metrics": iteration_metrics(given, scores, targets, result),
+        "first": [float(x) for x in result.first if x is not None],
+    }
+
+
+def check(rank: int, size: int, *, models: TinyModels, folder: Path) -> None:
+    for name in CASES:
+        torch.save(steps(models, folder, name), folder / f"{name} {rank}.pt")
+    with without_plots():
+        sft(models, folder / "sft-2")
+        for kind in ("sft", "adapter"):
+            check_runs(rank, models=models, folder=folder / kind, kind=kind)
+
+
+def sft(models: TinyModels, target: Path) -> Path:
+    """Five demonstrations and a held-out one: a last mini-batch that leaves the second rank without a row."""
+    args = config(
+        target.parent, base_model_name_or_path=models.base, sft_num_train_epochs=1, sft_learning_rate=1e-3,
+        per_device_train_batch_size=4 // distributed.size(), gradient_accumulation_steps=1,
+    )  # fmt: skip
+    rows = examples(ROWS)
+    return run_sft(args, train_dataset=rows[:5], eval_dataset=rows[5:], output_dir=target, console=QUIET)
+
+
+def weights(run: Any) -> list[torch.Tensor]:
+    return [p.detach().clone() for role in (run.roles.policy, run.roles.critic) for _, p in role.parameters()]
+
+
+RUN = {
+    "max_steps": 4, "save_steps": 2, "eval_steps": 2, "log_completions": 1, "reward_normalization": "running",
+    "num_mini_batches": 2, "gradient_accumulation_steps": 1, "max_tokens_per_micro_batch": 40,
+}  # fmt: skip
+
+
+def check_runs(rank: int, *, models: TinyModels, folder: Path, kind: str) -> None:
+    """A whole run, one that goes on from its middle, one that a callback ends on one rank, and one that is refused."""
+    rows = [*examples(ROWS), *examples(ROWS)]
+    straight = trainer(models, folder / "straight", kind=kind, rows=rows, eval_dataset=rows[:3], **RUN)
+    drawn = straight.rollout([rows[0], rows[0]]).tokens.tolist()
+    straight.train()
+    torch.manual_seed(99)  # what the resuming process did before must not matter
+    source = str(folder / "straight" / "run" / "checkpoint-2")
+    resumed = trainer(
+        models,
+        folder / "resumed",
+        kind=kind,
+        rows=rows,
+        eval_dataset=rows[:3],
+        resume_from_checkpoint=source,
+        **RUN,
+    )
+    resumed.train()
+    stopped = trainer(models, folder / "stopped", kind=kind, rows=rows, callbacks=[stop_on_the_last_rank], **RUN)
+    stopped.train()
+    assert stopped.step == 1
+    with pytest.raises(UserError, match="exists and is not empty"):
+        trainer(models, folder / "straight", kind=kind, rows=rows, **RUN).train()
+    for one, other in zip(weights(straight), weights(resumed), strict=True):
+        assert torch.equal(one, other)
+        assert all(torch.equal(one, of_rank) for of_rank in distributed.gathered(one))
+    torch.save(
+        {"straight": straight.history, "resumed": resumed.history, "drawn": drawn, "weights": weights(straight)},
+        folder / f"{rank}.pt",
+    )
+
+
+def stop_on_the_last_rank(run: Any, step: int, metrics: dict[str, float]) -> None:
+    if distributed.rank() == distributed.size() - 1:
+        raise StopIteration
+
+
+def die_in_the_second_iteration(run: Any, step: int, metrics: dict[str, float]) -> None:
+    if step == 1 and distributed.rank() == 1:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":  # a process that its rank's environment makes one of two, and of which the second dies
+    base, sft_model, output = sys.argv[1:]
+    models = TinyModels(base, sft_model, "")
+    trainer(models, Path(output), callbacks=[die_in_the_second_iteration], max_steps=4, save_steps=1).train()
