@@ -4,6 +4,10 @@
 provider once, in an order that rotates; what is reported is the median over rounds of a provider's time divided by the
 floor's in the same round, with p20 and p80 of the same quotients as the row's own noise.
 
+*Visits.* What differs from run to run (where the inputs lie in memory, what the neighbour does for a minute) is the
+same for all rounds of one sitting, which therefore understate the noise. So a run comes to every case twice, with
+everything else in between and inputs made anew; a row's interval spans those of both visits.
+
 *Short calls.* A sample repeats a call until it lasts ``MIN_SAMPLE``, so that the clock's grain does not show.
 
 *GPU.* CUDA events around the repeats, warm L2; and single calls after a write of twice the L2 size, cold L2. A trainer
@@ -56,6 +60,15 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(quantile(values, 0.5), quantile(values, 0.2), quantile(values, 0.8))
 
+    @classmethod
+    def over(cls, visits: Sequence[Sequence[float]]) -> Spread:
+        """The median of all samples, and an interval that spans every visit's own."""
+        spreads = [cls.of(values) for values in visits if values]
+        if not spreads:
+            return cls.of(())
+        pooled = [value for values in visits for value in values]
+        return cls(quantile(pooled, 0.5), min(s.p20 for s in spreads), max(s.p80 for s in spreads))
+
     @property
     def noisy(self) -> bool:
         return not self.p80 <= self.p20 * (1 + NOISE_LIMIT)
@@ -63,11 +76,11 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to measure: each provider until it has ``samples``, or ``least`` of them and ``seconds`` of its own."""
+    """How long a visit measures: each provider until it has ``samples``, or ``least`` and ``seconds`` of its own."""
 
-    seconds: float = 0.5
-    least: int = 3
-    samples: int = 25
+    seconds: float = 0.25
+    least: int = 2
+    samples: int = 15
 
 
 class CpuClock:

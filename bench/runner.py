@@ -1,4 +1,4 @@
-"""A case becomes rows: every provider is checked against fp64 first, then all that passed are timed in turns."""
+"""A case becomes rows: every provider is checked against fp64 first, then all that passed are timed in turns, twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.core import NO_PLAN, Call, Case, Errors, Op, Problem, Provider, Unavailable
-from bench.method import Clock, Effort, Samples, Spread, clock_for, extra_memory, interleave
+from bench.method import LONG, Clock, Effort, Samples, Spread, clock_for, extra_memory, interleave
 from bench.record import Row
 
 Notify = Callable[[str], None]
@@ -61,6 +61,17 @@ def entries(op: Op, case: Case, providers: Sequence[str], plans: Sequence[str]) 
             yield from (Entry(provider, plan) for plan in provider.plans)
 
 
+@dataclass(slots=True)
+class Visited:
+    """A case with its rows, one per entry, and the samples of every visit to it."""
+
+    op: Op
+    case: Case
+    work: Sequence[Entry]
+    rows: list[Row]
+    samples: list[list[Samples]]  # of each entry, a Samples per visit
+
+
 def run_case(
     op: Op,
     case: Case,
@@ -68,36 +79,77 @@ def run_case(
     effort: Effort,
     deadline: Deadline,
     notify: Notify = lambda text: None,
-) -> list[Row]:
-    """Rows of one case, one per entry."""
+) -> Visited:
+    """The first visit to a case: every entry is checked, and timed where it passed."""
+    visited = Visited(op, case, work, [], [[] for _ in work])
     if deadline.passed:
         reason = f"the run's {deadline.seconds:g} s were over; run it with --op {op.name} --budget 0"
-        return [finished(blank(op, case, entry), "skipped", reason) for entry in work]
-    if "torch._dynamo" in sys.modules:
-        # torch.compile gives up on a function after eight shapes, silently: every case starts anew.
-        torch.compiler.reset()
+        visited.rows = [finished(blank(op, case, entry), "skipped", reason) for entry in work]
+        return visited
+    forget_compiled()
     try:
         problem = op.make(case)
     except (RuntimeError, MemoryError) as error:  # not enough memory for the inputs, say
-        return [finished(blank(op, case, entry), "failed", f"inputs: {first_line(error)}") for entry in work]
+        visited.rows = [finished(blank(op, case, entry), "failed", f"inputs: {first_line(error)}") for entry in work]
+        return visited
     checked = []
     for entry in work:
         notify(f"{op.name} {case}: checking {entry.provider.name}")
         checked.append(check(op, problem, entry, deadline))
-    timed = [entry for entry in checked if entry.call is not None]
+    visited.rows = [result.row for result in checked]
+    timed = [(at, entry) for at, entry in enumerate(checked) if entry.call is not None]
     if timed:
         notify(f"{op.name} {case}: timing {len(timed)} providers in turns")
         try:
-            measure(problem, timed, effort, clock_for(case.device), deadline)
+            measure(problem, visited, timed, effort, clock_for(case.device), deadline)
         except RuntimeError as error:
-            for passed in timed:
+            for _, passed in timed:
                 finished(passed.row, "failed", f"while timing: {first_line(error)}")
-    rows = [result.row for result in checked]
     del checked, timed, problem
+    free(case)
+    return visited
+
+
+def visit_again(visited: Visited, effort: Effort, deadline: Deadline, notify: Notify = lambda text: None) -> None:
+    """A later visit: what passed is timed on inputs made anew. What goes wrong now leaves the rows as they are."""
+    op, case = visited.op, visited.case
+    again = [at for at, row in enumerate(visited.rows) if row.status == "ok" and visited.samples[at]]
+    if not again or deadline.passed:
+        return
+    notify(f"{op.name} {case}: timing {len(again)} providers again")
+    forget_compiled()
+    problem, timed = op.make(case), []
+    for at in again:
+        entry = visited.work[at]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                call = entry.provider.prepare(problem, entry.plan)
+                call()
+                start = time.perf_counter()
+                if visited.rows[at].median_ms < LONG * 1e3:
+                    call()
+                timed.append((at, Checked(visited.rows[at], call, time.perf_counter() - start)))
+        except Exception as error:
+            notify(f"{op.name} {case}: {entry.provider.name} failed the second time: {first_line(error)}")
+        if deadline.passed:
+            break
+    if timed:
+        measure(problem, visited, timed, effort, clock_for(case.device), deadline)
+    del timed, problem
+    free(case)
+
+
+def forget_compiled() -> None:
+    """torch.compile gives up on a function after eight shapes, silently: every case starts anew."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def free(case: Case) -> None:
     gc.collect()
     if case.device == "cuda":
         torch.cuda.empty_cache()
-    return rows
 
 
 def check(op: Op, problem: Problem, entry: Entry, deadline: Deadline) -> Checked:
@@ -139,27 +191,35 @@ def is_wrong(errors: Errors, gross: float) -> bool:
     return not errors.value <= gross or math.isinf(errors.grad) or math.isinf(errors.weight_grad)
 
 
-def measure(problem: Problem, checked: Sequence[Checked], effort: Effort, clock: Clock, deadline: Deadline) -> None:
-    """Times the entries in turns with the floor and fills in their rows."""
+def measure(
+    problem: Problem,
+    visited: Visited,
+    timed: Sequence[tuple[int, Checked]],
+    effort: Effort,
+    clock: Clock,
+    deadline: Deadline,
+) -> None:
+    """Times the entries in turns with the floor and fills in their rows, from this visit and those before."""
     floor = problem.floor()
-    calls = [entry.call for entry in checked if entry.call is not None]
-    bare, samples = interleave(
-        floor.call, calls, effort, clock, [entry.seconds for entry in checked], lambda: deadline.passed
-    )
-    floor_ms = Spread.of(bare.seconds).median * 1e3
-    for entry, own in zip(checked, samples, strict=True):
-        fill(entry.row, problem, own)
-        entry.row.noisy |= len(own.seconds) < effort.least  # cut short: too few to know its spread
-        entry.row.floor, entry.row.floor_ms = floor.name, floor_ms
+    calls = [entry.call for _, entry in timed if entry.call is not None]
+    known = [entry.seconds for _, entry in timed]
+    bare, samples = interleave(floor.call, calls, effort, clock, known, lambda: deadline.passed)
+    for (at, entry), own in zip(timed, samples, strict=True):
+        visits = visited.samples[at]
+        visits.append(own)
+        fill(entry.row, problem, visits)
+        # cut short: too few to know its spread
+        entry.row.noisy |= any(len(visit.seconds) < effort.least for visit in visits)
+        entry.row.floor, entry.row.floor_ms = floor.name, Spread.of(bare.seconds).median * 1e3
 
 
-def fill(row: Row, problem: Problem, samples: Samples) -> None:
-    times, ratios = Spread.of(samples.seconds), Spread.of(samples.ratios)
+def fill(row: Row, problem: Problem, visits: Sequence[Samples]) -> None:
+    times, ratios = Spread.over([v.seconds for v in visits]), Spread.over([v.ratios for v in visits])
     row.median_ms, row.p20_ms, row.p80_ms = times.median * 1e3, times.p20 * 1e3, times.p80 * 1e3
     row.ratio, row.ratio_p20, row.ratio_p80, row.noisy = ratios.median, ratios.p20, ratios.p80, ratios.noisy
-    row.cold_ms = Spread.of(samples.cold).median * 1e3
-    row.cold_ratio = Spread.of(samples.cold_ratios).median
-    row.samples = len(samples.seconds)
+    row.cold_ms = Spread.over([v.cold for v in visits]).median * 1e3
+    row.cold_ratio = Spread.over([v.cold_ratios for v in visits]).median
+    row.samples = sum(len(v.seconds) for v in visits)
     if problem.useful_flops:
         row.useful_tflops = problem.useful_flops / times.median / 1e12
     if problem.useful_bytes:

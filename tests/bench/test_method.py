@@ -58,6 +58,15 @@ def test_providers_take_turns_in_a_rotating_order_with_the_floor_first():
     assert clock.order == ["floor", "a", "b", "c", "floor", "b", "c", "a", "floor", "c", "a", "b"]
 
 
+def test_an_interval_spans_every_visit():
+    """Two quiet sittings that differ by a third are one noisy row."""
+    spread = Spread.over([[1.0, 1.0, 1.02], [1.3, 1.31, 1.31], []])
+    assert (spread.p20, spread.p80) == (1.0, 1.31)
+    assert spread.noisy
+    assert spread.median == pytest.approx(1.16)
+    assert math.isnan(Spread.over([[]]).median)
+
+
 def test_a_ratio_is_taken_within_its_round():
     """A machine that slows down by half and half again leaves the ratio alone."""
     drift = iter([1.0, 1.5, 2.25])

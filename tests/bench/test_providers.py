@@ -35,7 +35,7 @@ def all_entries(op, case):
 @pytest.mark.parametrize("op", TESTED, ids=lambda op: op.name)
 def test_every_provider_agrees_with_fp64(op, density):
     case = small_case(op, mask_density=density)
-    rows = runner.run_case(op, case, all_entries(op, case), EFFORT, FOREVER)
+    rows = runner.run_case(op, case, all_entries(op, case), EFFORT, FOREVER).rows
     assert any(row.provider == "srppo" and row.status == "ok" for row in rows)
     for row in rows:
         if row.status == "unavailable":
@@ -85,9 +85,9 @@ def test_the_mask_has_the_density_that_was_asked_for():
     assert head.problem_inputs(Case("", (50, 8, 100), "float32", 0.2)).live == 10
 
 
-def op_with(provider):
+def op_with(*providers):
     (op,) = (op for op in RATIO_OPS if op.name == "log_ratio_reward")
-    return dataclasses.replace(op, providers=(*op.providers[:2], provider))
+    return dataclasses.replace(op, providers=(*op.providers[:2], *providers))
 
 
 def refuses(problem, plan):
@@ -109,16 +109,42 @@ def lies(problem, plan):
 def test_a_provider_that_does_not_work_is_a_row_that_says_why_and_stops_no_other(prepare, status, reason):
     op = op_with(Provider("other", "", prepare))
     case = small_case(op)
-    rows = runner.run_case(op, case, list(runner.entries(op, case, (), ())), EFFORT, FOREVER)
+    rows = runner.run_case(op, case, list(runner.entries(op, case, (), ())), EFFORT, FOREVER).rows
     assert [row.status for row in rows] == ["ok", "ok", status]
     assert reason in rows[-1].reason
     assert rows[-1].samples == 0
 
 
+def test_a_second_visit_adds_samples_on_new_inputs_and_leaves_rows_that_failed():
+    made = []
+
+    def prepare(problem, plan):
+        made.append(problem)
+        if len(made) > 1:
+            raise RuntimeError("once was enough")
+        return op.providers[0].prepare(problem, plan)
+
+    op = op_with(Provider("other", "", prepare), Provider("third", "", refuses))
+    case = small_case(op)
+    visited = runner.run_case(op, case, list(runner.entries(op, case, (), ())), EFFORT, FOREVER)
+    before = [row.samples for row in visited.rows]
+    notes = []
+    runner.visit_again(visited, EFFORT, FOREVER, notes.append)
+    assert len(made) == 2
+    assert made[0] is not made[1]
+    assert before == [1, 1, 1, 0]
+    assert [row.samples for row in visited.rows] == [2, 2, 1, 0]
+    assert [row.status for row in visited.rows] == ["ok", "ok", "ok", "unavailable"]
+    assert any("once was enough" in note for note in notes)
+    late = [row.samples for row in visited.rows]
+    runner.visit_again(visited, EFFORT, runner.Deadline(-1))
+    assert [row.samples for row in visited.rows] == late
+
+
 def test_what_the_time_does_not_allow_is_a_row_too():
     (op,) = (op for op in OPS if op.name == "gae")
     case = small_case(op)
-    rows = runner.run_case(op, case, list(runner.entries(op, case, (), ())), EFFORT, runner.Deadline(-1))
+    rows = runner.run_case(op, case, list(runner.entries(op, case, (), ())), EFFORT, runner.Deadline(-1)).rows
     assert {row.status for row in rows} == {"skipped"}
     assert "--budget 0" in rows[0].reason
 
@@ -126,7 +152,8 @@ def test_what_the_time_does_not_allow_is_a_row_too():
 def test_a_plan_that_cannot_serve_is_a_row_with_the_ops_own_words():
     (op,) = (op for op in HEAD_OPS if op.name == "linear_logprob_grad")
     case = small_case(op)
-    (row,) = runner.run_case(op, case, list(runner.entries(op, case, ("srppo",), ("precompute",))), EFFORT, FOREVER)
+    work = list(runner.entries(op, case, ("srppo",), ("precompute",)))
+    (row,) = runner.run_case(op, case, work, EFFORT, FOREVER).rows
     assert row.status == "failed"
     assert "precompute" in row.reason
 
