@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Which tiles a GPU likes: linear_logprob's Triton GEMMs under other configurations, beside cuBLAS in the same process.
+
+    python bench/tiles.py --kernel scan dx dw --shape 8192x4096x151936
+
+A configuration is what `triton_tiles.py` would hold for this architecture; each is checked against the one that is
+there before it is timed, in turns with cuBLAS's GEMM of the same shape (bench/method.py). What wins belongs into
+`triton_tiles.py`, with the device's name. Needs a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+if __name__ == "__main__":
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.method import Effort, Spread, clock_for, interleave
+
+KERNELS = ("scan", "dx", "dw")
+SHAPE = (8192, 4096, 151936)
+
+
+def variants(tile: object, group: int, band: int) -> Iterator[tuple[str, object, int, int]]:
+    """``(name, tile, vocabulary group, row blocks of a band)`` to try; the first is what is there."""
+    yield "as it is", tile, group, band
+    for stages in (3, 4, 5):
+        for bn, warps in ((128, 4), (128, 8), (256, 8)):
+            for flat in (False, True):
+                other = replace(tile, bn=bn, warps=warps, stages=stages, flat=flat)  # type: ignore[type-var]
+                if other != tile:
+                    yield (
+                        f"128 x {bn} x 64, {warps} warps, {stages} stages{', flat' if flat else ''}",
+                        other,
+                        group,
+                        band,
+                    )
+    for other_group in (1024, 4096, 8192):
+        yield f"groups of {other_group}", tile, other_group, band
+    for other_band in (8, 32, 64):
+        yield f"bands of {other_band}", tile, group, other_band
+
+
+def calls(
+    kernel: str, n: int, width: int, vocab: int, device: str = "cuda"
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """``(ours, cuBLAS's GEMM of the same work)``, which look the configuration up when they are called."""
+    from srppo_kernels.linear_logprob import triton_products, triton_scan
+    from srppo_kernels.linear_logprob.chunked import Head
+    from srppo_kernels.linear_logprob.rows import Rows
+
+    options = {"device": device, "dtype": torch.bfloat16}
+    x, w = torch.randn(n, width, **options), torch.randn(vocab, width, **options).mul_(width**-0.5)  # type: ignore[arg-type]
+    if kernel == "scan":
+        y = torch.randint(vocab, (n,), device=device)
+        rows = Rows(0, n, live=torch.ones(n, dtype=torch.bool, device=device))
+        head = Head(w, None, None, 1.0, 1.0, None)
+        out = torch.empty(n, vocab, **options)  # type: ignore[arg-type]
+        return (
+            lambda: triton_scan.scan(x, head, y, None, rows, True, None, None),
+            lambda: torch.mm(x, w.T, out=out),
+        )
+    dz = torch.randn(n, vocab, **options)  # type: ignore[arg-type]
+    count = torch.tensor([n], dtype=torch.int32, device=device)
+    if kernel == "dx":
+        ours, theirs = torch.empty_like(x), torch.empty_like(x)
+
+        def dx() -> Tensor:
+            triton_products.rows_product(dz, w, ours, count, accumulate=False)
+            return ours
+
+        return dx, lambda: torch.mm(dz, w, out=theirs)
+    ours, theirs = torch.empty_like(w), torch.empty_like(w)
+
+    def dw() -> Tensor:
+        triton_products.columns_product(dz, x, ours, count, accumulate=False)
+        return ours
+
+    return dw, lambda: torch.mm(dz.T, x, out=theirs)
+
+
+def measure(kernel: str, shape: Sequence[int], effort: Effort, device: str = "cuda") -> Iterator[tuple[str, str, str]]:
+    """``(configuration, ratio to cuBLAS, what went wrong or its spread)``."""
+    from srppo_kernels.linear_logprob import triton_products, triton_scan, triton_tiles
+
+    arch = 90 if device == "cpu" else triton_tiles.architecture(torch.device(device))
+    module = triton_scan if kernel == "scan" else triton_products
+    table = triton_tiles.SCAN_TILES if kernel == "scan" else triton_tiles.PRODUCT_TILES
+    ours, floor = calls(kernel, *shape, device)  # type: ignore[arg-type]
+    clock, expected = clock_for(device), ours().clone()
+    for name, tile, group, band in variants(table[arch], triton_tiles.GROUP, triton_tiles.SUPER):
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(table, {arch: tile}))
+            stack.enter_context(mock.patch.object(module, "SUPER", band))
+            if kernel == "scan":
+                stack.enter_context(mock.patch.object(module, "group_size", lambda device, group=group: group))
+            try:
+                error = ((ours() - expected).float().norm() / expected.float().norm()).item()
+                if not error < 1e-3:
+                    yield name, "-", f"wrong: {error:.1e} from what is there"
+                    continue
+                _, (samples,) = interleave(floor, [ours], effort, clock)
+            except Exception as failure:  # a configuration that does not compile or launch is a finding
+                yield (
+                    name,
+                    "-",
+                    f"{type(failure).__name__}: {str(failure).splitlines()[0][:100] if str(failure) else ''}",
+                )
+                continue
+        spread = Spread.of(samples.ratios)
+        yield name, f"{spread.median:.3f}", f"{spread.p20:.3f} to {spread.p80:.3f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; 2 without a device."""
+    parser = argparse.ArgumentParser(prog="bench/tiles.py", description=__doc__)
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--shape", default="x".join(map(str, SHAPE)), help="NxDxV, default %(default)s")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each configuration")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("bench/tiles.py: no CUDA device; bench/compile.py says what can be said without one", file=sys.stderr)
+        return 2
+    shape = [int(size) for size in arguments.shape.split("x")]
+    console = Console(width=140)
+    for kernel in arguments.kernel:
+        table = Table(title=f"{kernel}, {arguments.shape}, bf16, {torch.cuda.get_device_name()}", title_justify="left")
+        for column in ("configuration", "time / cuBLAS", "p20 to p80"):
+            table.add_column(column)
+        for row in measure(kernel, shape, Effort(seconds=arguments.seconds, least=5)):
+            table.add_row(*row)
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
