@@ -1,9 +1,7 @@
-// What a consumer of sm90.cu does with a tile of accumulators: logits, the target's taken out, the rest absorbed into the rows'
+// What a consumer of sm90_kernel.h does with a tile of accumulators: logits, the target's taken out, the rest absorbed into the rows'
 // states, exponentials kept on request. A thread works in place on its 128 accumulators, 8 columns of a row at a time: with
 // the states of its 4 rows that leaves about 70 registers of 232 for everything else.
 #pragma once
-
-#include <cuda_bf16.h>
 
 #include "sm90_tiles.h"
 #include "softmax_state.h"

@@ -1,5 +1,5 @@
 // The scalar maths of the scan's epilogue (srppo_kernels/linear_logprob/chunked.py has the formulas): accumulators to
-// logits, logits into a row's online state. Device code for sm90.cu, host code for tests/linear_logprob/test_sm90_host.py.
+// logits, logits into a row's online state. Device code, and host code for the tests.
 #pragma once
 
 #include "../common/scalar.h"
@@ -78,9 +78,12 @@ SRPPO_INLINE void absorb(RowState& state, float m_part, float (&z)[kCount]) {
   state.m = m;
 }
 
-// Where every entry was ruled out, m is kLowest and s counts them: nothing is what they add up to.
+// Where every entry was ruled out, m is kLowest and s counts them: nothing is what they add up to. A product, so that NaN,
+// which a maximum drops, stays in s.
 SRPPO_INLINE RowState finished(RowState state) {
-  if (state.m <= kLowest) state.s = state.t = 0.0f;
+  const float any = state.m <= kLowest ? 0.0f : 1.0f;
+  state.s *= any;
+  state.t *= any;
   return state;
 }
 
