@@ -25,7 +25,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,7 +156,8 @@ def readable(mangled: str) -> str:
     if filt is None:
         return mangled
     plain = subprocess.run([filt, mangled], capture_output=True, text=True, check=True).stdout.strip()
-    return f"CUDA {plain.removeprefix('void ').split('(')[0].split('::')[-1]}"
+    plain = plain.removeprefix("void ").replace("(anonymous namespace)", "")
+    return f"CUDA {plain.split('(')[0].split('::')[-1]}"
 
 
 def table(rows: Sequence[Compiled]) -> Table:
@@ -177,13 +178,16 @@ def rows_of(modules: Sequence[str], kernel: str, architectures: Sequence[int], c
         for architecture in case.architectures
         if kernel in case.name and architecture in architectures
     ]
+    nvcc = ThreadPoolExecutor(1)  # it waits for a process of its own, beside those that compile Triton's
+    cuda_rows = nvcc.submit(lambda: list(compile_cuda(kernel, architectures))) if cuda else None
     if wanted:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(WORKERS, len(wanted)), spawn, start_worker) as pool:
             jobs = [pool.submit(compile_triton, *job) for job in wanted]
             yield from (job.result() for job in jobs)
-    if cuda:
-        yield from compile_cuda(kernel, architectures)
+    if cuda_rows is not None:
+        yield from cuda_rows.result()
+    nvcc.shutdown()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

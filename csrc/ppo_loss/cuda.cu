@@ -5,6 +5,7 @@
 // adds them in block order, so a result does not depend on which it was. Where the divisor is a count of the mask, a first
 // launch counts it: nothing waits for the host.
 #include "../common/cuda_launch.h"
+#include "../common/cuda_reduce.h"
 #include "../common/scalar.h"
 
 namespace srppo::scalar {
@@ -61,10 +62,11 @@ __device__ __forceinline__ float token_weight(const Divisor& d, float weight, in
   return weight / static_cast<float>(length > 0 ? length : 1);
 }
 
-// Sums of a block in a fixed tree; the maximum rides along as the last of N. Thread 0 has the result.
+// Sums of a block in a fixed tree, the maximum as the last of N. Thread 0 has the result.
 template <int N>
-__device__ void block_reduce(double (&x)[N]) {
+__device__ void block_total(double (&x)[N]) {
   __shared__ double warps[kThreads / 32][N];
+  __syncthreads();  // the call before this one has been read
 #pragma unroll
   for (int i = 0; i < N; ++i)
     for (int by = 16; by > 0; by /= 2) {
@@ -79,22 +81,22 @@ __device__ void block_reduce(double (&x)[N]) {
       for (int i = 0; i < N; ++i) x[i] = i == N - 1 ? (warps[w][i] > x[i] ? warps[w][i] : x[i]) : x[i] + warps[w][i];
 }
 
-// Leaves the block's partial, and returns true in thread 0 of the block that is last, with the grid's total in `x`.
+// The grid's total of every sum, in thread 0 of the block that finishes last, which alone gets true. The maximum rides along
+// as the last of N; by comparison, so that it drops a NaN.
 template <int N>
 __device__ bool grid_total(double (&x)[N], double* partials, unsigned* finished) {
-  block_reduce(x);
-  if (threadIdx.x != 0) return false;
-  for (int i = 0; i < N; ++i) partials[blockIdx.x * N + i] = x[i];
-  __threadfence();
-  if (atomicAdd(finished, 1u) != gridDim.x - 1) return false;
-  __threadfence();
+  block_total(x);
+  if (threadIdx.x == 0)
+    for (int i = 0; i < N; ++i) partials[blockIdx.x * N + i] = x[i];
+  if (!last_block(finished)) return false;
   for (int i = 0; i < N; ++i) x[i] = 0.0;
-  for (unsigned block = 0; block < gridDim.x; ++block)
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads)
     for (int i = 0; i < N; ++i) {
       const double part = __ldcg(partials + block * N + i);
       x[i] = i == N - 1 ? (part > x[i] ? part : x[i]) : x[i] + part;
     }
-  return true;
+  block_total(x);
+  return threadIdx.x == 0;
 }
 
 __device__ double variance(double sum, double squares, double count) {

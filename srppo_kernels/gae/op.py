@@ -43,7 +43,7 @@ def _check_starts(cu_seqlens: Tensor | None, total: int) -> None:
 
 
 def _moments_of(advantages: Tensor, mask: Tensor, backend: str) -> Tensor:
-    if backend == "native" and advantages.device.type == "cpu":
+    if backend == "native":
         return torch.ops.srppo_native.whiten_moments(advantages, native_input(mask))
     return reference.whiten_moments(advantages, mask)
 

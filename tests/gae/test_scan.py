@@ -8,8 +8,8 @@ from backends import MASKS, compile_host, make_mask, pointer
 
 from srppo_kernels.gae import gae
 
-# The kernel's schedule: four tokens a thread, an inclusive scan by doubling in each warp, the warps' totals in turn, then
-# each thread steps from the state that reaches it.
+# The kernel's schedule: four tokens a thread, an inclusive scan by doubling in each warp, the warps' totals in turn;
+# then each thread steps on from the state that reaches it.
 SOURCE = """
 #include "csrc/common/scalar.h"
 namespace srppo::scalar {

@@ -1,0 +1,37 @@
+// Sums over a block and over a grid, in a fixed order.
+//
+// Every block leaves float64 partials; the block that finishes last (`last_block`) adds them up with all its threads, thread t
+// taking blocks t, t + kThreads, ..., so a result does not depend on which block it was. Nothing waits for the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace srppo {
+
+// Adds up `x` of all threads: pairs in a warp, then the warps in order. All threads get the sum.
+template <int kThreads>
+__device__ double block_sum(double x) {
+  __shared__ double warps[kThreads / 32];
+  for (int by = 16; by > 0; by /= 2) x += __shfl_down_sync(0xffffffffu, x, by);
+  __syncthreads();  // the call before this one has been read
+  if ((threadIdx.x & 31) == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  double sum = warps[0];
+  for (int w = 1; w < kThreads / 32; ++w) sum += warps[w];
+  return sum;
+}
+
+// Whether every other block has left its partials, which thread 0 of this one has stored before. Read them with __ldcg: L1
+// may not know of them. `finished` starts at 0.
+__device__ inline bool last_block(unsigned* finished) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(finished, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+}  // namespace srppo
