@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from srppo import checkpoint, distributed, ppo, startup
+from srppo import checkpoint, distributed, memory, ppo, startup
 from srppo.config import SRPPOConfig
 from srppo.console import Bar, Console
 from srppo.data import Example, Sampler, filler_token, prepare, stop_tokens
@@ -101,6 +101,7 @@ class SRPPOTrainer:
         self.importance_cap = importance_cap
         self.save_rollouts = None if save_rollouts is None else Path(save_rollouts)
         self.from_rollouts = None if from_rollouts is None else Path(from_rollouts)
+        self.console.note(f"  {memory.expectation(args, base_model, model, [*self.train_dataset, *self.eval_dataset])}")
         torch.manual_seed(args.seed)
         self.roles: Roles = build_roles(args, base_model, model, peft_config)
         for role in (self.roles.policy, self.roles.critic):
@@ -167,6 +168,7 @@ class SRPPOTrainer:
             if self.eval_dataset and "eval/objective/kl" not in (writer.history or [{}])[-1]:
                 writer.write(self.step, self.evaluate())  # joins the last iteration's entry
         self.save_model()
+        self.console.note(f"memory: {memory.measured()}")
         last = self.history[-1] if self.history else {}
         self.console.table("evaluation", [{"metric": n, "value": v} for n, v in last.items() if n.startswith("eval/")])
         return self.history[-1] if self.history else {}

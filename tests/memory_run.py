@@ -1,0 +1,52 @@
+"""A process of its own that runs one iteration and prints what was estimated and what it took, in bytes, as JSON."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from tiny import tiny_tokenizer
+from tiny_runs import QUIET
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from srppo import SRPPOConfig, SRPPOTrainer
+from srppo.data import Example
+from srppo.memory import estimate
+
+SIZES = {
+    "tiny": {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "smollm2": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+}  # fmt: skip
+PROMPT, COMPLETION, BATCH = 48, 16, 6
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main(size: str, use_peft: bool, folder: str) -> None:
+    torch.set_num_threads(1)
+    args = SRPPOConfig(
+        use_peft=use_peft, output_dir=folder, max_steps=1, num_ppo_epochs=1, per_device_train_batch_size=BATCH,
+        max_completion_length=COMPLETION, report_to=["none"], log_completions=0, stop_token_ids=[0],
+    )  # fmt: skip
+    prompts = [Example([5 + row] * PROMPT, None, None, "") for row in range(BATCH)]
+    LlamaForCausalLM(LlamaConfig(**SIZES["tiny"]))  # what importing and first use take is no part of the run
+    before = resident()
+    base, sft = (LlamaForCausalLM(LlamaConfig(**SIZES[size])) for _ in range(2))
+    told = estimate(args, base, sft, longest_prompt=PROMPT)
+    assert told is not None
+    run = SRPPOTrainer(sft, base, args, prompts, processing_class=tiny_tokenizer(), console=QUIET)
+    with QUIET.progress("", 1) as bar:
+        run.iterate(bar)
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    print(json.dumps({"estimated": told.peak, "taken": taken}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] == "lora", sys.argv[3])

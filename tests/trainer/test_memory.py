@@ -1,0 +1,109 @@
+"""The memory estimate: what it counts is what is there, and a run stays within a stated factor of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console as RichConsole
+from tiny import tiny_model, tiny_tokenizer
+from tiny_runs import QUIET, ROWS, config, examples
+
+import srppo
+from srppo import SRPPOTrainer, memory
+from srppo.console import Console
+from srppo.roles import build_roles
+
+FACTOR, SLACK = 1.5, 64 * 2**20  # of a run's memory against its estimate, and what allocators take however small it is
+
+
+def held(roles) -> int:
+    """Bytes of all weights that the roles hold, shared ones once."""
+    parameters = {id(p): p for role in (roles.base, roles.sft, roles.policy, roles.critic)
+                  for p in [*role.model.parameters()]}  # fmt: skip
+    return sum(p.numel() * p.element_size() for p in parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("adapter", {"use_peft": True}),
+        ("adapter", {"use_peft": True, "value_model": "separate"}),
+        ("sft", {"use_peft": True}),
+        ("sft", {"use_peft": True, "lora_target_modules": ["q_proj", "down_proj"], "lora_r": 3}),
+        ("sft", {"use_peft": False}),
+    ],
+)
+def test_weights_and_what_learns_are_counted_exactly_before_anything_is_loaded(tiny_models, tmp_path, kind, settings):
+    args = config(tmp_path, **settings)
+    path = getattr(tiny_models, kind)
+    told = memory.estimate(args, tiny_models.base, path, longest_prompt=10)
+    roles = build_roles(args, tiny_models.base, path)
+    assert sum(told.weights.values()) == held(roles)
+    trained = sum(p.numel() for role in (roles.policy, roles.critic) for _, p in role.parameters())
+    head = roles.critic.value_head.weight.numel() + 1
+    unused = 0 if roles.critic.adapter else roles.critic.head.weight.numel()  # a critic of its own trains no LM head
+    assert told.learning == 12 * (trained - head + unused)
+
+
+def test_a_tied_head_is_counted_once_and_gpt2_has_linear_layers_too(tmp_path):
+    for kind in ("qwen2", "gpt2"):
+        model = tiny_model(kind)
+        model.save_pretrained(tmp_path / kind)
+        skeleton = memory.skeleton(str(tmp_path / kind), config(tmp_path))
+        assert memory.count(skeleton) == memory.count(model) and skeleton.device.type == "meta"
+        assert memory.new_adapter_size(skeleton, config(tmp_path)) > 0
+
+
+def test_more_tokens_and_less_checkpointing_take_more(tiny_models, tmp_path):
+    def peak(**settings) -> int:
+        args = config(tmp_path, **settings)
+        return memory.estimate(args, tiny_models.base, tiny_models.sft, longest_prompt=100).peak
+
+    assert peak(per_device_train_batch_size=8) > peak(per_device_train_batch_size=4) > peak(gradient_checkpointing=True)
+
+
+def test_the_estimate_is_said_before_the_models_are_loaded_and_the_peak_after(tiny_models, tmp_path, monkeypatch):
+    said, console = io.StringIO(), Console()
+    console.rich = RichConsole(file=said, width=250)
+    before: list[str] = []
+    build = srppo.trainer.build_roles
+    monkeypatch.setattr(srppo.trainer, "build_roles", lambda *a: (before.append(said.getvalue()), build(*a))[1])
+    args = config(tmp_path, max_steps=1, use_peft=True)
+    run = SRPPOTrainer(tiny_models.adapter, tiny_models.base, args, examples(ROWS), console=console)
+    assert "memory: about" in before[0] and "adapters SFT, policy, value float32" in before[0]
+    run.train()
+    assert "at the peak, of the whole process" in said.getvalue()
+
+
+def test_a_model_that_cannot_be_read_is_an_error_of_loading_and_not_of_the_estimate(tmp_path):
+    assert "not estimated" in memory.expectation(config(tmp_path), "nowhere", "nowhere", examples(ROWS))
+    with pytest.raises(srppo.UserError, match="no causal language model could be loaded"):
+        SRPPOTrainer("nowhere", "nowhere", config(tmp_path), examples(ROWS), console=QUIET,
+                     processing_class=tiny_tokenizer())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [("tiny", "lora"), ("tiny", "full"), pytest.param("smollm2", "lora", marks=pytest.mark.slow)],
+)
+def test_a_run_takes_its_estimate_within_the_stated_factor(tmp_path, size, kind):
+    root = Path(srppo.__file__).parents[1]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+    }
+    script = root / "tests" / "memory_run.py"
+    done = subprocess.run(
+        [sys.executable, str(script), size, kind, str(tmp_path / "run")], env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["estimated"] / FACTOR <= told["taken"] <= told["estimated"] * FACTOR + SLACK, told
