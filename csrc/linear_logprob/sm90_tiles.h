@@ -106,12 +106,12 @@ struct Schedule {
 constexpr int tma_byte(int row, int k) { return row * 128 + (((k / 8) ^ (row % 8)) * 16) + k % 8 * 2; }
 
 // WGMMA's matrix descriptor of a K-major operand with a 128-byte swizzle, for the 14-bit fields in units of 16 bytes:
-// start address in bits 0 to 13; leading dimension offset in bits 16 to 29, which this layout does not use; stride from
+// start address in bits 0 to 13; leading dimension offset in bits 16 to 29, 0 as this layout does not use it; stride from
 // 8 rows to the next 8 in bits 32 to 45: 1024 bytes; base offset in bits 49 to 51: 0, as tiles are aligned to 1024 bytes;
 // swizzle mode in bits 62 and 63: 1 is 128 bytes.
 constexpr std::uint64_t kStride = 8 * 128;
 constexpr std::uint64_t descriptor(std::uint32_t address) {
-  return (address & 0x3ffffu) >> 4 | std::uint64_t{1} << 16 | kStride / 16 << 32 | std::uint64_t{1} << 62;
+  return (address & 0x3ffffu) >> 4 | kStride / 16 << 32 | std::uint64_t{1} << 62;
 }
 
 // What is added to a descriptor to start `rows` further down (a multiple of 8) and `k` further right (of 16, within the

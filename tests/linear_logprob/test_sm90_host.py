@@ -8,6 +8,7 @@ shapes.
 
 import ctypes
 import json
+import re
 import subprocess
 import sys
 from itertools import product
@@ -16,7 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from backends import compile_host, needs_triton, pointer
+from linear_logprob.head_problems import make, value_bound
+from linear_logprob.test_linear_logprob_sm90 import Call, outputs
 from torch import Tensor
+
+from srppo_kernels.linear_logprob import gpu, sm90
 
 CSRC = Path(__file__).parents[2] / "csrc" / "linear_logprob"
 LOWEST = -2e38
@@ -312,6 +317,65 @@ def test_a_nan_stays_in_its_row(host, softcap):
     assert scan.run(host) == 0
     s = scan.state[1, :, : scan.live]
     assert s[:, 3].isnan().all() and s[:, torch.arange(scan.live) != 3].isfinite().all()
+
+
+@pytest.fixture
+def emulated(host):
+    """torch.ops.srppo_native.linear_logprob_scan_sm90 on CPU tensors, by the schema that sm90.cu defines."""
+
+    def run(
+        x, w, bias, targets, inverse, count, scale, softcap, temperature, group, cluster, state, logits, kept, most
+    ):
+        def address(t: Tensor | None) -> int | None:
+            assert t is None or t.stride(-1) == 1
+            return None if t is None else t.data_ptr()
+
+        p = ScanParams(
+            *map(address, (bias, targets, inverse, count, state, logits, kept, most)),
+            0 if kept is None else kept.stride(0), 0 if most is None else most.stride(0), *x.shape, w.shape[0], group,
+            scale, softcap, 1 / softcap if softcap else 0.0, temperature,
+        )  # fmt: skip
+        assert x.is_contiguous() and w.is_contiguous() and x.dtype == w.dtype == torch.bfloat16
+        assert host.scan(ctypes.byref(p), pointer(x), pointer(w), cluster, 2 * cluster, 0) == 0
+
+    name = "linear_logprob_scan_sm90"
+    definition = re.search(r"m\.def\((.*?)\);", (CSRC / "sm90.cu").read_text(), re.DOTALL)
+    assert definition is not None
+    with torch.library._scoped_library("srppo_native", "FRAGMENT") as library:
+        library.define("".join(re.findall(r'"([^"]*)"', definition[1])))
+        library.impl(name, run, "CPU")
+        yield
+    if hasattr(torch.ops.srppo_native, name):
+        delattr(torch.ops.srppo_native, name)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True, "softcap": 6.0, "logit_scale": 0.5}, {"row_temperature": True}],
+    ids=lambda o: "-".join(o) or "plain",
+)
+def test_the_front(emulated, options):
+    """Rows compacted, scanned, merged and put back, beside the Triton scan, and residuals that mean the same."""
+    options = dict(options)
+    per_row = options.pop("row_temperature", False)
+    p = make(n=40, d=24, v=700, dtype=torch.bfloat16, mask=torch.rand(40) > 0.3, **options)
+    if per_row:
+        p.options["temperature"] = torch.rand(40) + 0.5
+    p.hidden.requires_grad_(False)
+    call, triton = Call(p, keep=True), Call(p, keep=True)
+    got, other, want = outputs(call.run()), outputs(triton.run(gpu.scan)), p.double().oracle()
+    for a, b, c in zip(got, other, want, strict=True):
+        assert (a - c)[call.live].abs().max() < value_bound(p)
+        assert (a - b)[call.live].abs().max() < 2 * value_bound(p)
+    whole = [
+        c.residual.kept[: int(c.live.sum())].double()
+        * c.residual.group_max.double().exp().repeat_interleave(gpu.PART, 1)[: int(c.live.sum()), : p.weight.shape[0]]
+        for c in (call, triton)
+    ]
+    assert torch.allclose(whole[0], whole[1], rtol=2**-6, atol=0)
+    assert torch.equal(Call(p).run(group=256, cluster=1)[3], call.run()[3])  # z_y has one way to be computed
+    assert sm90.obstacle(p.hidden, p.weight).startswith("it is for CUDA devices")
 
 
 MUTANTS = {

@@ -1,0 +1,189 @@
+"""The CUDA C++ scan for sm_90a: on a Hopper device against float64 and the Triton scan; anywhere, what it refuses.
+
+What can be shown without a device is in test_sm90_host.py.
+"""
+
+import pytest
+import torch
+from linear_logprob.head_problems import KINDS, Problem, make, value_bound
+from torch import Tensor
+
+from srppo_kernels.linear_logprob import gpu, sm90
+from srppo_kernels.linear_logprob.chunked import Head, Residual
+from srppo_kernels.linear_logprob.rows import Rows
+
+N, D, V = 700, 200, 5006  # ragged row blocks, steps of K, tiles and groups; more units than one cluster takes
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    x = torch.zeros(1, 8, device="cuda", dtype=torch.bfloat16)
+    reason = sm90.obstacle(x, x)
+    if reason:
+        pytest.skip(reason)
+
+
+def outputs(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob, entropy and lse of a state, as chunked.forward forms them, in float64."""
+    m, s, t, zy = state.double()
+    d = zy - m
+    log_s = torch.log1p(s + torch.expm1(d))
+    return d - log_s, log_s - (t + d * d.exp()) / (s + d.exp()), m + log_s
+
+
+class Call:
+    """Arguments of a scan for a problem."""
+
+    def __init__(self, p: Problem, *, keep: bool = False):
+        temperature = p.options.get("temperature", 1.0)
+        rowwise = temperature if isinstance(temperature, Tensor) else None
+        self.problem, self.live = p, p.live()
+        self.head = Head(
+            p.weight, p.options.get("bias"), rowwise, 1.0 if rowwise is not None else temperature,
+            p.options.get("logit_scale", 1.0), p.options.get("softcap"),
+        )  # fmt: skip
+        self.rows = Rows.of(self.live, backend="triton")
+        self.y = p.targets.masked_fill(~self.live, 0)
+        self.temperature = None if rowwise is None else rowwise.masked_fill(~self.live, 1.0)
+        self.residual = None
+        if keep:
+            n, v = len(p.targets), p.weight.shape[0]
+            kept = p.hidden.new_full((n, v), float("nan"))
+            self.residual = Residual(kept, p.hidden.new_empty(n, gpu.maxima(v), dtype=torch.float32))
+
+    def run(self, scan=sm90.scan, **how) -> Tensor:
+        return scan(
+            self.problem.hidden, self.head, self.y, self.temperature, self.rows, True, self.residual, None, **how
+        )
+
+
+def on_device(p: Problem) -> Problem:
+    def move(t):
+        return t.detach().cuda() if isinstance(t, Tensor) else t
+
+    return Problem(move(p.hidden), move(p.weight), move(p.targets), {k: move(v) for k, v in p.options.items()})
+
+
+def problem(kind: str = "random", **options) -> Problem:
+    shape = {"n": N, "d": D, "v": V, "mask": torch.rand(N) > 0.3, **options}
+    return on_device(make(kind, dtype=torch.bfloat16, **shape))
+
+
+def check(p: Problem, **how) -> None:
+    call = Call(p)
+    got, triton = outputs(call.run(**how)), outputs(call.run(gpu.scan))
+    for value, other, want in zip(got, triton, p.double().oracle(), strict=True):
+        assert (value - want)[call.live].abs().max() <= value_bound(p)
+        assert (value - other)[call.live].abs().max() <= 2 * value_bound(p)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_float64_and_triton(hopper, kind, cluster):
+    check(problem(kind), cluster=cluster)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.6}, {"logit_scale": 0.25, "softcap": 4.0}, {"bias": True}, {"bias": True, "softcap": 6.0}],
+    ids=lambda o: "-".join(o),
+)
+def test_options(hopper, options, cluster):
+    check(problem(**options), cluster=cluster)
+    per_row = problem(**{k: v for k, v in options.items() if k != "temperature"})
+    per_row.options["temperature"] = torch.rand(N, device="cuda") + 0.5
+    check(per_row, cluster=cluster)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 8, 2), (129, 64, 128), (128, 4096, 32000), (3000, 576, 49152)])
+def test_shapes(hopper, shape):
+    n, d, v = shape
+    check(problem(n=n, d=d, v=v, mask=None))
+
+
+@pytest.mark.gpu
+def test_kept_exponentials(hopper):
+    call = Call(problem(), keep=True)
+    call.run()
+    live = int(call.live.sum())
+    z = (call.problem.hidden.double() @ call.problem.weight.double().T)[call.live]
+    around = call.residual.group_max[:live].double().repeat_interleave(gpu.PART, 1)[:, :V]
+    exact = (z - around).exp()
+    assert ((call.residual.kept[:live].double() - exact).abs() <= exact / 128 + 1e-30).all()
+    assert call.residual.kept[live:].isnan().all()
+
+
+@pytest.mark.gpu
+def test_bits_of_a_row(hopper):
+    p = problem(mask=None)
+    whole = Call(p).run()
+    order = torch.randperm(N, device="cuda")
+    for rows in (order, order[:7], order[:200]):
+        part = Problem(p.hidden[rows], p.weight, p.targets[rows], {})
+        for cluster in (1, 2):
+            assert torch.equal(Call(part).run(cluster=cluster), whole[:, rows])
+    assert torch.equal(Call(p, keep=True).run(), whole)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_kept(hopper):
+    """Liger 803: rows beyond 2^31 / V have their exponentials where they belong."""
+    p = on_device(make(n=17000, d=64, v=131072, dtype=torch.bfloat16))
+    call = Call(p, keep=True)
+    got = outputs(call.run())
+    last = slice(16900, 17000)
+    z = p.hidden[last].double() @ p.weight.double().T
+    assert (got[2][last] - z.logsumexp(1)).abs().max() < 1e-4
+    around = call.residual.group_max[last].double().repeat_interleave(gpu.PART, 1)
+    assert ((call.residual.kept[last].double() - (z - around).exp()).abs() < 1e-2).all()
+
+
+@pytest.mark.gpu
+def test_nothing_waits(hopper):
+    call = Call(problem())
+    want = call.run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = call.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_in_a_graph(hopper):
+    """The tensor maps and the number of blocks are the capture's; the count of live rows is the replay's."""
+    call = Call(problem())
+    want = call.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call.run()
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, want)
+    call.live.zero_()
+    call.live[::5] = True
+    graph.replay()
+    assert torch.equal(captured, call.run())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "keep", "reason"),
+    [
+        (torch.zeros(4, 64), torch.zeros(10, 64), False, "multiplies bfloat16"),
+        (torch.zeros(4, 60).bfloat16(), torch.zeros(10, 60).bfloat16(), False, "hidden size of 60"),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(64, 10).bfloat16().T, False, "contiguous"),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(10, 68).bfloat16()[:, :64], False, "multiples of 16 bytes"),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(11, 64).bfloat16(), True, "vocabulary of 11 is odd"),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(11, 64).bfloat16(), False, ""),
+    ],
+)
+def test_what_it_refuses(hidden, weight, keep, reason):
+    said = sm90.operand_obstacle(hidden, weight, keep=keep)
+    assert reason in said and bool(said) == bool(reason)
+    assert "compute capability 9.0" in sm90.obstacle(hidden, weight, keep=keep)
