@@ -96,3 +96,10 @@ def test_float64_is_refused_in_words():
     rewards, values, mask, _ = inputs(1, 4, "full")
     with pytest.raises(ValueError, match="backend='triton' cannot run: it computes in float32"):
         gae(rewards.double(), values, mask, backend="triton")
+
+
+def test_opcheck():
+    rewards, values, mask, end = inputs(2, 20, "gaps")
+    leaves = rewards.requires_grad_(), values.requires_grad_(), end.requires_grad_()
+    tail = (1.0, 0.95, None, None, leaves[2], "carry", None, True, "triton")
+    torch.library.opcheck(torch.ops.srppo.gae, (leaves[0], leaves[1], mask, *tail))

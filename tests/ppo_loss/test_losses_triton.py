@@ -124,3 +124,11 @@ def test_counting_in_the_kernel_or_before_it_is_the_same(reduction, monkeypatch)
     before = ppo_loss(new, old, advantages, mask, reduction=reduction, backend="triton")
     assert same_bits(here[0], before[0])
     assert all(same_bits(a, b) for a, b in zip(here[1], before[1], strict=True) if a is not None)
+
+
+def test_opcheck():
+    new, old, advantages, entropy, mask = tokens((2, 30), "gaps", 0.3, 1)
+    leaves = new.requires_grad_(), entropy.requires_grad_()
+    options = (0.2, 0.2, None, 0.01, "token_mean", None, None, "triton")
+    torch.library.opcheck(torch.ops.srppo.ppo_loss, (leaves[0], old, advantages, mask, leaves[1], *options))
+    torch.library.opcheck(torch.ops.srppo.value_loss, (leaves[0], old, advantages, mask, 0.2, None, None, "triton"))
