@@ -45,8 +45,8 @@ class SRPPOConfig:
     sft_model_name_or_path: str | None = option(
         None, "SFT model pi_sft: an adapter folder or a full model; absent: SFT on the demonstrations is run first"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "dtype of the frozen weights; auto: bfloat16 for LoRA on a GPU, float32 otherwise"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = option(
+        "auto", "dtype of the frozen weights; auto: bfloat16 for LoRA on a GPU, float32 otherwise; nf4: 4 bit, on a GPU"
     )
     attn_implementation: str | None = option(None, "attention of transformers: eager, sdpa, flash_attention_2")
     use_peft: bool = option(

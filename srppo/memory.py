@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GIB = 2**30
+FOUR_BIT = 0.5 + 4 / 64  # bytes of an NF4 weight, with its share of an fp32 scale for each 64
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def estimate(
     device = choose_device()
     dtype = choose_dtype(args, device)
     size, total = dtype.itemsize, count(sft_model)
-    name = str(dtype).removeprefix("torch.")
+    name = "nf4" if args.dtype == "nf4" else str(dtype).removeprefix("torch.")
+    frozen = [size * count(model) - int(in_four_bit(model) * (size - FOUR_BIT) * (args.dtype == "nf4"))
+              for model in (base_model, sft_model)]  # fmt: skip
     separate = args.value_model == "separate" or not args.use_peft
     if not args.use_peft:
         weights = {f"base {name}": size * count(base_model)} | {
@@ -96,9 +99,9 @@ def estimate(
         trained = 2 * total
     else:
         own = adapter_size(str(sft)) if adapter else new_adapter_size(sft_model, args)
-        weights = {f"base {name}": size * count(base_model)}
+        weights = {f"base {name}": frozen[0]}
         if not adapter:
-            weights[f"SFT {name}"] = size * total
+            weights[f"SFT {name}"] = frozen[1]
         adapters = ["SFT"] * adapter + ["policy"] + ["value"] * (not separate)
         weights[f"adapters {', '.join(adapters)} float32"] = 4 * own * len(adapters)
         trained = own + (total if separate else own)
@@ -163,6 +166,11 @@ def skeleton(model: str | PreTrainedModel, args: SRPPOConfig) -> PreTrainedModel
 def count(model: nn.Module) -> int:
     """Weights of a model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def in_four_bit(model: PreTrainedModel) -> int:
+    """Weights that ``dtype=nf4`` puts into 4 bit: those of the linear layers but the head."""
+    return sum(first * second for _, (first, second) in linear_layers(model))
 
 
 def adapter_size(folder: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,37 @@ def choose_device() -> torch.device:
 
 
 def choose_dtype(args: SRPPOConfig, device: torch.device) -> torch.dtype:
+    if args.dtype == "nf4":
+        return torch.bfloat16  # of what is not in 4 bit, and of the arithmetic
     if args.dtype == "auto":
         return torch.bfloat16 if args.use_peft and device.type == "cuda" else torch.float32
     return getattr(torch, args.dtype)
+
+
+def four_bit(args: SRPPOConfig, device: torch.device) -> dict[str, Any]:
+    """What loads a frozen model's linear layers in 4 bit (QLoRA's NF4), where ``dtype=nf4`` asks for it.
+
+    The head stays in 16 bit: the fused ops read its weight.
+
+    Raises:
+        UserError: the weights are to be trained, or there is no GPU or no bitsandbytes for it.
+    """
+    if args.dtype != "nf4":
+        return {}
+    if not args.use_peft:
+        raise UserError("dtype=nf4 is for frozen weights under adapters: it needs use_peft=true")
+    if args.value_model == "separate":
+        raise UserError("dtype=nf4 is for frozen weights, and value_model=separate trains all of the critic's")
+    if device.type != "cuda":
+        raise UserError("dtype=nf4 needs a GPU: 4-bit layers are bitsandbytes' CUDA kernels; use dtype=auto here")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("dtype=nf4 needs a package that is not installed: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=choose_dtype(args, device)
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def require_full_precision(name: str, parameters: Iterable[nn.Parameter]) -> None:
@@ -125,6 +154,7 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     device = choose_device()
+    quantized = four_bit(args, device)
     if is_adapter_folder(path):
         model = load_model(adapter_base(path, args), args)
         return attach_adapter(model, path, "default").merge_and_unload()
@@ -135,10 +165,11 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
             attn_implementation=args.attn_implementation,
             trust_remote_code=args.trust_remote_code,
             use_safetensors=True,
+            **quantized,
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"no causal language model could be loaded from {path}: {first_line(error)}") from None
-    return model.to(device).eval()
+    return (model if quantized else model.to(device)).eval()
 
 
 def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:

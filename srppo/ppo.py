@@ -147,6 +147,8 @@ def gather_scores(scores: Scores) -> Scores:
 
 
 def score_part(roles: Roles, part: Rollout, args: SRPPOConfig) -> dict[str, Tensor]:
+    # Base and SFT as one mixed batch of peft's (adapter_names) have the same bits as apart, and take 8 % more CPU time
+    # (2.18 s to 2.01 s for 8 x 96 tokens through 12 layers of SmolLM2-135M's width, one thread) and twice the memory.
     same_temperature = args.score_temperature == args.temperature
     frozen = {}
     with roles.policy.active():

@@ -300,7 +300,13 @@ def thawed(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def new_value_head(model: PreTrainedModel) -> nn.Linear:
-    """Zero weights: the first values are 0, so the first advantages are those of the rewards alone."""
+    """Zero weights and bias: the first values are 0, so the first advantages are those of the rewards alone.
+
+    A bias at the first rollout's mean return was tried where returns are large (the demo's world with rewards and beta
+    times 20, so returns of 13 nats, value rate 1e-3, 40 iterations, two seeds): the critic explained more (0.09 of the
+    variance at the end, 0.01 without), and the objective of the last 20 iterations did not rise (1.32 and 1.28 with it,
+    1.33 and 1.33 without). So it is left out.
+    """
     head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=model.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

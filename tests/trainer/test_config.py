@@ -396,7 +396,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_is_named(key, hint):
         ({"adam_betas": "0.9,x"}, "adam_betas must be a number; got 'x'"),
         ({"use_peft": "yes"}, "use_peft must be true or false; got 'yes'"),
         ({"use_peft": 1}, "use_peft must be true or false; got 1"),
-        ({"dtype": "fp8"}, "dtype must be one of auto, float32, bfloat16, float16; got 'fp8'"),
+        ({"dtype": "fp8"}, "dtype must be one of auto, float32, bfloat16, float16, nf4; got 'fp8'"),
         ({"output_dir": 3}, "output_dir must be text; got 3"),
         ({"report_to": ["mlflow"]}, r"report_to knows tensorboard, wandb, trackio, none; got \['mlflow'\]"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_coef must be above 0"),
