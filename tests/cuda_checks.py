@@ -4,8 +4,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from srppo_kernels import _extension
+
+_built = bool(_extension.build_info().get("cuda"))
+# What a device runs: Triton's kernels, and the C++ ones where the extension was built with them.
+BACKENDS = ["triton", pytest.param("native", marks=pytest.mark.skipif(not _built, reason="no CUDA C++ kernels"))]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backends import MASKS, make_mask, poison, same_bits
-from cuda_checks import launches, no_waiting, on_another_stream, replayed
+from cuda_checks import BACKENDS, launches, no_waiting, on_another_stream, replayed
 from torch import Tensor
 
 from srppo_kernels import gae, whiten
@@ -19,14 +19,15 @@ def inputs(rows: int, steps: int, kind: str = "gaps") -> list[Tensor]:
     return [x.cuda() for x in (poison(rewards, mask), poison(values, mask), mask, end)]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mask_mode", ["carry", "zero"])
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize(("rows", "steps"), [(3, 1), (5, 1023), (512, 1500)])
-def test_values_and_gradients(rows, steps, kind, mask_mode):
+def test_values_and_gradients(rows, steps, kind, mask_mode, backend):
     rewards, values, mask, end = inputs(rows, steps, kind)
     leaves = [x.requires_grad_() for x in (rewards, values, end)]
     exact = [x.detach().double().cpu().requires_grad_() for x in leaves]
-    got = gae(*leaves[:2], mask, lam=0.9, bootstrap=leaves[2], mask_mode=mask_mode)
+    got = gae(*leaves[:2], mask, lam=0.9, bootstrap=leaves[2], mask_mode=mask_mode, backend=backend)
     want = gae_reference(*exact[:2], mask.cpu(), 1.0, 0.9, exact[2], mask_mode)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double().cpu(), b, rtol=2e-6, atol=2e-5)
@@ -35,12 +36,13 @@ def test_values_and_gradients(rows, steps, kind, mask_mode):
         torch.testing.assert_close(a.double().cpu(), b, rtol=2e-6, atol=2e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [2, 100])  # spread over programs, and a program a row
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0)])
-def test_a_row_of_131072_tokens(rows, gamma, lam):
+def test_a_row_of_131072_tokens(rows, gamma, lam, backend):
     rewards, values, mask, end = inputs(rows, 131072)
     rewards = rewards.abs() * 1e-3
-    got, _ = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=end)
+    got, _ = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=end, backend=backend)
     two = [x[:2].cpu() for x in (rewards, values, mask, end)]
     want, _ = gae(two[0].double(), two[1].double(), two[2], gamma=gamma, lam=lam, bootstrap=two[3].double())
     assert (got[:2].double().cpu() - want).abs().max() / want.abs().max() <= 1e-6
@@ -84,13 +86,32 @@ def test_one_launch_no_wait_and_graphs():
     assert all(same_bits(a, b) for a, b in zip(graph, call(), strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_native_bits_of_packed_padded_and_spread_rows(backend):
+    rewards, values, mask, end = inputs(3, 33000)  # few and long: spread over blocks
+    whole = gae(rewards, values, mask, bootstrap=end, backend=backend)
+    starts = torch.arange(0, 99001, 33000, device="cuda")
+    flat = [x.flatten() for x in (rewards, values, mask)]
+    packed = gae(*flat, bootstrap=end, cu_seqlens=starts, backend=backend)
+    many = [x.repeat(30, 1) for x in (rewards, values, mask)]  # a block a row
+    walked = gae(*many, bootstrap=end.repeat(30), backend=backend)
+    for a, b, c in zip(whole, packed, walked, strict=True):
+        assert same_bits(a.flatten(), b)
+        assert same_bits(a, c[:3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 513), (64, 4096)])
-def test_whiten(shape, kind):
+def test_whitened_values(shape, kind, backend):
     x, _, mask, _ = inputs(*shape, kind)
-    torch.testing.assert_close(
-        whiten(x, mask).double().cpu(), whiten_reference(x.double(), mask).cpu(), rtol=1e-6, atol=1e-6
-    )
+    got = whiten(x, mask, backend=backend)
+    torch.testing.assert_close(got.double(), whiten_reference(x.double(), mask), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 4096)])
+def test_whiten_launches_twice_waits_for_nothing_and_repeats(shape):
+    x, _, mask, _ = inputs(*shape)
     assert len(launches(lambda: whiten(x, mask))) == 2
     with no_waiting():
         whole = whiten(x, mask)

@@ -3,17 +3,18 @@
 import pytest
 import torch
 from backends import MASKS, make_mask, poison, same_bits
-from cuda_checks import launches, no_waiting, replayed
+from cuda_checks import BACKENDS, launches, no_waiting, replayed
 
 from srppo_kernels import log_ratio_reward
 
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("placement", ["eos", "token"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_values_launches_and_graphs(kind, placement, estimator):
+def test_values_launches_and_graphs(kind, placement, estimator, backend):
     generator = torch.Generator().manual_seed(0)
     tokens = [-torch.rand(33, 2500, generator=generator) * 3 for _ in range(4)]
     mask = make_mask(kind, 33, 2500, generator).cuda()
@@ -25,7 +26,8 @@ def test_values_launches_and_graphs(kind, placement, estimator):
     }  # fmt: skip
 
     def call():
-        return log_ratio_reward(sft, base, mask, logprobs_policy=policy, logprobs_ref=ref, **options)
+        towards = {"logprobs_policy": policy, "logprobs_ref": ref}
+        return log_ratio_reward(sft, base, mask, **towards, **options, backend=backend)
 
     exact = [x.double() for x in (sft, base, policy, ref)]
     want = log_ratio_reward(*exact[:2], mask, logprobs_policy=exact[2], logprobs_ref=exact[3], **options)

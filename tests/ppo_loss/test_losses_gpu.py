@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backends import MASKS, make_mask, poison, same_bits
-from cuda_checks import launches, no_waiting, on_another_stream, replayed
+from cuda_checks import BACKENDS, launches, no_waiting, on_another_stream, replayed
 from torch import Tensor
 
 from srppo_kernels import ppo_loss, value_loss
@@ -22,37 +22,39 @@ def inputs(rows: int, steps: int, kind: str = "gaps") -> tuple[list[Tensor], Ten
     return [poison(x, mask).cuda() for x in (old + shift, old, advantages, entropy.abs())], mask.cuda()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum", "constant_length"])
 @pytest.mark.parametrize(("rows", "steps"), [(1, 1), (8, 4096), (37, 4001)])
-def test_policy_loss(rows, steps, reduction, kind):
+def test_policy_loss(rows, steps, reduction, kind, backend):
     tokens, mask = inputs(rows, steps, kind)
 
-    def run(dtype: torch.dtype):
+    def run(dtype: torch.dtype, backend: str):
         new, old, advantages, entropy = (x.to(dtype) for x in tokens)
         leaves = [new.requires_grad_(), entropy.requires_grad_()]
         loss, stats = ppo_loss(
-            leaves[0], old, advantages, mask, entropy=leaves[1], entropy_coef=0.01, reduction=reduction
+            leaves[0], old, advantages, mask, entropy=leaves[1], entropy_coef=0.01, reduction=reduction, backend=backend
         )
         return [loss, *stats], torch.autograd.grad(loss, leaves)
 
-    (got, gradients), (want, exact) = run(torch.float32), run(torch.float64)
+    (got, gradients), (want, exact) = run(torch.float32, backend), run(torch.float64, "reference")
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=3e-6, atol=1e-6)
     for a, b in zip(gradients, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("clip", [None, 0.2])
-def test_value_loss(clip):
+def test_value_loss(clip, backend):
     (values, old, returns, _), mask = inputs(37, 4001)
 
-    def run(dtype: torch.dtype):
+    def run(dtype: torch.dtype, backend: str):
         leaf = values.to(dtype).requires_grad_()
-        loss, stats = value_loss(leaf, old.to(dtype), returns.to(dtype), mask, clip=clip)
+        loss, stats = value_loss(leaf, old.to(dtype), returns.to(dtype), mask, clip=clip, backend=backend)
         return [loss, *stats, torch.autograd.grad(loss, leaf)[0]]
 
-    for a, b in zip(run(torch.float32), run(torch.float64), strict=True):
+    for a, b in zip(run(torch.float32, backend), run(torch.float64, "reference"), strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=3e-6, atol=1e-7)
 
 
