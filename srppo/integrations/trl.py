@@ -13,6 +13,7 @@ whatever wraps it (DDP, peft). Padding gets log-prob 0 and costs nothing.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import types
 import warnings
@@ -35,16 +36,16 @@ LOGPROBS = "_get_per_token_logps_and_entropies"
 # -- GRPO and RLOO ----------------------------------------------------------------------------------------------------
 
 
-def use_fused_logprobs(trainer: Any, *, workspace_bytes: int | None = 0) -> None:
+def use_fused_logprobs(trainer: Any, *, plan: str = "recompute") -> None:
     """Per-token log-probs and entropies of a GRPOTrainer or RLOOTrainer from hidden states, without logits.
 
     Batches with images go TRL's own way, and a warning says so once.
 
     Args:
         trainer: a trainer of one of the two classes or of a subclass, before ``train()``.
-        workspace_bytes: bound on the exponentials that are kept for the backward. 0: none, so no tensor of the logits'
-            size exists at any time; the backward then multiplies by the head once more. None: they are kept where they
-            are no larger than the head's float32 gradient, in 16 bit for a model in 16 bit.
+        plan: of ``linear_logprob``. ``"recompute"``: no tensor of the logits' size exists at any time, and the backward
+            multiplies by the head once more. ``"auto"``: the exponentials are kept for the backward, in 16 bit for a
+            model in 16 bit, where they are no larger than the head's float32 gradient.
 
     Raises:
         UserError: another kind of trainer; what the head or the model does not support, see
@@ -63,7 +64,7 @@ def use_fused_logprobs(trainer: Any, *, workspace_bytes: int | None = 0) -> None
             fused.autocast = not getattr(trainer.args, "cast_lm_head_to_fp32", False)
     if not isinstance(original, _Logprobs):
         setattr(trainer, LOGPROBS, _Logprobs(trainer, original))
-    getattr(trainer, LOGPROBS).workspace_bytes = workspace_bytes
+    getattr(trainer, LOGPROBS).plan = plan
 
 
 class _Logprobs:
@@ -72,7 +73,9 @@ class _Logprobs:
     def __init__(self, trainer: Any, original: Callable[..., Any]) -> None:
         self.trainer, self.original = trainer, original
         self.three = "compute_aux_loss" in inspect.signature(original).parameters  # results; two in older versions
-        self.workspace_bytes: int | None = 0
+        # Without a head of its own, TRL takes no gradient through entropies that only feed metrics and masks
+        self.entropy_gradient = hasattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head")
+        self.plan = "recompute"
         self.warned = False
 
     def __call__(
@@ -93,22 +96,20 @@ class _Logprobs:
             "keep": logits_to_keep,
             "temperature": float(self.trainer.temperature),
             "entropy": compute_entropy,
-            "workspace_bytes": self.workspace_bytes,
+            "plan": self.plan,
         }
+        chunk = batch_size or len(input_ids)
         parts = []
-        for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(input_ids), chunk):
+            rows = slice(start, start + chunk)
+            given = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], "labels": labels[rows]}
             with self.trainer.accelerator.autocast():
-                parts.append(
-                    model(
-                        input_ids=input_ids[part],
-                        attention_mask=attention_mask[part],
-                        labels=labels[part],
-                        **{REQUEST: options},
-                    )
-                )
+                parts.append(model(**given, **{REQUEST: options}))
         logprobs = torch.cat([part.logprob for part in parts])
         entropies = torch.cat([part.entropy for part in parts]) if compute_entropy else None
+        gradient = self.entropy_gradient or getattr(self.trainer, "_entropy_bonus_enabled", False)
+        if entropies is not None and not gradient:
+            entropies = entropies.detach()
         return (logprobs, entropies, None) if self.three else (logprobs, entropies)
 
     def _theirs(self, model: nn.Module, *positional: Any) -> Any:

@@ -150,7 +150,7 @@ def test_a_steps_loss_and_gradients_are_trls(tmp_path: Path, algorithm: str, kin
 )
 def test_every_loss_of_grpo(tmp_path: Path, settings: dict[str, Any]) -> None:
     plain, fused = (make(tmp_path, **settings) for _ in range(2))
-    use_fused_logprobs(fused, workspace_bytes=None)
+    use_fused_logprobs(fused, plan="auto")
     assert_same_step(plain, fused, rollout())
 
 
@@ -239,9 +239,9 @@ def test_twice_is_once(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     use_fused_logprobs(trainer)
     method, forward = trainer._get_per_token_logps_and_entropies, trainer.model.forward
-    use_fused_logprobs(trainer, workspace_bytes=None)
+    use_fused_logprobs(trainer, plan="auto")
     assert trainer._get_per_token_logps_and_entropies is method and trainer.model.forward == forward
-    assert method.workspace_bytes is None
+    assert method.plan == "auto"
 
 
 # -- SFT --------------------------------------------------------------------------------------------------------------
