@@ -150,13 +150,19 @@ def require_space(path: Path, needed: int) -> None:
         )
 
 
-def save_model(role: Role, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a role as ``PeftModel`` or ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it."""
-    save_weights(role, folder)
+def save_model(
+    role: Role, tokenizer: PreTrainedTokenizerBase, folder: Path, state: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a role as ``PeftModel`` or ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it.
+
+    Args:
+        state: the whole weights of a sharded model, see :func:`srppo.sharding.whole_state`.
+    """
+    save_weights(role, folder, state)
     tokenizer.save_pretrained(str(folder))
 
 
-def save_weights(role: Role, folder: Path) -> None:
+def save_weights(role: Role, folder: Path, state: Mapping[str, Any] | None = None) -> None:
     """Writes a role's adapter or model without a tokenizer."""
     if is_peft(role.model):
         assert role.adapter is not None, "a role with its adapter off has nothing to save"
@@ -170,7 +176,7 @@ def save_weights(role: Role, folder: Path) -> None:
                     os.replace(path, folder / path.name)
     else:
         with failed_writes(folder):
-            role.causal_lm.save_pretrained(str(folder))
+            role.causal_lm.save_pretrained(str(folder), state_dict=state)
 
 
 def model_bytes(role: Role) -> int:
@@ -183,11 +189,20 @@ def model_bytes(role: Role) -> int:
 
 
 def save_checkpoint(
-    folder: Path, policy: Role, tokenizer: PreTrainedTokenizerBase, tensors: Mapping[str, Any], state: Mapping[str, Any]
+    folder: Path,
+    policy: Role,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: Mapping[str, Any],
+    state: Mapping[str, Any],
+    weights: Mapping[str, Any] | None = None,
 ) -> None:
-    """``checkpoint-N``: the policy as a model of its own, and everything that resuming needs."""
+    """``checkpoint-N``: the policy as a model of its own, and everything that resuming needs.
+
+    Args:
+        weights: the whole weights of a sharded policy.
+    """
     with atomic_folder(folder, replace=True) as writing:  # a resumed run comes by its later checkpoints again
-        save_model(policy, tokenizer, writing)
+        save_model(policy, tokenizer, writing, weights)
         with failed_writes(folder):
             torch.save(dict(tensors), writing / STATE_FILE)
         (writing / "trainer_state.json").write_text(to_json(state), encoding="utf-8")

@@ -118,7 +118,7 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     trainer = SRPPOTrainer(
         model, args.base_model_name_or_path, args, train_examples, held_out, processing_class=tokenizer,
         console=console, engine=make_engine(args, sampling, url=args.vllm_url), importance_cap=args.importance_cap,
-        save_rollouts=args.save_rollouts, from_rollouts=args.from_rollouts,
+        save_rollouts=args.save_rollouts, from_rollouts=args.from_rollouts, fsdp=args.fsdp,
     )  # fmt: skip
     try:
         trainer.train()

@@ -173,11 +173,13 @@ def largest(*numbers: int) -> list[int]:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replaces every gradient by its sum over ranks; parameters without one are left out, the same on all ranks."""
+    """Replaces every gradient by its sum over ranks; parameters without one are left out, the same on all ranks, and
+    so are those that are cut over the ranks, whose backward has summed them."""
     if size() == 1:
         return
     bucket: list[Tensor] = []
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [gradient for gradient in gradients if type(gradient).__name__ != "DTensor"]
     for index, gradient in enumerate(gradients):
         bucket.append(gradient)
         last = index + 1 == len(gradients)

@@ -82,13 +82,14 @@ class HeldOut:
         count = min(len(demonstrations), args.batch_size * distributed.size())
         chosen = [demonstrations[i * len(demonstrations) // count] for i in range(count)]
         self.rollout: Rollout = collate_demonstrations(chosen, device=sft.device, **collating)
-        own = torch.arange(distributed.rank(), count, distributed.size())
-        self.parts = ppo.split_micro_batches(own, self.rollout, args, packs=sft.packs)
+        self.own = torch.tensor(distributed.even_share(range(count)))
+        self.parts = ppo.split_micro_batches(self.own, self.rollout, args, sft)
         self.sft = self.logprobs(sft)
 
     def logprobs(self, role: Role) -> Tensor:
         """Log-prob of each demonstration, ``[B]``, at temperature 1."""
-        return distributed.summed(ppo.score_role(role, self.rollout, 1.0, self.parts)).sum(-1).double()
+        own = ppo.score_role(role, self.rollout, 1.0, self.parts).sum(-1)[self.own]
+        return distributed.gathered_rows(own)[: len(self.rollout)].double()
 
     def look(self, policy: Role) -> tuple[float, float, float]:
         """Log-prob per token under the policy, its gain over SFT, and the gain's standard error over demonstrations."""

@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from srppo import distributed, packing
+from srppo import distributed, packing, sharding
 from srppo.config import SRPPOConfig
 from srppo.errors import UserError
 from srppo.roles import Role, Roles
@@ -126,7 +126,7 @@ def score(
             Rows in none of them, as those of other ranks, stay 0 (see :func:`gather_scores`).
     """
     if micro_batches is None:
-        micro_batches = split_micro_batches(torch.arange(len(rollout)), rollout, args, packs=roles.policy.packs)
+        micro_batches = split_micro_batches(torch.arange(len(rollout)), rollout, args, roles.policy)
     names = Scores.__dataclass_fields__
     results = {name: torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for name in names}
     for rows in micro_batches:
@@ -271,7 +271,7 @@ class Learner:
             parameter.requires_grad_(True)
         parameters = tuple(parameter for _, parameter in named)
         betas = (args.adam_betas[0], args.adam_betas[1])
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(sharding.groups(parameters), lr=learning_rate, betas=betas, weight_decay=0.0)
         return cls(role, optimizer, lr_schedule(args, optimizer, total_steps), parameters)
 
     def step(self, max_grad_norm: float | None) -> float:
@@ -280,7 +280,7 @@ class Learner:
         The gradient is the sum over ranks, so that all of them clip, drop and step alike.
         """
         distributed.sum_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or math.inf).item()
+        norm = sharding.clip_gradients(self.parameters, max_grad_norm or math.inf)
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -317,29 +317,38 @@ class UpdateResult:
 
 
 def split_rows(
-    rows: Tensor, rollout: Rollout, args: SRPPOConfig, *, packs: bool, generator: torch.Generator | None = None
+    rows: Tensor, rollout: Rollout, args: SRPPOConfig, *, role: Role, generator: torch.Generator | None = None
 ) -> list[list[Tensor]]:
     """A random partition of rows of a rollout into mini-batches of micro-batches.
 
     Args:
         rows: indices into the rollout: all of it, or the part that this process trains on.
-        packs: whether the roles lay sequences end to end, :attr:`srppo.roles.Role.packs`.
+        role: one that will see them, for how it takes them: packed or padded, in step with other ranks or not.
     """
     shuffled = rows[torch.randperm(len(rows), generator=generator)]
-    return [split_micro_batches(mini, rollout, args, packs=packs) for mini in shuffled.split(args.mini_batch_size)]
+    return [split_micro_batches(mini, rollout, args, role) for mini in shuffled.split(args.mini_batch_size)]
 
 
-def split_micro_batches(rows: Tensor, rollout: Rollout, args: SRPPOConfig, *, packs: bool) -> list[Tensor]:
-    """Rows in groups for one forward: as many tokens as ``max_tokens_per_micro_batch`` allows, where that is set."""
+def split_micro_batches(rows: Tensor, rollout: Rollout, args: SRPPOConfig, role: Role) -> list[Tensor]:
+    """Rows in groups for one forward: as many tokens as ``max_tokens_per_micro_batch`` allows, where that is set.
+
+    Of a sharded role all ranks have equally many rows and get equally many groups, as each forward is a collective.
+    """
     limit = args.max_tokens_per_micro_batch
     if limit is None:
         return list(rows.split(args.per_device_train_batch_size))
     lengths = rollout.attention_mask[rows].sum(-1)
-    if packs:
+    if role.packs:
         groups = packing.fill(lengths.tolist(), limit)
     else:
         completions = rollout.lengths[rows]
         groups = packing.fill_padded((lengths - completions).tolist(), completions.tolist(), limit)
+    if sharding.is_sharded(role.causal_lm):
+        wanted = distributed.largest(len(groups))[0]
+        while len(groups) < wanted:
+            largest = max(groups, key=len)
+            groups.remove(largest)
+            groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
     return [rows[group] for group in groups]
 
 
@@ -371,7 +380,7 @@ def update(
     for epoch in range(1, args.num_ppo_epochs + 1):
         epoch_stats = []
         if epoch > 1:
-            mini_batches = split_rows(own, rollout, args, packs=policy.role.packs, generator=generator)
+            mini_batches = split_rows(own, rollout, args, role=policy.role, generator=generator)
         for mini_batch in mini_batches:
             count = distributed.summed(rollout.completion_mask[torch.cat(mini_batch)].sum())
             mini_stats, loss = [], [0.0, 0.0]
@@ -434,9 +443,10 @@ def policy_backward(
     """Adds one micro-batch's share of the clipped loss to the policy's gradient; with gradients off, only measures
     it. ``old`` and ``advantage`` are ``[N]``, of ``part.tokens``."""
     with role.active():
+        hidden = role.hidden(part)
         head = role.head
         loss, stats = linear_ppo_loss(
-            role.hidden(part), head.weight, part.tokens, old, advantage, torch.ones_like(old, dtype=torch.bool),
+            hidden, head.weight, part.tokens, old, advantage, torch.ones_like(old, dtype=torch.bool),
             clip_low=args.cliprange, clip_high=args.cliprange, entropy_coef=args.entropy_coef,
             normalizer=count, temperature=args.temperature, **head.options,
         )  # fmt: skip

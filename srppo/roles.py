@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from srppo import sharding
 from srppo.errors import UserError
 from srppo.models import (
     Head,
@@ -70,13 +71,19 @@ class Role:
 
     @property
     def head(self) -> Head:
-        return head_of(self.causal_lm)
+        """The LM head. Of a sharded model, read it after the hidden states: their forward is what gathers it."""
+        head = head_of(self.causal_lm)
+        assert not sharding.is_cut(head.weight), "a sharded head is whole only after the hidden states were computed"
+        return head
 
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
         """The transformers model with this role's adapter on; the one that was on before comes back at the end."""
         if not is_peft(self.model):
-            yield self.causal_lm
+            try:
+                yield self.causal_lm
+            finally:
+                sharding.release(self.causal_lm)
             return
         before = self.model.active_adapter
         try:
@@ -109,13 +116,14 @@ class Role:
         return self.packed_states(rollout) if self.packs else self.padded_states(rollout)
 
     def padded_states(self, rollout: Rollout) -> Tensor:
-        output = self.causal_lm.base_model(
+        states = sharding.states_of(
+            self.causal_lm,
             input_ids=rollout.input_ids,
             attention_mask=rollout.attention_mask,
             position_ids=rollout.position_ids,
             use_cache=False,
         )
-        return output.last_hidden_state[rollout.predicting]
+        return states[rollout.predicting]
 
     def packed_states(self, rollout: Rollout, *, one_row: bool | None = None) -> Tensor:
         """The same without padding; ``one_row`` is for tests, absent the attention in use decides."""
@@ -123,10 +131,14 @@ class Role:
         if one_row is None:
             one_row = "flash" in (config._attn_implementation or "")
         packed = pack(rollout, config.get_text_config().hidden_size, one_row=one_row)
-        output = self.causal_lm.base_model(
-            input_ids=packed.input_ids, attention_mask=None, position_ids=packed.position_ids, use_cache=False
+        states = sharding.states_of(
+            self.causal_lm,
+            input_ids=packed.input_ids,
+            attention_mask=None,
+            position_ids=packed.position_ids,
+            use_cache=False,
         )
-        return output.last_hidden_state.flatten(0, 1)[packed.predicting]
+        return states.flatten(0, 1)[packed.predicting]
 
     def values(self, rollout: Rollout) -> Tensor:
         """The critic's value of every state in which a completion token was taken, ``[N]`` fp32."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from srppo import distributed
+from srppo import distributed, sharding
 from srppo.errors import UserError
 from srppo.roles import Role
 
@@ -202,7 +202,7 @@ def generate(
     width = max(map(len, prompts))
     completions: list[list[int]] = []
     stops = torch.tensor(list(stop_token_ids))
-    with role.active() as model:
+    with role.active() as model, sharding.whole(model):
         own_config, training = model.generation_config, model.training
         model.generation_config = GenerationConfig()  # what is unset above must not come from the checkpoint
         model.eval()

@@ -181,7 +181,7 @@ def sft_step(role: Role, rollout: Rollout, tokens: int, args: SRPPOConfig) -> fl
 
 def own_micro_batches(role: Role, rollout: Rollout, args: SRPPOConfig) -> list[Tensor]:
     own = torch.arange(distributed.rank(), len(rollout), distributed.size())
-    return split_micro_batches(own, rollout, args, packs=role.packs) if len(own) else []
+    return split_micro_batches(own, rollout, args, role) if len(own) else []
 
 
 @torch.no_grad()

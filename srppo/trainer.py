@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from srppo import checkpoint, distributed, memory, ppo, startup
+from srppo import checkpoint, distributed, memory, ppo, sharding, startup
 from srppo.config import SRPPOConfig
 from srppo.console import Bar, Console
 from srppo.data import Example, Sampler, filler_token, prepare, stop_tokens
@@ -62,6 +62,7 @@ class SRPPOTrainer:
             gives the log-probs mu of its sampler; absent: none.
         save_rollouts: a folder that every rollout is written to.
         from_rollouts: a folder of saved rollouts to train on in place of sampling.
+        fsdp: cut the weights of all roles over the processes, for full fine-tuning; see :mod:`srppo.sharding`.
 
     Raises:
         UserError: something in the configuration, data or models must change; raised before training where possible.
@@ -84,6 +85,7 @@ class SRPPOTrainer:
         importance_cap: float | None = None,
         save_rollouts: str | Path | None = None,
         from_rollouts: str | Path | None = None,
+        fsdp: bool = False,
     ) -> None:
         self.args, self.callbacks, self.reward_fn = args, callbacks, reward_fn
         distributed.start()
@@ -107,6 +109,8 @@ class SRPPOTrainer:
         for role in (self.roles.policy, self.roles.critic):
             distributed.spread_from_main(parameter for _, parameter in role.parameters())
         distributed.seed_apart(args.seed)
+        if fsdp:
+            sharding.shard_roles(self.roles)
         longest = max(len(example.prompt_ids) for example in [*self.train_dataset, *self.eval_dataset])
         check_positions(self.roles.policy.causal_lm, longest + args.max_completion_length)
         self.policy = ppo.Learner.create(self.roles.policy, args, args.learning_rate, args.max_steps)
@@ -193,7 +197,7 @@ class SRPPOTrainer:
         progress.status("scoring")
         mini_batches = ppo.split_rows(
             torch.arange(len(rollout)).chunk(distributed.size())[distributed.rank()], rollout, args,
-            packs=self.roles.policy.packs, generator=self.generator,
+            role=self.roles.policy, generator=self.generator,
         )  # fmt: skip
         micro_batches = [rows for mini_batch in mini_batches for rows in mini_batch]
         scores = ppo.gather_scores(ppo.score(self.roles, rollout, args, micro_batches))
@@ -278,7 +282,8 @@ class SRPPOTrainer:
         seen = look_at(scores, targets, rollout, self.args, gain=gain, gain_error=error)
         verdict = self.guard.look(self.step, seen, beta=self.controller.beta)
         if verdict.best:
-            distributed.on_main(self.save_best)
+            weights = sharding.whole_state(self.roles.policy.model)
+            distributed.on_main(lambda: self.write_best(weights))
         for text in verdict.warnings:
             self.console.warn(text)
         for text in verdict.notes:
@@ -309,22 +314,23 @@ class SRPPOTrainer:
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Writes the policy, tokenizer, configuration, state, plots and model card; returns the folder."""
         target = Path(output_dir or self.output_dir)
-        distributed.on_main(lambda: self.write_model(target))
+        weights = sharding.whole_state(self.roles.policy.model)
+        distributed.on_main(lambda: self.write_model(target, weights))
         return target
 
-    def write_model(self, target: Path) -> None:
+    def write_model(self, target: Path, weights: dict[str, torch.Tensor] | None) -> None:
         with checkpoint.temporary_folder(target) as folder:
-            checkpoint.save_model(self.roles.policy, self.tokenizer, folder)
+            checkpoint.save_model(self.roles.policy, self.tokenizer, folder, weights)
             checkpoint.write_text(folder / "trainer_state.json", checkpoint.to_json(self.state()))
             checkpoint.write_text(folder / "README.md", model_card(self.args, self.roles, self.history))
             checkpoint.publish(folder, target)
         plots = plot_history(self.history, target / "plots")
         self.console.note(f"model written to {target}" + (f", plots to {target / 'plots'}" if plots else ""))
 
-    def save_best(self) -> None:
+    def write_best(self, weights: dict[str, torch.Tensor] | None) -> None:
         """``best/``: the policy that the guard thinks best so far, as a model of its own."""
         with checkpoint.atomic_folder(self.output_dir / "best", replace=True) as folder:
-            checkpoint.save_model(self.roles.policy, self.tokenizer, folder)
+            checkpoint.save_model(self.roles.policy, self.tokenizer, folder, weights)
             checkpoint.write_text(
                 folder / "trainer_state.json", checkpoint.to_json({"step": self.step, "guard": self.guard.best})
             )
@@ -335,9 +341,9 @@ class SRPPOTrainer:
     def save_checkpoint(self) -> None:
         """``checkpoint-<step>`` in the output folder, and the oldest removed beyond ``save_total_limit``."""
         tensors = {
-            "policy": {name: p.detach() for name, p in self.roles.policy.parameters()},
-            "critic": {name: p.detach() for name, p in self.roles.critic.parameters()},
-            "optimizers": [learner.optimizer.state_dict() for learner in (self.policy, self.critic)],
+            "policy": {name: sharding.gathered(p.detach()) for name, p in self.roles.policy.parameters()},
+            "critic": {name: sharding.gathered(p.detach()) for name, p in self.roles.critic.parameters()},
+            "optimizers": [sharding.whole_optimizer(learner.optimizer) for learner in (self.policy, self.critic)],
             "schedulers": [learner.scheduler.state_dict() for learner in (self.policy, self.critic)],
             "sampler": self.sampler.state_dict(),
             "moments": vars(self.moments),
@@ -349,8 +355,10 @@ class SRPPOTrainer:
         }
         folder = self.output_dir / f"checkpoint-{self.step}"
 
+        weights = sharding.whole_state(self.roles.policy.model)
+
         def write() -> None:
-            checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state())
+            checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state(), weights)
             checkpoint.keep_newest(self.output_dir, self.args.save_total_limit, self.step)
 
         distributed.on_main(write)
@@ -392,11 +400,11 @@ class SRPPOTrainer:
                 raise UserError(f"checkpoint {folder} is of another model: its {role.name} has other parameters")
             with torch.no_grad():
                 for name, parameter in own.items():
-                    parameter.copy_(saved[name])
+                    parameter.copy_(sharding.cut_like(saved[name], parameter))
         for learner, optimizer, scheduler in zip(
             (self.policy, self.critic), tensors["optimizers"], tensors["schedulers"], strict=True
         ):
-            learner.optimizer.load_state_dict(optimizer)
+            sharding.load_optimizer(learner.optimizer, optimizer)
             learner.scheduler.load_state_dict(scheduler)
         self.sampler.load_state_dict(tensors["sampler"])
         vars(self.moments).update(tensors["moments"])

@@ -15,7 +15,7 @@ from srppo.rollout import Rollout
 def one_update(roles: Roles, args: SRPPOConfig, given: Rollout, *, mini_batches=None, reward_fn=None):
     """score, advantages and update on one rollout, as the trainer does."""
     mini_batches = mini_batches or ppo.split_rows(
-        torch.arange(len(given)), given, args, packs=roles.policy.packs, generator=torch.Generator().manual_seed(3)
+        torch.arange(len(given)), given, args, role=roles.policy, generator=torch.Generator().manual_seed(3)
     )
     scores = ppo.score(roles, given, args, [rows for mini in mini_batches for rows in mini])
     targets = ppo.advantages(given, scores, args, reward_fn=reward_fn)

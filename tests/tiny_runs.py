@@ -116,7 +116,7 @@ def examples(rows: Iterable[Mapping[str, Any]], stops: Sequence[int] = (0,)) -> 
 def trainer(models: TinyModels, folder: Path, *, kind: str = "sft", rows: Any = None, **settings: Any) -> SRPPOTrainer:
     """A trainer on one of the models on disk; ``trainer`` keywords that are no settings go to the constructor."""
     names = ("callbacks", "reward_fn", "eval_dataset", "peft_config", "engine", "importance_cap", "save_rollouts",
-             "from_rollouts")  # fmt: skip
+             "from_rollouts", "fsdp")  # fmt: skip
     own = {name: settings.pop(name) for name in names if name in settings}
     settings.setdefault("use_peft", kind == "adapter")
     rows = examples(ROWS) if rows is None else rows

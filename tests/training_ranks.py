@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch
 from ppo_steps import trained_head
 from tiny_runs import (
@@ -18,11 +20,10 @@ from tiny_runs import (
     full_roles,
     learners,
     rollout,
-    trainer,
     without_plots,
 )
 
-from srppo import UserError, distributed, ppo, run_sft
+from srppo import UserError, distributed, ppo, run_sft, sharding
 from srppo.metrics import iteration_metrics
 from srppo.roles import build_roles
 
@@ -34,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
         "entropy_coef": 0.1, "missing_eos_penalty": 1.0, "reward_normalization": "running", "whiten_rewards": True,
         "max_grad_norm": 1e-2, "temperature": 0.8, "max_tokens_per_micro_batch": 9, "learning_rate": 1.0,
     },
+    "fsdp": {"max_tokens_per_micro_batch": 9, "gradient_checkpointing": True, "max_grad_norm": 1e-2,
+             "learning_rate": 1.0},
     "target_kl": {"target_kl": 1e-3, "num_ppo_epochs": 8, "learning_rate": 1e-2},
 }  # fmt: skip
 
@@ -52,21 +55,25 @@ def steps(models: TinyModels, folder: Path, name: str) -> dict[str, Any]:
     args = config(folder, **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // size, **CASES[name]})
     roles = build_roles(args, models.base, models.adapter) if args.use_peft else full_roles(args)
     trained_head(roles)
+    if name == "fsdp" and size > 1:
+        sharding.shard_roles(roles)
     given = rollout()
     policy, critic = (
-        ppo.Learner(x.role, torch.optim.SGD(x.parameters, lr=args.learning_rate), x.scheduler, x.parameters)
+        ppo.Learner(
+            x.role, torch.optim.SGD(sharding.groups(x.parameters), lr=args.learning_rate), x.scheduler, x.parameters
+        )
         for x in learners(roles, args)
     )
-    start = [p.detach().clone() for learner in (policy, critic) for p in learner.parameters]
+    start = [sharding.gathered(p.detach()).clone() for learner in (policy, critic) for p in learner.parameters]
     own = torch.arange(len(given)).chunk(size)[distributed.rank()]
     generator = torch.Generator().manual_seed(0)
-    parts = ppo.split_rows(own, given, args, packs=roles.policy.packs, generator=generator)
+    parts = ppo.split_rows(own, given, args, role=roles.policy, generator=generator)
     scores = ppo.gather_scores(ppo.score(roles, given, args, [rows for mini in parts for rows in mini]))
     targets = ppo.advantages(given, scores, args, moments=ppo.RunningMoments(), reward_fn=length_reward)
     result = ppo.update(policy, critic, given, scores, targets, args, parts, generator=generator)
     return {
         "start": start,
-        "weights": [p.detach().clone() for learner in (policy, critic) for p in learner.parameters],
+        "weights": [sharding.gathered(p.detach()).clone() for learner in (policy, critic) for p in learner.parameters],
         "metrics": iteration_metrics(given, scores, targets, result),
         "first": [float(x) for x in result.first if x is not None],
     }
@@ -77,7 +84,7 @@ def check(rank: int, size: int, *, models: TinyModels, folder: Path) -> None:
         torch.save(steps(models, folder, name), folder / f"{name} {rank}.pt")
     with without_plots():
         sft(models, folder / "sft-2")
-        for kind in ("sft", "adapter"):
+        for kind in ("sft", "adapter", "fsdp"):
             check_runs(rank, models=models, folder=folder / kind, kind=kind)
 
 
@@ -92,11 +99,15 @@ def sft(models: TinyModels, target: Path) -> Path:
 
 
 def weights(run: Any) -> list[torch.Tensor]:
-    return [p.detach().clone() for role in (run.roles.policy, run.roles.critic) for _, p in role.parameters()]
+    return [
+        sharding.gathered(p.detach()).clone()
+        for role in (run.roles.policy, run.roles.critic)
+        for _, p in role.parameters()
+    ]
 
 
 RUN = {
-    "max_steps": 4, "save_steps": 2, "eval_steps": 2, "log_completions": 1, "reward_normalization": "running",
+    "max_steps": 2, "save_steps": 1, "eval_steps": 2, "log_completions": 1, "reward_normalization": "running",
     "num_mini_batches": 2, "gradient_accumulation_steps": 1, "max_tokens_per_micro_batch": 40,
 }  # fmt: skip
 
@@ -104,26 +115,20 @@ RUN = {
 def check_runs(rank: int, *, models: TinyModels, folder: Path, kind: str) -> None:
     """A whole run, one that goes on from its middle, one that a callback ends on one rank, and one that is refused."""
     rows = [*examples(ROWS), *examples(ROWS)]
-    straight = trainer(models, folder / "straight", kind=kind, rows=rows, eval_dataset=rows[:3], **RUN)
+    how = {"kind": "sft", "fsdp": True} if kind == "fsdp" else {"kind": kind}
+    run_of = functools.partial(tiny_runs.trainer, models, rows=rows, **RUN, **how)
+    straight = run_of(folder / "straight", eval_dataset=rows[:3])
     drawn = straight.rollout([rows[0], rows[0]]).tokens.tolist()
     straight.train()
     torch.manual_seed(99)  # what the resuming process did before must not matter
-    source = str(folder / "straight" / "run" / "checkpoint-2")
-    resumed = trainer(
-        models,
-        folder / "resumed",
-        kind=kind,
-        rows=rows,
-        eval_dataset=rows[:3],
-        resume_from_checkpoint=source,
-        **RUN,
-    )
+    source = str(folder / "straight" / "run" / "checkpoint-1")
+    resumed = run_of(folder / "resumed", eval_dataset=rows[:3], resume_from_checkpoint=source)
     resumed.train()
-    stopped = trainer(models, folder / "stopped", kind=kind, rows=rows, callbacks=[stop_on_the_last_rank], **RUN)
+    stopped = run_of(folder / "stopped", callbacks=[stop_on_the_last_rank])
     stopped.train()
     assert stopped.step == 1
     with pytest.raises(UserError, match="exists and is not empty"):
-        trainer(models, folder / "straight", kind=kind, rows=rows, **RUN).train()
+        run_of(folder / "straight").train()
     for one, other in zip(weights(straight), weights(resumed), strict=True):
         assert torch.equal(one, other)
         assert all(torch.equal(one, of_rank) for of_rank in distributed.gathered(one))
@@ -149,4 +154,4 @@ def die_in_the_second_iteration(run: Any, step: int, metrics: dict[str, float]) 
 if __name__ == "__main__":  # a process that its rank's environment makes one of two, and of which the second dies
     base, sft_model, output = sys.argv[1:]
     models = TinyModels(base, sft_model, "")
-    trainer(models, Path(output), callbacks=[die_in_the_second_iteration], max_steps=4, save_steps=1).train()
+    tiny_runs.trainer(models, Path(output), callbacks=[die_in_the_second_iteration], max_steps=4, save_steps=1).train()

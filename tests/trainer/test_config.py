@@ -25,7 +25,7 @@ from srppo.commands import load_data
 from srppo.config import read_yaml
 from srppo.engines import VLLMEngine
 from srppo.models import load_model, lora_config
-from srppo.roles import build_roles, is_peft
+from srppo.roles import Role, build_roles, is_peft
 from srppo.rollout import Rollout
 
 FIELDS = [field.name for field in dataclasses.fields(PipelineConfig)]  # the trainer's and those around it
@@ -82,7 +82,7 @@ def updated(world: World, **settings: Any) -> Any:
     scores = dataclasses.replace(scores, policy=ppo.score(roles, given, args).policy)
     targets = ppo.advantages(given, scores, args)
     generator = torch.Generator().manual_seed(0)
-    rows = ppo.split_rows(torch.arange(4), given, args, packs=roles.policy.packs, generator=generator)
+    rows = ppo.split_rows(torch.arange(4), given, args, role=roles.policy, generator=generator)
     result = ppo.update(policy, critic, given, scores, targets, args, rows, generator=generator)
     return result.epochs, [p.sum().item() for p in (*policy.parameters, *critic.parameters)]
 
@@ -250,7 +250,7 @@ def capped(world: World, **settings: Any) -> Any:
 def batches(world: World, **settings: Any) -> Any:
     args = config(world.fresh(), **settings)
     given = rollout([[10, 11, 12]] * args.batch_size, [[13, 0]] * args.batch_size)
-    parts = ppo.split_rows(torch.arange(args.batch_size), given, args, packs=True)
+    parts = ppo.split_rows(torch.arange(args.batch_size), given, args, role=Role("policy", tiny_model(), packs=True))
     return [[len(rows) for rows in mini] for mini in parts]
 
 
@@ -310,6 +310,7 @@ EFFECTS: dict[str, tuple[Any, Any, Observation]] = {
         lambda world, **s: replay(world, rollout_engine="vllm", max_steps=0, **s),
     ),
     "importance_cap": (None, 2.0, capped),
+    "fsdp": (False, True, lambda world, **s: replay(world, max_steps=0, **s)),  # refused in one process
     "save_rollouts": (None, "kept", replay),
     "from_rollouts": (None, "missing", replay),
     "max_tokens_per_micro_batch": (10, 20, batches),

@@ -17,9 +17,10 @@ import torch
 import training_ranks as ranks
 from on_ranks import on_ranks
 from safetensors.torch import load_file
-from tiny_runs import ROWS, STOPS, write_jsonl
+from tiny_runs import ROWS, STOPS, trainer, write_jsonl
+from transformers import AutoModelForCausalLM
 
-from srppo import UserError, distributed
+from srppo import UserError, checkpoint, distributed
 
 TESTS = Path(__file__).parents[1]
 
@@ -78,24 +79,43 @@ def without_times(history: list[dict]) -> list[dict]:
     return [{k: v for k, v in entry.items() if not k.startswith(("time", "step_time", "perf/"))} for entry in history]
 
 
-@pytest.mark.parametrize("kind", ["sft", "adapter"])
+@pytest.mark.parametrize("kind", ["sft", "adapter", "fsdp"])
 def test_two_ranks_resume_bit_for_bit_and_the_first_alone_writes(of_two, kind):
     """The checks between ranks are in ``check_runs``."""
     first, second = (torch.load(of_two / kind / f"{rank}.pt") for rank in (0, 1))
     assert without_times(first["straight"]) == without_times(first["resumed"])
     assert without_times(first["straight"]) == without_times(second["straight"])
-    assert first["straight"][-1]["episode"] == 4 * 8  # 4 iterations, 2 ranks of 2 x 2 prompts
+    assert first["straight"][-1]["episode"] == 2 * 8  # 2 iterations, 2 ranks of 2 x 2 prompts
     assert first["drawn"] != second["drawn"]  # each rank samples with random numbers of its own
     run = of_two / kind / "straight" / "run"
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in entries] == [1, 2]
     table = pyarrow.parquet.read_table(run / "completions" / "completions_00001.parquet").to_pylist()
     assert len(table) == 8
     scores = [row["score"] for row in table]
     assert sum(scores) / 8 == pytest.approx(entries[0]["objective/scores"], rel=1e-5)
     assert not list((of_two / kind).rglob(".writing-*"))
-    saved = load_file(run / {"sft": "model.safetensors", "adapter": "adapter_model.safetensors"}[kind])
-    assert any(torch.equal(w, s) for s in saved.values() for w in first["weights"] if w.shape == s.shape)
+    name = "adapter_model.safetensors" if kind == "adapter" else "model.safetensors"
+    saved = load_file(run / name)
+    assert all(any(torch.equal(w, s) for w in first["weights"] if w.shape == s.shape) for s in saved.values())
+
+
+def test_a_run_with_weights_cut_over_the_ranks_is_that_with_whole_ones(of_two):
+    """The same samples, scores and steps, up to rounding; its model and checkpoints load as any other's."""
+    whole, cut = (torch.load(of_two / kind / "0.pt") for kind in ("sft", "fsdp"))
+    for a, b in zip(without_times(whole["straight"]), without_times(cut["straight"]), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    run = of_two / "fsdp" / "straight" / "run"
+    for folder in (run, run / "checkpoint-2", run / "best"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert type(model).__name__ == "LlamaForCausalLM"
+        assert sum(p.numel() for p in model.parameters()) == sum(
+            p.numel() for p in AutoModelForCausalLM.from_pretrained(of_two / "sft" / "straight" / "run").parameters()
+        )
+    tensors, _ = checkpoint.load_checkpoint(run / "checkpoint-2")
+    other, _ = checkpoint.load_checkpoint(of_two / "sft" / "straight" / "run" / "checkpoint-2")
+    for role in ("policy", "critic"):
+        assert {n: p.shape for n, p in tensors[role].items()} == {n: p.shape for n, p in other[role].items()}
 
 
 def free_port() -> str:
@@ -167,6 +187,11 @@ def test_without_a_launcher_nothing_is_joined_and_functions_are_the_identity(mon
     assert distributed.even_share([1, 2, 3]) == [1, 2, 3]
     assert distributed.on_main(lambda: 5) == 5
     distributed.finish()
+
+
+def test_fsdp_is_refused_in_one_process(tiny_models, tmp_path):
+    with pytest.raises(UserError, match="and there is one: launch with torchrun"):
+        trainer(tiny_models, tmp_path, fsdp=True)
 
 
 def test_an_incomplete_launch_is_refused(monkeypatch):

@@ -164,7 +164,7 @@ def test_micro_batches_by_tokens_take_what_fits_and_forwards_get_no_more(tmp_pat
     args = config(tmp_path, max_tokens_per_micro_batch=15, num_ppo_epochs=2)
     given = rollout()
     assert given.sequence_lengths == [6, 2, 9, 4]
-    parts = ppo.split_rows(torch.arange(4), given, args, packs=True)
+    parts = ppo.split_rows(torch.arange(4), given, args, role=role(tiny_model(), packs=True))
     assert [sorted(rows.tolist()) for rows in parts[0]] == [[0, 2], [1, 3]]
     sizes = []
     states = Role.packed_states
