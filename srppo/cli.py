@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run(args, options)
         return 0
     except UserError as error:
-        return complain(str(error), 2)
+        told = type(error).__name__ == "ToldByMain"  # by the first of several processes; see srppo.distributed
+        return 2 if told else complain(str(error), 2)
     except KeyboardInterrupt:
         return complain("interrupted; what was complete stays, nothing is half-written", 130)
     except OSError as error:

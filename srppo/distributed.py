@@ -97,10 +97,15 @@ def seed_apart(seed: int) -> None:
         torch.manual_seed(seed + 2**32 * rank())
 
 
-def on_main(function: Callable[[], T]) -> T:
-    """``function()`` on rank 0 alone, while the others wait; what it returns or raises, all do.
+class ToldByMain(UserError):
+    """The mistake that rank 0 found and tells, on the other ranks."""
 
-    What it returns must be small and plain: numbers, texts, tuples of them.
+
+def on_main(function: Callable[[], T]) -> T:
+    """``function()`` on rank 0 alone, while the others wait; all return what it returns, which must be small and plain.
+
+    Raises:
+        ToldByMain: on the other ranks, where the function ended in a :class:`UserError` or ``OSError``.
     """
     if size() == 1:
         return function()
@@ -109,10 +114,11 @@ def on_main(function: Callable[[], T]) -> T:
         try:
             outcome[0] = function()
         except (UserError, OSError) as error:
-            outcome[1] = error
+            dist.broadcast_object_list([None, str(error)])
+            raise
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise outcome[1]
+        raise ToldByMain(outcome[1])
     result: T = outcome[0]
     return result
 
