@@ -27,7 +27,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from srppo import distributed, sharding
+
 if TYPE_CHECKING:
+    from srppo.config import SRPPOConfig
     from srppo.roles import Role
     from srppo.rollout import Rollout
 
@@ -122,3 +125,42 @@ def fill_padded(prompts: Sequence[int], completions: Sequence[int], capacity: in
         else:
             batches.append([index])
     return batches
+
+
+# -- of a rollout -----------------------------------------------------------------------------------------------------
+
+
+def split_rows(
+    rows: Tensor, rollout: Rollout, args: SRPPOConfig, *, role: Role, generator: torch.Generator | None = None
+) -> list[list[Tensor]]:
+    """A random partition of rows of a rollout into mini-batches of micro-batches.
+
+    Args:
+        rows: indices into the rollout: all of it, or the part that this process trains on.
+        role: one that will see them, for how it takes them: packed or padded, in step with other ranks or not.
+    """
+    shuffled = rows[torch.randperm(len(rows), generator=generator)]
+    return [split_micro_batches(mini, rollout, args, role) for mini in shuffled.split(args.mini_batch_size)]
+
+
+def split_micro_batches(rows: Tensor, rollout: Rollout, args: SRPPOConfig, role: Role) -> list[Tensor]:
+    """Rows in groups for one forward: as many tokens as ``max_tokens_per_micro_batch`` allows, where that is set.
+
+    Of a sharded role all ranks have equally many rows and get equally many groups, as each forward is a collective.
+    """
+    limit = args.max_tokens_per_micro_batch
+    if limit is None:
+        return list(rows.split(args.per_device_train_batch_size))
+    lengths = rollout.attention_mask[rows].sum(-1)
+    if role.packs:
+        groups = fill(lengths.tolist(), limit)
+    else:
+        completions = rollout.lengths[rows]
+        groups = fill_padded((lengths - completions).tolist(), completions.tolist(), limit)
+    if sharding.is_sharded(role.causal_lm):
+        wanted = distributed.largest(len(groups))[0]
+        while len(groups) < wanted:
+            largest = max(groups, key=len)
+            groups.remove(largest)
+            groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return [rows[group] for group in groups]
