@@ -36,10 +36,14 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
         f"- base model: `{base}`",
         f"- SFT model: `{args.sft_model_name_or_path or 'made by the first stage of the same run'}`",
         f"- data: `{args.dataset_name}`" + (f", prompts: `{prompts}`" if prompts else ""),
-        f"- KL penalty: beta {args.kl_coef} towards {args.kl_reference}",
+        f"- KL penalty: beta {args.kl_coef}{adapted(args, steps)} towards {args.kl_reference}",
         f"- {len(steps)} iterations of {args.batch_size} prompts",
         "",
     ]
+    if args.dataset_name and args.base_model_name_or_path:
+        lines += ["The same run again:", "", "```sh"]
+        settings = f"{args.output_dir}/srppo_config.yaml"
+        lines += [f"srppo train --config {settings} --output_dir another-folder", "```", ""]
     if steps:
         lines += ["| metric | first iteration | last iteration |", "|---|---|---|"]
         lines += [f"| `{name}` | {steps[0][name]:.3f} | {steps[-1][name]:.3f} |" for name in SHOWN]
@@ -60,3 +64,10 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
     lines += [f"{name}: {value}" for name, value in changed.items()]
     lines += ["```", ""]
     return "\n".join(front + lines)
+
+
+def adapted(args: SRPPOConfig, steps: Sequence[Mapping[str, Any]]) -> str:
+    """What became of beta where a KL target adapts it."""
+    if args.kl_target is None or not steps:
+        return ""
+    return f", adapted to hold {args.kl_target} nats a sequence and {steps[-1]['objective/kl_coef']:.3g} at the end,"

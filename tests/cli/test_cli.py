@@ -90,6 +90,9 @@ def test_train_goes_from_a_base_model_and_demonstrations_to_a_tuned_model(tiny_m
     assert (out / "plots" / "kl.png").exists() and (out / "sft" / "plots" / "sft_loss.png").exists()
     assert [entry["step"] for entry in read_jsonl(out / "metrics.jsonl")] == [1, 2]  # with the evaluation in the last
     assert leftovers(tmp_path) == []
+    assert (
+        f"srppo train --config {out}/srppo_config.yaml --output_dir another-folder" in (out / "README.md").read_text()
+    )
     printed = capfd.readouterr()
     assert printed.out == ""
     for said in ("KL(policy || SFT) = 0 on", "PPO ratio on the first mini-batch exactly 1", "beta 1.0 towards sft",

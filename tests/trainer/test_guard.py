@@ -176,6 +176,8 @@ def test_a_run_with_guard_and_target_resumes_bit_for_bit(tiny_models, tmp_path):
     )  # fmt: skip
     resumed.train()
     assert [entry["objective/kl_coef"] for entry in resumed.history] == betas
+    card = (tmp_path / "b" / "run" / "README.md").read_text()
+    assert f"beta 1.0, adapted to hold 0.01 nats a sequence and {betas[-1]:.3g} at the end, towards sft" in card
     assert resumed.guard.state_dict() == straight.guard.state_dict()
     pairs = zip(straight.roles.policy.parameters(), resumed.roles.policy.parameters(), strict=True)
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
