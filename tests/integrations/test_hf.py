@@ -71,6 +71,12 @@ def test_loss_and_gradients_are_the_models_own(kind: str, items: Any) -> None:
     assert_equal(plain, fused, num_items_in_batch=items, **batch())
 
 
+def test_a_head_with_a_bias() -> None:
+    plain = training()
+    plain.lm_head = nn.Linear(32, 264)
+    assert_equal(plain, use_fused_cross_entropy(copy.deepcopy(plain)), **batch())
+
+
 def test_labels_that_are_shifted_already() -> None:
     plain = training()
     fused = use_fused_cross_entropy(copy.deepcopy(plain))
