@@ -4,8 +4,8 @@
 // order at the end, row by row in float64. So a row's bits depend on neither the rows beside it nor the number of
 // threads.
 //
-// With AVX-512 BF16 and bf16 inputs, K goes in pairs (vdpbf16ps, fp32 accumulators); everything else is widened to
-// fp32 when it is packed, which is exact.
+// With AVX-512 BF16 and bf16 inputs, K goes in pairs (bf16_tile.h); everything else is widened to fp32 when it is packed,
+// which is exact.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../common/tensors.h"
+#include "bf16_tile.h"
 
 namespace srppo {
 namespace {
@@ -30,63 +31,11 @@ struct Partial {
 }  // namespace
 }  // namespace srppo
 
-namespace srppo {
-constexpr std::int64_t kDepth = 128;  // steps of K (a pair counts as one) that one accumulator takes
-}
-
 #define SRPPO_KERNELS "../linear_logprob/cpu_kernels.h"
 #include "../common/each_level.h"
 
 namespace srppo {
 namespace {
-
-#if defined(__x86_64__)
-#define SRPPO_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
-
-// z[rows][32] of x [pairs][rows] and panel [pairs][32], both pairs of bf16 in 32 bits; written or added to.
-#define SRPPO_BF16_TILE(ROWS)                                                                                        \
-  SRPPO_BF16 void bf16_tile_##ROWS(const std::uint32_t* x, const std::uint32_t* panel, std::int64_t pairs, float* z, \
-                                   std::int64_t ldz, bool add) {                                                     \
-    __m512 low[ROWS], high[ROWS];                                                                                    \
-    _Pragma("GCC unroll 14") for (int i = 0; i < ROWS; ++i) low[i] = high[i] = _mm512_setzero_ps();                  \
-    for (std::int64_t k = 0; k < pairs; ++k) {                                                                       \
-      const __m512bh a = (__m512bh)_mm512_loadu_si512(panel + k * 32);                                               \
-      const __m512bh b = (__m512bh)_mm512_loadu_si512(panel + k * 32 + 16);                                          \
-      _Pragma("GCC unroll 14") for (int i = 0; i < ROWS; ++i) {                                                      \
-        const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[k * ROWS + i]));                       \
-        low[i] = _mm512_dpbf16_ps(low[i], value, a);                                                                 \
-        high[i] = _mm512_dpbf16_ps(high[i], value, b);                                                               \
-      }                                                                                                              \
-    }                                                                                                                \
-    _Pragma("GCC unroll 14") for (int i = 0; i < ROWS; ++i) {                                                        \
-      float* out = z + i * ldz;                                                                                      \
-      if (add) {                                                                                                     \
-        low[i] = _mm512_add_ps(_mm512_loadu_ps(out), low[i]);                                                        \
-        high[i] = _mm512_add_ps(_mm512_loadu_ps(out + 16), high[i]);                                                 \
-      }                                                                                                              \
-      _mm512_storeu_ps(out, low[i]);                                                                                 \
-      _mm512_storeu_ps(out + 16, high[i]);                                                                           \
-    }                                                                                                                \
-  }
-SRPPO_BF16_TILE(14)
-SRPPO_BF16_TILE(4)
-SRPPO_BF16_TILE(2)
-SRPPO_BF16_TILE(1)
-
-void bf16_multiply(int rows, const float* x, const float* panel, std::int64_t pairs, float* z, std::int64_t ldz) {
-  std::int64_t k = 0;
-  do {
-    const std::int64_t depth = std::min(pairs - k, kDepth);
-    const auto* a = reinterpret_cast<const std::uint32_t*>(x + k * rows);
-    const auto* b = reinterpret_cast<const std::uint32_t*>(panel + k * 32);
-    if (rows == 14) bf16_tile_14(a, b, depth, z, ldz, k > 0);
-    else if (rows == 4) bf16_tile_4(a, b, depth, z, ldz, k > 0);
-    else if (rows == 2) bf16_tile_2(a, b, depth, z, ldz, k > 0);
-    else bf16_tile_1(a, b, depth, z, ldz, k > 0);
-    k += depth;
-  } while (k < pairs);
-}
-#endif
 
 // A matrix of rows of any supported dtype.
 struct Matrix {
@@ -173,7 +122,10 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
   if (cpu_level() >= CpuLevel::avx512_bf16 && x.type == ScalarType::BFloat16 && w.type == ScalarType::BFloat16) {
     packer.pairs = true;
     packer.steps = (width + 1) / 2;
-    multiply = &bf16_multiply;
+    multiply = [](int rows, const float* a, const float* b, std::int64_t pairs, float* z, std::int64_t ldz) {
+      const auto bits = [](const float* packed) { return reinterpret_cast<const std::uint32_t*>(packed); };
+      bf16_multiply(rows, bits(a), bits(b), pairs, z, ldz, false);
+    };
   }
 #endif
   const auto pack_panel = SRPPO_AT_LEVEL(pack_panel);

@@ -101,7 +101,6 @@ class Destination:
     bias: Tensor | None  # [V]
     accumulate_weight: bool = False  # add to them, rather than overwrite
     accumulate_bias: bool = False
-    exact_weight: bool = False  # dweight's sum must not be rounded to 16 bits on its way
 
 
 def gradients(
@@ -194,10 +193,9 @@ def over_groups(
     b, h, at_target, row_max, log_sum = scaled.b, scaled.h, scaled.at_target, scaled.row_max, scaled.log_sum
     y = rows.take(targets).long()
     n, width, device = rows.count, hidden.shape[1], hidden.device
-    exact = into.weight is not None and into.exact_weight
     # Rows that cannot be dropped may hold anything, which GEMMs over all rows would spread.
     droppable = rows.live is None and min(n, head.weight.shape[0]) > 0
-    if droppable and native_gradients.serves(device, hidden.dtype, head.weight.dtype, exact_weight=exact):
+    if droppable and native_gradients.serves(device, hidden.dtype, head.weight.dtype):
         return native_gradients.over_vocabulary(
             hidden, head, y, rows, (b, h, at_target, row_max, log_sum), temperature,
             (into.hidden, into.weight, into.bias), (into.accumulate_weight, into.accumulate_bias),

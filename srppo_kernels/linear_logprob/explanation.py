@@ -46,6 +46,5 @@ def explain(
         softcap=softcap, grad_weight_out=grad_weight_out,
     )  # fmt: skip
     fused_loss = op in ("linear_loss", "linear_ppo_loss")
-    exact = grad_weight_out is not None
-    problem = problem_of(op, hidden, weight, bias, entropy=entropy or fused_loss, exact_weight=exact)
+    problem = problem_of(op, hidden, weight, bias, entropy=entropy or fused_loss)
     return choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)

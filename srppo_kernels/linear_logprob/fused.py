@@ -105,7 +105,6 @@ def run(
                 bias=sums[1] if wanted.bias else None,
                 accumulate_weight=number > 0,
                 accumulate_bias=number > 0,
-                exact_weight=wanted.wide_weight,
             )
             upstream = grads.Upstream(g, h, None, whole[0], whole[1], whole[3], whole[4])
             rows_with_gradient, dhidden = grads.gradients(

@@ -250,8 +250,7 @@ def linear_loss(
         op, hidden, weight, targets, bias=bias, mask=mask, temperature=temperature, logit_scale=logit_scale,
         softcap=softcap, grad_weight_out=grad_weight_out,
     )  # fmt: skip
-    exact = grad_weight_out is not None
-    problem = problem_of(op, hidden, weight, bias, entropy=True, exact_weight=exact)
+    problem = problem_of(op, hidden, weight, bias, entropy=True)
     chosen = choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)
     if torch.compiler.is_compiling() or chosen.plan not in ("precompute", "score"):
         per_token_plan = "score" if chosen.plan == "score" else "auto" if plan == "precompute" else plan

@@ -56,6 +56,11 @@ def workspace_bytes(rows: int, width: int, vocab: int, group: int) -> int:
     return 4 * scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)
 
 
+def product_bytes() -> int:
+    """Of all threads: a block of A and a panel of B, packed (kRows, kPairs and a panel of cpu_product.cpp)."""
+    return 4 * 512 * (ROW_BLOCK + PANEL) * _threads()
+
+
 @_extension.constant_when_traced
 def _threads() -> int:
     return torch.get_num_threads()

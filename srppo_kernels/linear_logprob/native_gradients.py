@@ -2,8 +2,9 @@
 
 A native kernel turns a vocabulary chunk's kept exponentials into dz, formed in fp32 (``p_y - 1`` too) and rounded
 once, in the memory of the exponentials where nobody needs them again. Then ``dX = dz W`` and ``dW = dz^T X`` are one
-GEMM each, with fp32 accumulators: in bf16 what they return is rounded once, to the dtype that the gradient has anyway,
-and only what several chunks add up is held in fp32. Without kept exponentials the forward's scan makes a chunk's anew.
+GEMM each, with fp32 accumulators: in bf16 torch's returns what is rounded once, to the dtype that the gradient has
+anyway. Where several chunks add up, or a caller's fp32 buffer is added to, a native GEMM adds unrounded
+(csrc/linear_logprob/cpu_product.cpp). Without kept exponentials the forward's scan makes a chunk's anew.
 """
 
 from dataclasses import replace
@@ -18,14 +19,13 @@ from srppo_kernels.linear_logprob.rows import Rows
 
 CHUNK_BYTES = 32 << 20  # of dz at once, where it is not formed in place, unless the caller's workspace is smaller
 LEAST_CHUNK_BYTES = 1 << 18  # 32 rows of a vocabulary group in fp32: below, GEMMs would be mostly overhead
-WEIGHT_PART = 4096  # vocabulary entries of a rounded dweight that is added to an fp32 one
 
 
-def serves(device: torch.device, hidden: torch.dtype, weight: torch.dtype, *, exact_weight: bool = False) -> bool:
-    """Whether these inputs' gradients come from here; ``exact_weight`` asks for an unrounded dweight."""
+def serves(device: torch.device, hidden: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether these inputs' gradients come from here."""
     if hidden != weight or hidden not in (torch.float32, torch.bfloat16) or native.obstacle(device, (hidden, weight)):
         return False
-    return _serves_bf16() and not exact_weight if hidden == torch.bfloat16 else not native.not_faster()
+    return _serves_bf16() if hidden == torch.bfloat16 else not native.not_faster()
 
 
 # What a compiler that traces the public functions need not look into.
@@ -33,7 +33,8 @@ def serves(device: torch.device, hidden: torch.dtype, weight: torch.dtype, *, ex
 def _serves_bf16() -> bool:
     """oneDNN's bf16 GEMM needs the instructions to be worth it; without them fp32 GEMMs are as fast, and exact."""
     fast = _extension.build_info()["cpu_level"] in ("avx512_bf16", "amx")
-    return fast and torch.backends.mkldnn.is_available()
+    has_product = hasattr(torch.ops.srppo_native, "linear_logprob_product")  # not in an extension of older sources
+    return fast and has_product and torch.backends.mkldnn.is_available()
 
 
 def chunk_shape(rows: int, vocab: int, item: int, dz_bytes: int = 0) -> tuple[int, int]:
@@ -46,13 +47,14 @@ def chunk_shape(rows: int, vocab: int, item: int, dz_bytes: int = 0) -> tuple[in
 def workspace_bytes(
     rows: int, width: int, vocab: int, item: int, *, in_place: bool, weight: bool, dz_bytes: int = 0
 ) -> int:
-    """Beyond exponentials that are kept: dz, a chunk's rows, dhidden in fp32 and a chunk's part, a part of dweight."""
+    """Beyond exponentials that are kept: dz, a chunk's rows, dhidden in fp32, a chunk's dweight, packed operands."""
+    packed = native.product_bytes() if item == 2 else 0
     if in_place:
-        return 2 * rows * width * item + (WEIGHT_PART * width * item if weight else 0) + 32 * rows
+        return 2 * rows * width * item + packed + 32 * rows
     step, entries = chunk_shape(rows, vocab, item, dz_bytes)
-    size = step * entries * item + rows * width * 4 + 2 * step * width * item + 32 * rows
-    several = WEIGHT_PART * item + entries * 4 if step < rows else 0  # dweight of several blocks of rows
-    return size + (several * width if weight else 0)
+    size = step * entries * item + rows * width * 4 + step * width * item + packed + 32 * rows
+    several = entries * width * 4 if weight and step < rows else 0  # dweight of several blocks of rows
+    return size + several
 
 
 def scan_bytes(rows: int, width: int, vocab: int, item: int, dz_bytes: int = 0) -> int:
@@ -103,20 +105,18 @@ def over_vocabulary(
             if bias_out is not None:
                 _add(bias_out[v], torch.sum(dz, 0, dtype=torch.float32), accumulate[1] or r.start > 0)
             if dhidden is not None and entries < vocab:
-                _add_product(dhidden[r], dz, weight)
+                _product(dhidden[r], dz, weight, transposed=False, add=True)
             elif dhidden is not None:
                 torch.mm(dz, weight, out=dhidden[r])
             if weight_out is None:
                 continue
             x = rows.block(hidden, r.start, r.stop, hidden.dtype)
             if sums is not None:
-                _add_product(sums, dz.T, x)
-            elif accumulate[0]:
-                _add_product(weight_out[v], dz.T, x)
-            elif weight_out.dtype == dz.dtype:
-                torch.mm(dz.T, x, out=weight_out[v])
+                _product(sums, dz, x, transposed=True, add=True)
+            elif accumulate[0] or weight_out.dtype != dz.dtype:
+                _product(weight_out[v], dz, x, transposed=True, add=accumulate[0])
             else:
-                _add_product(weight_out[v].zero_(), dz.T, x)
+                torch.mm(dz.T, x, out=weight_out[v])
         if weight_out is not None and sums is not None:
             _add(weight_out[v], sums, accumulate[0])
     return dhidden
@@ -165,11 +165,13 @@ def _add(destination: Tensor, part: Tensor, accumulate: bool) -> None:
         destination.copy_(part)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out += a @ b``, with out in float32; a 16-bit product is made and added a part at a time."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-        return
-    for i in range(0, out.shape[0], WEIGHT_PART):
-        s = slice(i, i + WEIGHT_PART)
-        out[s] += torch.mm(a[s], b)
+def _product(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool, add: bool) -> None:
+    """``out (+)= a @ b`` (``a.T @ b``), unrounded; out is float32, or float64 for a caller's buffer of that."""
+    if a.dtype == torch.bfloat16 and out.dtype == torch.float32 and out.stride(1) == 1:
+        torch.ops.srppo_native.linear_logprob_product(a, b, transposed, add, out)
+    elif a.dtype == out.dtype:
+        out.addmm_(a.T if transposed else a, b, beta=float(add))
+    else:
+        whole = torch.zeros(out.shape, dtype=torch.float32)
+        _product(whole, a, b, transposed=transposed, add=False)
+        _add(out, whole, add)

@@ -179,7 +179,6 @@ def _linear_logprob_backward(
         bias=dbias if need_bias else None,
         accumulate_weight=grad_weight_out is not None,
         accumulate_bias=False,
-        exact_weight=grad_weight_out is not None,
     )
     with torch.autocast(hidden.device.type, enabled=False):
         dhidden: Tensor | None
@@ -302,8 +301,7 @@ def linear_logprob(
         "linear_logprob", hidden, weight, targets, bias=bias, mask=mask, temperature=temperature,
         logit_scale=logit_scale, softcap=softcap, grad_weight_out=grad_weight_out,
     )  # fmt: skip
-    exact = grad_weight_out is not None
-    problem = problem_of("linear_logprob", hidden, weight, bias, entropy=entropy, exact_weight=exact)
+    problem = problem_of("linear_logprob", hidden, weight, bias, entropy=entropy)
     chosen = choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)
     per_row = temperature if isinstance(temperature, Tensor) else None
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)

@@ -41,13 +41,11 @@ class Problem:
     needs_weight: bool
     needs_bias: bool
     entropy: bool
-    exact_weight: bool = False  # dweight is added to a caller's buffer, unrounded
 
     @property
     def native_gradients(self) -> bool:
         """Whether gradients come from native_gradients.py."""
-        exact = self.exact_weight and self.needs_weight
-        return native_gradients.serves(self.device, self.hidden_dtype, self.weight_dtype, exact_weight=exact)
+        return native_gradients.serves(self.device, self.hidden_dtype, self.weight_dtype)
 
     @property
     def needs_any(self) -> bool:
@@ -281,9 +279,7 @@ def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0, dz_b
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
 
 
-def problem_of(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, entropy: bool, exact_weight: bool = False
-) -> Problem:
+def problem_of(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, entropy: bool) -> Problem:
     """The problem that a call's tensors pose; gradients are wanted only while grad mode is on."""
     on = torch.is_grad_enabled()
     return Problem(
@@ -298,5 +294,4 @@ def problem_of(
         needs_weight=on and weight.requires_grad,
         needs_bias=on and bias is not None and bias.requires_grad,
         entropy=entropy,
-        exact_weight=exact_weight,
     )

@@ -181,8 +181,7 @@ def linear_ppo_loss(
         raise ValueError(f"{op}: normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
     if not isinstance(normalizer, Tensor) and normalizer is not None and not normalizer > 0:
         raise ValueError(f"{op}: normalizer={normalizer} must be positive; it is what the sum is divided by")
-    exact = grad_weight_out is not None
-    problem = problem_of(op, hidden, weight, bias, entropy=True, exact_weight=exact)
+    problem = problem_of(op, hidden, weight, bias, entropy=True)
     chosen = choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)
     if chosen.plan not in ("precompute", "score"):
         return _per_token(

@@ -295,7 +295,7 @@ def test_grad_weight_out_accumulates():
                 lp = -torch.minimum(r * advantage, r.clip(0.8, 1.2) * advantage) / 150
             want += torch.autograd.grad(lp.sum(), [w])[0]
         # Kept exponentials are bf16 for bf16 inputs, so a fused loss's gradients carry their rounding.
-        assert (buffer - 1 - want).abs().max() < (4e-3 * want.abs().max() if op == "ppo" else 1e-6)
+        assert relative(buffer - 1, want.double()) < 3e-3  # dz is rounded to bf16, its sums are not
 
 
 def test_accumulated_indices_beyond_int32():

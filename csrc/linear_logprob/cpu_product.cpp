@@ -1,0 +1,171 @@
+// out (+)= A B with bf16 factors and an fp32 result: what a CPU's BLAS rounds to bf16, and so cannot add up exactly.
+//
+// GEMMs 2 and 3 of srppo_kernels/linear_logprob where parts of them are added: dhidden over vocabulary chunks, dweight over
+// chunks of rows or into a caller's buffer. A comes as [M, K] (dZ of dX = dZ W) or as [K, M] (dZ of dW = dZ^T X), B as
+// [K, N]; K goes in pairs (bf16_tile.h), so packing B is interleaving two of its rows.
+//
+// A task is a block of rows of the result and a block of its columns, over all of K in order: bits do not depend on the
+// number of threads.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../common/cpu_level.h"
+#include "../common/tensors.h"
+#include "bf16_tile.h"
+
+namespace srppo {
+namespace {
+
+#if defined(__x86_64__)
+
+constexpr std::int64_t kRows = 336;      // of a task: packing B is then a percent of its multiplications
+constexpr std::int64_t kColumns = 1024;  // of a task: packing A is a few percent
+constexpr std::int64_t kPairs = 512;     // of K at a time: a panel of B is 64 KB, a block of A 690 KB
+
+// Two rows of bf16, element by element: `out[i] = first[i] | second[i] << 16`; 0 beyond `n` up to `room`.
+SRPPO_BF16 void interleave(const std::uint16_t* first, const std::uint16_t* second, std::int64_t n, std::int64_t room,
+                           std::uint32_t* out) {
+  for (std::int64_t i = 0; i < room; i += 16) {
+    const auto lanes = [&](std::int64_t limit) {
+      return static_cast<__mmask16>(limit - i >= 16 ? 0xffffu : limit > i ? (1u << (limit - i)) - 1u : 0u);
+    };
+    const __mmask16 here = lanes(n);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, first + i));
+    const __m512i high =
+        second ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, second + i)), 16)
+               : _mm512_setzero_si512();
+    _mm512_mask_storeu_epi32(out + i, lanes(room), _mm512_or_si512(low, high));
+  }
+}
+
+struct Bf16Matrix {
+  const std::uint16_t* data;
+  std::int64_t rows, columns, stride;
+
+  Bf16Matrix(const Tensor& tensor, const char* name)
+      : data(static_cast<const std::uint16_t*>(tensor.const_data_ptr())), rows(tensor.size(0)),
+        columns(tensor.size(1)), stride(tensor.stride(0)) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::BFloat16 &&
+                        (tensor.stride(1) == 1 || columns <= 1),
+                    "srppo_native: ", name, " must be a bfloat16 CPU matrix with contiguous rows");
+  }
+
+  const std::uint16_t* row(std::int64_t i) const { return i < rows ? data + i * stride : nullptr; }
+};
+
+// Rows [r0, r0 + count) of the result, pairs [p0, p0 + pairs) of K, as tiles of [pairs][height].
+void pack_a(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int64_t count, std::int64_t p0,
+            std::int64_t pairs, std::uint32_t* out) {
+  const std::int64_t depth = transposed ? a.rows : a.columns;
+  for (std::int64_t r = 0; r < count;) {
+    const int height = bf16_tile_height(count - r);
+    for (std::int64_t p = 0; p < pairs; ++p) {
+      const std::int64_t k = 2 * (p0 + p);
+      std::uint32_t* to = out + p * height;
+      if (transposed) {
+        const std::uint16_t* next = a.row(k + 1);
+        interleave(a.row(k) + r0 + r, next ? next + r0 + r : nullptr, height, height, to);
+        continue;
+      }
+      for (int i = 0; i < height; ++i) {
+        const std::uint16_t* from = a.row(r0 + r + i) + k;
+        to[i] = from[0] | (k + 1 < depth ? static_cast<std::uint32_t>(from[1]) << 16 : 0u);
+      }
+    }
+    out += pairs * height;
+    r += height;
+  }
+}
+
+void product_task(const Bf16Matrix& a, const Bf16Matrix& b, bool transposed, bool add, std::int64_t r0,
+                  std::int64_t count, std::int64_t c0, std::int64_t width, float* out, std::int64_t ldo,
+                  std::vector<std::uint32_t>& packed, std::vector<std::uint32_t>& panel) {
+  const std::int64_t all = (b.rows + 1) / 2;
+  std::vector<float> edge;  // a last panel that is wider than what is left of the result
+  for (std::int64_t p0 = 0; p0 < all; p0 += kPairs) {
+    const std::int64_t pairs = std::min(all - p0, kPairs);
+    pack_a(a, transposed, r0, count, p0, pairs, packed.data());
+    for (std::int64_t c = 0; c < width; c += kBf16Panel) {
+      const std::int64_t here = std::min(width - c, kBf16Panel);
+      for (std::int64_t p = 0; p < pairs; ++p) {
+        const std::int64_t k = 2 * (p0 + p);
+        const std::uint16_t* next = b.row(k + 1);
+        interleave(b.row(k) + c0 + c, next ? next + c0 + c : nullptr, here, kBf16Panel, panel.data() + p * kBf16Panel);
+      }
+      const bool whole = here == kBf16Panel;
+      if (!whole) edge.resize(static_cast<std::size_t>(kRows * kBf16Panel));
+      for (std::int64_t r = 0; r < count;) {
+        const int height = bf16_tile_height(count - r);
+        float* to = out + (r0 + r) * ldo + c0 + c;
+        float* z = whole ? to : edge.data() + r * kBf16Panel;
+        bf16_multiply(height, packed.data() + r * pairs, panel.data(), pairs, z, whole ? ldo : kBf16Panel,
+                      whole && (add || p0 > 0));
+        for (int i = 0; !whole && i < height; ++i) {
+          for (std::int64_t j = 0; j < here; ++j) {
+            float& sum = to[i * ldo + j];
+            sum = (add || p0 > 0 ? sum : 0.0f) + z[i * kBf16Panel + j];
+          }
+        }
+        r += height;
+      }
+    }
+  }
+}
+
+void product(const Tensor& left, const Tensor& right, bool transposed, bool add, Tensor result) {
+  const Bf16Matrix a(left, "a"), b(right, "b");
+  const std::int64_t m = transposed ? a.columns : a.rows, n = b.columns;
+  STD_TORCH_CHECK((transposed ? a.rows : a.columns) == b.rows, "srppo_native: a and b have different depths");
+  STD_TORCH_CHECK(result.is_cpu() && result.dim() == 2 && result.size(0) == m && result.size(1) == n &&
+                      result.scalar_type() == ScalarType::Float && (result.stride(1) == 1 || n <= 1),
+                  "srppo_native: out must be a float32 CPU matrix of ", m, " rows of ", n, " contiguous columns");
+  float* out = mutable_floats(result);
+  const std::int64_t ldo = result.stride(0);
+  const std::int64_t row_blocks = (m + kRows - 1) / kRows, column_blocks = (n + kColumns - 1) / kColumns;
+  if (b.rows == 0) {
+    for (std::int64_t i = 0; !add && i < m; ++i) std::fill(out + i * ldo, out + i * ldo + n, 0.0f);
+    return;
+  }
+  // Blocks of equal size, of whole tiles and panels.
+  const auto even = [](std::int64_t size, std::int64_t blocks, std::int64_t unit) {
+    return ((size + blocks - 1) / blocks + unit - 1) / unit * unit;
+  };
+  const std::int64_t rows = row_blocks ? even(m, row_blocks, 14) : 14;
+  const std::int64_t columns = column_blocks ? even(n, column_blocks, kBf16Panel) : kBf16Panel;
+  torch::stable::parallel_for(0, row_blocks * column_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<std::uint32_t> packed(static_cast<std::size_t>(rows * kPairs)),
+        panel(static_cast<std::size_t>(kBf16Panel * kPairs));
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t r0 = task / column_blocks * rows, c0 = task % column_blocks * columns;
+      const std::int64_t count = std::min(rows, m - r0), width = std::min(columns, n - c0);
+      if (count > 0 && width > 0) {
+        product_task(a, b, transposed, add, r0, count, c0, width, out, ldo, packed, panel);
+      }
+    }
+  });
+}
+
+#endif
+
+void linear_logprob_product(const Tensor& a, const Tensor& b, bool transposed, bool add, Tensor out) {
+#if defined(__x86_64__)
+  if (cpu_level() >= CpuLevel::avx512_bf16) {
+    product(a, b, transposed, add, out);
+    return;
+  }
+#endif
+  STD_TORCH_CHECK(false, "srppo_native: linear_logprob_product needs AVX-512 BF16");
+}
+
+}  // namespace
+}  // namespace srppo
+
+STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
+  m.def("linear_logprob_product(Tensor a, Tensor b, bool transposed, bool add, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(srppo_native, CPU, m) {
+  m.impl("linear_logprob_product", TORCH_BOX(&srppo::linear_logprob_product));
+}
