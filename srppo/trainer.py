@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from srppo import checkpoint, distributed, memory, ppo, sharding, startup
+from srppo import checkpoint, distributed, memory, ppo, sharding, startup, training_state
 from srppo.config import SRPPOConfig
 from srppo.console import Bar, Console
 from srppo.data import Example, Sampler, filler_token, prepare, stop_tokens
@@ -340,21 +340,8 @@ class SRPPOTrainer:
 
     def save_checkpoint(self) -> None:
         """``checkpoint-<step>`` in the output folder, and the oldest removed beyond ``save_total_limit``."""
-        tensors = {
-            "policy": {name: sharding.gathered(p.detach()) for name, p in self.roles.policy.parameters()},
-            "critic": {name: sharding.gathered(p.detach()) for name, p in self.roles.critic.parameters()},
-            "optimizers": [sharding.whole_optimizer(learner.optimizer) for learner in (self.policy, self.critic)],
-            "schedulers": [learner.scheduler.state_dict() for learner in (self.policy, self.critic)],
-            "sampler": self.sampler.state_dict(),
-            "moments": vars(self.moments),
-            "guard": self.guard.state_dict(),
-            "controller": self.controller.state_dict(),
-            "generator": self.generator.get_state(),
-            "rng": distributed.gathered(torch.get_rng_state()),
-            "cuda_rng": distributed.gathered(torch.cuda.get_rng_state()) if torch.cuda.is_available() else [],
-        }
+        tensors = training_state.snapshot(self)
         folder = self.output_dir / f"checkpoint-{self.step}"
-
         weights = sharding.whole_state(self.roles.policy.model)
 
         def write() -> None:
@@ -373,7 +360,7 @@ class SRPPOTrainer:
         if folder is None:
             self.console.note(f"no checkpoint in {self.output_dir} yet: starting at the beginning")
             return
-        self.load_state(folder, *checkpoint.load_checkpoint(folder))
+        training_state.restore(self, folder, *checkpoint.load_checkpoint(folder))
         if self.guard.best is not None and not distributed.on_main(
             lambda: checkpoint.adopt_best(folder.parent, self.output_dir)
         ):
@@ -391,38 +378,3 @@ class SRPPOTrainer:
         if folder.resolve().parent != self.output_dir.resolve():
             checkpoint.require_new_folder(self.output_dir)
         return folder
-
-    def load_state(self, folder: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """Puts everything back as it was when a checkpoint was written."""
-        for role in (self.roles.policy, self.roles.critic):
-            own, saved = dict(role.parameters()), tensors[role.name]
-            if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
-                raise UserError(f"checkpoint {folder} is of another model: its {role.name} has other parameters")
-            with torch.no_grad():
-                for name, parameter in own.items():
-                    parameter.copy_(sharding.cut_like(saved[name], parameter))
-        for learner, optimizer, scheduler in zip(
-            (self.policy, self.critic), tensors["optimizers"], tensors["schedulers"], strict=True
-        ):
-            sharding.load_optimizer(learner.optimizer, optimizer)
-            learner.scheduler.load_state_dict(scheduler)
-        self.sampler.load_state_dict(tensors["sampler"])
-        vars(self.moments).update(tensors["moments"])
-        self.guard.load_state_dict(tensors["guard"])
-        self.controller.load_state_dict(tensors["controller"])
-        self.generator.set_state(tensors["generator"])
-        rank, ranks = distributed.rank(), len(tensors["rng"])
-        if ranks == distributed.size():
-            torch.set_rng_state(tensors["rng"][rank])
-            if torch.cuda.is_available() and tensors["cuda_rng"]:
-                torch.cuda.set_rng_state(tensors["cuda_rng"][rank])
-        else:
-            torch.manual_seed(self.args.seed + state["step"])
-            distributed.seed_apart(self.args.seed + state["step"])
-            self.console.warn(
-                f"{folder} was written by {ranks} processes and is resumed by {distributed.size()}: samples come from "
-                f"other random numbers than they would have, and a batch is now {self.sampler.batch_size} prompts"
-            )
-        self.step, self.episodes, self.tokens = state["step"], state["episode"], state["num_tokens"]
-        self.history = state["log_history"]
-        self.console.note(f"resumed from {folder} after iteration {self.step}")
