@@ -23,9 +23,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from srppo import distributed, sharding
+from srppo import distributed
 from srppo.config import SRPPOConfig
 from srppo.errors import UserError
+from srppo.learner import Learner as Learner
 from srppo.packing import split_micro_batches, split_rows
 from srppo.roles import Role, Roles
 from srppo.rollout import Rollout
@@ -254,54 +255,6 @@ def at_last_token(values: Tensor, mask: Tensor) -> Tensor:
 
 
 # -- the update -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Learner:
-    """A role that learns, with its optimizer, schedule and parameters."""
-
-    role: Role
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    parameters: tuple[torch.nn.Parameter, ...]
-
-    @classmethod
-    def create(cls, role: Role, args: SRPPOConfig, learning_rate: float, total_steps: int) -> Learner:
-        named = role.parameters()
-        for _, parameter in named:
-            parameter.requires_grad_(True)
-        parameters = tuple(parameter for _, parameter in named)
-        betas = (args.adam_betas[0], args.adam_betas[1])
-        optimizer = torch.optim.AdamW(sharding.groups(parameters), lr=learning_rate, betas=betas, weight_decay=0.0)
-        return cls(role, optimizer, lr_schedule(args, optimizer, total_steps), parameters)
-
-    def step(self, max_grad_norm: float | None) -> float:
-        """Clips and steps; a gradient that is not finite is dropped. Returns the norm before clipping.
-
-        The gradient is the sum over ranks, so that all of them clip, drop and step alike.
-        """
-        distributed.sum_gradients(self.parameters)
-        norm = sharding.clip_gradients(self.parameters, max_grad_norm or math.inf)
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-
-def lr_schedule(
-    args: SRPPOConfig, optimizer: torch.optim.Optimizer, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Warm-up to the peak rate, then decay. With w steps of warm-up, step i of them runs at ``(i + 1) / (w + 1)`` of
-    the peak: none is spent at a rate of 0, which would learn nothing."""
-    warmup = math.ceil(args.warmup_ratio * total_steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        left = max(total_steps - step, 0) / max(total_steps - warmup, 1)
-        return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[args.lr_scheduler_type]
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,12 @@ from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, filler_token, stop_tokens
 from srppo.errors import UserError
+from srppo.learner import lr_schedule
 from srppo.metrics import MetricsWriter
 from srppo.models import check_positions, load_model, load_tokenizer, require_full_precision
 from srppo.packing import keeps_sequences_apart
 from srppo.plots import plot_history
-from srppo.ppo import lr_schedule, split_micro_batches
+from srppo.ppo import split_micro_batches
 from srppo.roles import Role, check_head, new_adapter
 from srppo.rollout import Rollout, collate_demonstrations
 from srppo_kernels import linear_loss

@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides the model: all that the next iteration depends on, so that resuming alters nothing."""
+"""What a checkpoint holds besides the model: all that the next iteration depends on, so resuming alters nothing."""
 
 from __future__ import annotations
 

@@ -410,24 +410,3 @@ def test_loss_is_divided_by_the_mini_batchs_tokens_and_not_by_its_sequences(tmp_
     assert result.policy_loss == pytest.approx(-tokens.mean().item(), abs=1e-5)  # ratio 1: the loss is -A
     returns = targets.returns[given.completion_mask]
     assert result.value_loss == pytest.approx(0.5 * returns.square().mean().item(), rel=1e-5)  # V = 0
-
-
-@pytest.mark.parametrize(
-    ("kind", "warmup", "rates"),
-    [
-        ("constant", 0.0, [1, 1, 1, 1]),
-        ("constant", 0.5, [1 / 3, 2 / 3, 1, 1]),
-        ("linear", 0.0, [1, 0.75, 0.5, 0.25]),
-        ("linear", 0.5, [1 / 3, 2 / 3, 1, 0.5]),
-        ("cosine", 0.0, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
-    ],
-)
-def test_learning_rate_rises_in_the_warm_up_and_decays_as_named(tmp_path, kind, warmup, rates):
-    args = config(tmp_path, lr_scheduler_type=kind, warmup_ratio=warmup, learning_rate=2.0)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-    schedule, got = ppo.lr_schedule(args, optimizer, 4), []
-    for _ in range(4):
-        got.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert got == pytest.approx([2 * rate for rate in rates])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from srppo.config import SRPPOConfig
-from srppo.ppo import lr_schedule
+from srppo.learner import lr_schedule
 
 
 @pytest.mark.parametrize(
@@ -17,6 +19,7 @@ from srppo.ppo import lr_schedule
         ("linear", 0.0, [1, 0.75, 0.5, 0.25]),
         ("linear", 0.5, [1 / 3, 2 / 3, 1, 0.5]),
         ("cosine", 0.5, [1 / 3, 2 / 3, 1, 0.5]),
+        ("cosine", 0.0, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
     ],
 )
 def test_rates(kind: str, warmup: float, rates: list[float]) -> None:
