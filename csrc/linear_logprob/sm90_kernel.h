@@ -12,14 +12,16 @@
 //     consumer 1    |                 | multiply tile 0 | absorb it       | multiply tile 1 | ...
 //
 // Consumer 0 goes through one vocabulary group, consumer 1 through the next, in tiles of 128 x 128 logits that a consumer
-// holds in registers, 128 a thread, and never puts in memory. A step is 8 WGMMAs m64n128k16. Tiles of the two alternate, and
-// so do the slots that the producer fills for them: the ring's order *is* the ping-pong, and needs no barrier of its own.
-// Where absorbing a tile takes less time than its K loop (README.md: D of about 512), the tensor cores see one unbroken row
-// of WGMMAs.
+// holds in registers, 128 a thread, and never puts in memory. A step is 8 WGMMAs m64n128k16. Where absorbing a tile takes less
+// time than its K loop (README.md: from D of about 256 on), the tensor cores see one unbroken row of WGMMAs.
 //
 // A slot has two mbarriers. `full` completes when the producer has arrived and 32 KiB have: the owner's WGMMAs may read.
 // `empty` completes when every warp that read the slot has arrived. A warp arrives once the *next* step's WGMMAs are queued
 // and those of this one are done, so that the tensor cores never run dry for a release.
+//
+// A consumer that has queued its tile's last WGMMA hands over to the other, at the mbarrier `turn`. Without that, one that
+// comes early would wait for a slot's use after next and take the use before it for that: a parity tells no lap from the one
+// before the last.
 //
 // Clusters of two blocks work on the same rows and on neighbouring vocabulary groups. Each loads half of the X tile and
 // multicasts it into both: 24 KiB from L2 a step instead of 32. A step takes at least 512 cycles, so an SM asks L2 for 48
@@ -51,6 +53,7 @@ struct Shared {
   __device__ std::uint32_t w(int stage) const { return x(stage) + kOperandBytes; }
   __device__ std::uint32_t full(int stage) const { return barriers + stage * 8; }
   __device__ std::uint32_t empty(int stage) const { return barriers + (kStages + stage) * 8; }
+  __device__ std::uint32_t turn(int consumer) const { return barriers + (2 * kStages + consumer) * 8; }
 };
 
 // Producer ----------------------------------------------------------------------------------------------------------
@@ -92,9 +95,10 @@ __device__ __forceinline__ void release(const Shared& shared, int stage) {
   }
 }
 
-// acc = X tile times W tile^T over `steps` stages from `ring` on.
+// acc = X tile times W tile^T over `steps` stages from `ring` on; with the last step queued, the turn is the `other`'s.
 template <int kCluster>
-__device__ __forceinline__ void multiply(float (&acc)[2][64], const Shared& shared, Ring& ring, int steps) {
+__device__ __forceinline__ void multiply(float (&acc)[2][64], const Shared& shared, Ring& ring, int steps, bool hand_over,
+                                         int other) {
   int before = -1;
   for (int step = 0; step < steps; ++step) {
     hopper::wait(shared.full(ring.stage), ring.phase);
@@ -113,6 +117,7 @@ __device__ __forceinline__ void multiply(float (&acc)[2][64], const Shared& shar
     before = ring.stage;
     ring.next();
   }
+  if (hand_over && threadIdx.x % 32 == 0) hopper::arrive(shared.turn(other));
   hopper::wgmma_wait<0>();
   hopper::pin(acc[0]);
   hopper::pin(acc[1]);
@@ -125,6 +130,8 @@ template <bool kPlain, bool kKeep, int kCluster>
 __device__ void consume(const ScanParams& p, const Schedule& schedule, const Shared& shared, int rank, int live, int consumer) {
   const int thread = threadIdx.x % 128, steps = (p.width + kDepth - 1) / kDepth;
   Ring ring;
+  bool my_turn = consumer == 0;
+  std::uint32_t turn_phase = 0;
   for (int i = blockIdx.x / kCluster; i < schedule.units(); i += gridDim.x / kCluster) {
     const Unit unit = schedule.unit(i);
     const int group = schedule.group_of(unit, consumer, rank);
@@ -141,10 +148,16 @@ __device__ void consume(const ScanParams& p, const Schedule& schedule, const Sha
     }
     for (int tile = 0; tile < schedule.tiles(unit, consumer); ++tile) {
       float acc[2][64];
-      const int place = Schedule::place({consumer, tile}, tiles_of_1);
+      const Turn turn{consumer, tile};
+      const int place = Schedule::place(turn, tiles_of_1);
       ring.skip((place - at) * steps);
       at = place + 1;
-      multiply<kCluster>(acc, shared, ring, steps);
+      if (!my_turn) {  // whoever has handed over waits to get the turn back
+        hopper::wait(shared.turn(consumer), turn_phase);
+        turn_phase ^= 1;
+      }
+      my_turn = !Schedule::hands_over(turn, tiles_of_1);
+      multiply<kCluster>(acc, shared, ring, steps, !my_turn, 1 - consumer);
       absorb_tile<kPlain, kKeep>(acc, rows, thread, group * p.group + tile * kColumns, p);
     }
     ring.skip((turns - at) * steps);
@@ -181,6 +194,7 @@ __device__ __forceinline__ void scan_block(const CUtensorMap& x, const CUtensorM
       hopper::barrier_init(shared.full(stage), 1);
       hopper::barrier_init(shared.empty(stage), 4 * kCluster);  // the warps of one consumer in each block
     }
+    for (int consumer = 0; consumer < kConsumers; ++consumer) hopper::barrier_init(shared.turn(consumer), 4);
     hopper::barrier_init_fence();
   }
   __syncwarp();

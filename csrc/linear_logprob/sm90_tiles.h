@@ -16,12 +16,13 @@ constexpr int kConsumers = 2;    // warp groups in ping-pong
 constexpr int kPart = 32;        // columns of a tile that are absorbed at a time and share a kept maximum
 constexpr int kBand = 16;        // row blocks that go through the vocabulary together
 
-// Shared memory: 7 stages of an X and a W tile, two barriers a stage, and what aligning the stages to 1024 bytes may cost.
+// Shared memory: 7 stages of an X and a W tile, two barriers a stage and one a consumer, and what aligning the stages to 1024
+// bytes may cost.
 constexpr int kOperandBytes = 128 * kDepth * 2;
 constexpr int kStageBytes = 2 * kOperandBytes;
 constexpr int kStages = 7;
 constexpr int kAlignment = 1024;  // a period of the swizzle: 8 rows of 128 bytes
-constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStages * 8 + kAlignment;
+constexpr int kSharedBytes = kStages * kStageBytes + (2 * kStages + kConsumers) * 8 + kAlignment;
 static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB");
 static_assert(kRows == kColumns, "X and W tiles have one size");
 
@@ -93,7 +94,9 @@ struct Schedule {
   static constexpr Turn turn(int i, int tiles_of_1) {
     return i < 2 * tiles_of_1 ? Turn{i & 1, i >> 1} : Turn{0, i - tiles_of_1};
   }
-  // The inverse: a tile's place in that order.
+  // Whether the turn after this one is the other consumer's. After the unit's last comes consumer 0's first of the next.
+  static constexpr bool hands_over(Turn t, int tiles_of_1) { return t.consumer == 1 || t.tile < tiles_of_1; }
+  // The inverse of `turn`: a tile's place in that order.
   static constexpr int place(Turn t, int tiles_of_1) {
     return t.consumer == 1 ? 2 * t.tile + 1 : t.tile + (t.tile < tiles_of_1 ? t.tile : tiles_of_1);
   }

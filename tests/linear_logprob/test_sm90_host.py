@@ -262,7 +262,8 @@ def test_the_kernel(host, options, cluster):
         ({"n": 1, "live": 1, "width": 8, "vocab": 2}, 2, 2),
         ({"n": 130, "live": 129, "width": 72, "vocab": 1026}, 2, 4),  # the last group is two entries
         ({"n": 300, "live": 300, "width": 64, "vocab": 384, "group": 128}, 2, 4),  # consumer 1 has fewer groups
-        ({"n": 128, "live": 100, "width": 1000, "vocab": 300}, 2, 2),  # a tile is two laps of the ring
+        ({"n": 128, "live": 100, "width": 904, "vocab": 1300}, 2, 2),  # a tile is more than two laps of the ring
+        ({"n": 128, "live": 100, "width": 448, "vocab": 1300}, 1, 1),  # or just one
         ({"n": 400, "live": 390, "width": 40, "vocab": 770}, 1, 3),
         ({"n": 64, "live": 0}, 2, 2),
     ],
@@ -384,6 +385,7 @@ MUTANTS = {
     "a producer that never waits": ("ring.phase ^ 1", "ring.phase"),
     "half of the releases": ("4 * kCluster);", "4);"),
     "the other consumer's slots": ("ring.skip((place - at) * steps);", ""),
+    "no turns": ("if (!my_turn) {", "if (false) {"),
     "a wrong half of X": ("rank * kShare * kDepth * 2;", "(1 - rank) * kShare * kDepth * 2;"),
 }
 
@@ -397,7 +399,7 @@ def test_the_emulator_sees(mutant, tmp_path):
     source = source.replace(before, after).replace('#include "sm90_', '#include "csrc/linear_logprob/sm90_')
     (tmp_path / "kernel.h").write_text(source)
     broken = compile_host("#define PLAIN_ONLY\n" + SOURCE.replace("KERNEL", str(tmp_path / "kernel.h")), tmp_path)
-    scan = Scan(n=128, live=128, width=1000, vocab=514)
+    scan = Scan(n=128, live=128, width=520, vocab=1700)
     if scan.run(broken) == 0:
         with pytest.raises(AssertionError):
             scan.check()
