@@ -127,7 +127,15 @@ def require_fresh_output(path: Path, *, again: bool = False) -> None:
     """
     allowed = {"sft"}
     if again:
-        allowed |= {"srppo_config.yaml", "metrics.jsonl", "tensorboard", "wandb", "completions", "best"}
+        allowed |= {
+            "srppo_config.yaml",
+            "metrics.jsonl",
+            "tensorboard",
+            "wandb",
+            "completions",
+            "best",
+            "rollout-adapters",
+        }
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if not names or names - allowed:
         require_new_folder(path)

@@ -15,6 +15,7 @@ import json
 import math
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from srppo.roles import Role
 from srppo.rollout import Rollout, collate, generate
 
 VLLM_URL = "http://127.0.0.1:8000"
+ADAPTER = "srppo-policy-"  # what the names of adapters on a server begin with
 
 
 class Engine(Protocol):
@@ -101,6 +103,7 @@ class VLLMEngine:
     ) -> None:
         self.sampling, self.folder, self.url = sampling, folder, url.rstrip("/")
         self.seconds, self.requests = seconds, requests
+        self.prefix = f"{ADAPTER}{uuid.uuid4().hex[:8]}-"  # a run that goes on after a crash has other names
         self.loaded: str | None = None  # the adapter that the server has
 
     def start(self, policy: Role) -> str:
@@ -112,11 +115,12 @@ class VLLMEngine:
         models = self.call("/v1/models", None).get("data", [])
         if not models:
             raise UserError(f"the vLLM server at {self.url} serves no model")
+        left = [str(model["id"]) for model in models if str(model.get("id")).startswith(ADAPTER)]
+        distributed.on_main(lambda: self.unload(left))  # of a run that was killed
         return f"rollouts: vLLM at {self.url}, serving {models[0].get('id')}, with the policy's adapter"
 
     def sample(self, policy: Role, prompts: Sequence[Sequence[int]], *, step: int) -> Rollout:
-        distributed.on_main(lambda: self.synchronise(policy, f"policy-{step}"))
-        self.loaded = f"policy-{step}"
+        self.loaded = distributed.on_main(lambda: self.synchronise(policy, f"{self.prefix}{step}"))
         seeds: list[int] = torch.randint(2**31 - 1, (len(prompts),)).tolist()
         with ThreadPoolExecutor(min(self.requests, max(len(prompts), 1))) as pool:
             sampled = list(pool.map(self.complete, prompts, seeds))
@@ -128,17 +132,22 @@ class VLLMEngine:
         logprobs = torch.tensor([value for _, values in sampled for value in values], device=policy.device)
         return rollout.with_sampler_logprobs(rollout.in_place(logprobs))
 
-    def synchronise(self, policy: Role, name: str) -> None:
-        """Gives the server the policy's adapter as it is now, under a name that it has not seen."""
+    def synchronise(self, policy: Role, name: str) -> str:
+        """Gives the server the policy's adapter as it is now, under a name that it has not seen; returns the name."""
         if self.loaded == name:
-            return
+            return name
         folder = self.folder / name
         with checkpoint.atomic_folder(folder, replace=True) as writing:
             checkpoint.save_weights(policy, writing)
         self.call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
         if self.loaded is not None:
-            self.call("/v1/unload_lora_adapter", {"lora_name": self.loaded})
+            self.unload([self.loaded])
             checkpoint.remove_folder(self.folder / self.loaded)
+        return name
+
+    def unload(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.call("/v1/unload_lora_adapter", {"lora_name": name})
 
     def complete(self, prompt: Sequence[int], seed: int) -> tuple[list[int], list[float]]:
         """Token ids and log-probs of one completion, its stop token included."""

@@ -38,7 +38,7 @@ class FakeVLLM:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {"data": [{"id": fake.base}]})
+                self.answer(200, {"data": [{"id": name} for name in (fake.base, *fake.models)]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

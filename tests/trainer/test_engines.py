@@ -61,8 +61,8 @@ def test_a_run_samples_from_a_server_that_is_given_every_new_policy(tiny_models,
     assert moved > 1e-3, "otherwise a server that was never brought up to date would have passed"
     kinds = [path for path, _ in server.requests]
     assert kinds.count("/v1/load_lora_adapter") == 3 and kinds.count("/v1/completions") == 12
-    assert list(server.models) == ["policy-2"], "older adapters are unloaded"
-    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["policy-2"]
+    assert list(server.models) == [f"{run.engine.prefix}2"], "older adapters are unloaded"
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == list(server.models)
     asked = [body for path, body in server.requests if path == "/v1/completions"]
     assert len({body["seed"] for body in asked}) == 12
     assert all(body["temperature"] == 1.0 and set(body["stop_token_ids"]) == set(STOPS) for body in asked)
@@ -71,12 +71,20 @@ def test_a_run_samples_from_a_server_that_is_given_every_new_policy(tiny_models,
 def test_a_server_with_an_old_policy_shows_in_the_metrics(tiny_models, tmp_path, server):
     run = run_with(tiny_models, tmp_path, server.url, max_steps=2, learning_rate=1e-2)
     synchronise = run.engine.synchronise
-    run.engine.synchronise = lambda policy, name: synchronise(policy, name) if name == "policy-0" else None
-    complete = server.act
-    server.act = lambda path, body: complete(path, {**body, "model": "policy-0"})
+    first_name = f"{run.engine.prefix}0"
+    run.engine.synchronise = lambda policy, name: synchronise(policy, first_name)
     run.train()
     first, second = (entry["sampling/logp_difference/max"] for entry in run.history)
     assert first < 1e-4 < 1e-2 < second
+
+
+def test_what_a_killed_run_left_on_the_server_is_taken_off_and_in_nobodys_way(tiny_models, tmp_path, server):
+    first = run_with(tiny_models, tmp_path / "a", server.url)
+    first.engine.sample(first.roles.policy, PROMPTS, step=0)
+    (left,) = server.models
+    second = run_with(tiny_models, tmp_path / "b", server.url, max_steps=1)
+    second.train()
+    assert left not in server.models and list(server.models) == [f"{second.engine.prefix}0"]
 
 
 def test_the_same_seed_asks_for_the_same_samples(tiny_models, tmp_path, server):
