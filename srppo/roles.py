@@ -227,8 +227,14 @@ def frozen_roles(
     for role in roles:
         disable_dropout(role.model)
         check_head(role)
-    packs = all(keeps_sequences_apart(role) for role in roles)  # both or none: what is compared is computed alike
-    return dataclasses.replace(roles[0], packs=packs), dataclasses.replace(roles[1], packs=packs)
+    return packed_alike(*roles)
+
+
+def packed_alike(base: Role, sft: Role) -> tuple[Role, Role]:
+    """Two roles that are compared, so both pack or none; they do where both models keep packed sequences apart."""
+    with undisturbed(base.model), undisturbed(sft.model):
+        packs = keeps_sequences_apart(base) and keeps_sequences_apart(sft)
+    return dataclasses.replace(base, packs=packs), dataclasses.replace(sft, packs=packs)
 
 
 def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tuple[Role, Role, Role]:

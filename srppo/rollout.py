@@ -64,8 +64,9 @@ class Rollout:
         return values[:, : self.completion_mask.shape[1]][self.completion_mask]
 
     def in_place(self, values: Tensor) -> Tensor:
-        """Values ``[N]`` of :attr:`tokens` at their places, ``[B, T]``, and 0 elsewhere."""
-        return values.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, values)
+        """Values ``[N, ...]`` of :attr:`tokens` at their places, ``[B, T, ...]``, and 0 elsewhere; differentiable."""
+        empty = values.new_zeros((*self.completion_mask.shape, *values.shape[1:]))
+        return empty.index_put((self.completion_mask,), values)
 
     @property
     def sequence_lengths(self) -> list[int]:

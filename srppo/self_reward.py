@@ -25,7 +25,7 @@ from srppo.data import filler_token, stop_tokens, tokenize_row
 from srppo.errors import UserError
 from srppo.models import check_positions, check_same_tokenizer, check_same_vocabulary, load_tokenizer, tokenizer_for
 from srppo.ppo import RunningMoments
-from srppo.roles import Role, check_head, frozen_roles, undisturbed
+from srppo.roles import Role, check_head, frozen_roles, packed_alike, undisturbed
 from srppo.rollout import Rollout, collate, until_stop
 from srppo_kernels import linear_log_ratio, log_ratio_reward
 
@@ -131,7 +131,7 @@ class SelfReward:
         if adapter not in getattr(model, "peft_config", {}):
             known = ", ".join(map(repr, getattr(model, "peft_config", {}))) or "none: it is no peft model"
             raise UserError(f"the model has no adapter {adapter!r}; it has {known}")
-        return cls(Role("base", model), Role("sft", model, adapter), tokenizer, **options)
+        return cls(*packed_alike(Role("base", model), Role("sft", model, adapter)), tokenizer, **options)
 
     # -- by token ids -------------------------------------------------------------------------------------------------
 
@@ -195,11 +195,12 @@ class SelfReward:
             hidden_sft, head_sft = self.sft.hidden(part), self.sft.head
         with self.base.active():
             hidden_base, head_base = self.base.hidden(part), self.base.head
-        return linear_log_ratio(
-            hidden_sft, head_sft.weight, hidden_base, head_base.weight, part.completions,
-            bias_sft=head_sft.bias, bias_base=head_base.bias, mask=part.completion_mask,
-            temperature=self.args.score_temperature, logit_scale=head_sft.logit_scale, softcap=head_sft.softcap,
+        ratio = linear_log_ratio(
+            hidden_sft, head_sft.weight, hidden_base, head_base.weight, part.tokens,
+            bias_sft=head_sft.bias, bias_base=head_base.bias, temperature=self.args.score_temperature,
+            logit_scale=head_sft.logit_scale, softcap=head_sft.softcap,
         )  # fmt: skip
+        return part.in_place(ratio)
 
     def _collate(self, prompt_ids: Ids, completion_ids: Ids) -> Rollout:
         prompts = _checked(prompt_ids, "prompt_ids", self.vocabulary_size)

@@ -163,7 +163,7 @@ def test_a_step_of_sapo():
     fn = partial(losses.dpo, normalizer=2)
     values = []
     for _ in range(2):
-        hidden = role.hidden(batch)
+        hidden = batch.in_place(role.hidden(batch))
         loss, aux = losses.linear(
             fn, hidden, role.head.weight, batch.completions, batch.completion_mask, ref.float(), **role.head.options
         )
