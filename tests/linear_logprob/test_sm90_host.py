@@ -214,7 +214,7 @@ class Scan:
         if self.keep:
             around = self.kept_max[: self.live].double().repeat_interleave(32, 1)[:, : self.vocab]
             exact = (z - around).exp()
-            assert ((self.kept[: self.live].double() - exact).abs() / exact).max() < 2**-8
+            assert ((self.kept[: self.live].double() - exact).abs() <= exact * 2**-8 + 1e-37).all()
             assert (around <= m[:, None]).all() and (self.kept[: self.live].double() < 1.01).all()
         assert not self.keep or self.kept[self.live :].isnan().all()
 
@@ -262,7 +262,7 @@ def test_the_kernel(host, options, cluster):
         ({"n": 1, "live": 1, "width": 8, "vocab": 2}, 2, 2),
         ({"n": 130, "live": 129, "width": 72, "vocab": 1026}, 2, 4),  # the last group is two entries
         ({"n": 300, "live": 300, "width": 64, "vocab": 384, "group": 128}, 2, 4),  # consumer 1 has fewer groups
-        ({"n": 128, "live": 100, "width": 904, "vocab": 1300}, 2, 2),  # a tile is more than two laps of the ring
+        ({"n": 128, "live": 100, "width": 904, "vocab": 1030}, 2, 2),  # a tile is more than two laps of the ring
         ({"n": 128, "live": 100, "width": 448, "vocab": 1300}, 1, 1),  # or just one
         ({"n": 400, "live": 390, "width": 40, "vocab": 770}, 1, 3),
         ({"n": 64, "live": 0}, 2, 2),
@@ -399,7 +399,7 @@ def test_the_emulator_sees(mutant, tmp_path):
     source = source.replace(before, after).replace('#include "sm90_', '#include "csrc/linear_logprob/sm90_')
     (tmp_path / "kernel.h").write_text(source)
     broken = compile_host("#define PLAIN_ONLY\n" + SOURCE.replace("KERNEL", str(tmp_path / "kernel.h")), tmp_path)
-    scan = Scan(n=128, live=128, width=520, vocab=1700)
+    scan = Scan(n=128, live=128, width=520, vocab=1030)
     if scan.run(broken) == 0:
         with pytest.raises(AssertionError):
             scan.check()
