@@ -31,6 +31,20 @@ from srppo.self_reward import SelfReward
 __all__ = ["use_exact_prompts", "use_fused_cross_entropy", "use_fused_logprobs"]
 
 LOGPROBS = "_get_per_token_logps_and_entropies"
+PLANS = ("recompute", "auto")
+
+
+def refuse_other_forwards(trainer: Any) -> None:
+    """What needs a forward of its own, or runs one that is not the model's."""
+    if getattr(trainer, "aux_loss_enabled", False):
+        raise UserError("a load-balancing loss of the experts needs the model's own forward: router_aux_loss_coef=0")
+    if getattr(trainer.args, "use_liger_kernel", False):
+        raise UserError("use_liger_kernel=True replaces the loss or the model's forward itself: choose one of the two")
+    if trainer.args.n_gpu > 1:
+        raise UserError(
+            "nn.DataParallel, which one process with several GPUs gets, would run the forward of one copy in all: "
+            "start with torchrun or accelerate launch, or show one GPU"
+        )
 
 
 # -- GRPO and RLOO ----------------------------------------------------------------------------------------------------
@@ -54,10 +68,9 @@ def use_fused_logprobs(trainer: Any, *, plan: str = "recompute") -> None:
     original = getattr(trainer, LOGPROBS, None)
     if original is None:
         raise UserError(f"{type(trainer).__name__} computes no per-token log-probs: pass a GRPOTrainer or RLOOTrainer")
-    if getattr(trainer, "aux_loss_enabled", False):
-        raise UserError("a load-balancing loss of the experts needs the model's own forward: router_aux_loss_coef=0")
-    if getattr(trainer.args, "use_liger_kernel", False):
-        raise UserError("use_liger_kernel=True replaces the loss or the model's forward itself: choose one of the two")
+    if plan not in PLANS:
+        raise UserError(f"plan={plan!r} does not serve log-probs with an entropy: pass one of {', '.join(PLANS)}")
+    refuse_other_forwards(trainer)
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
         if model is not None:
             fused = hf.fuse(hf.causal_lm(trainer.accelerator.unwrap_model(model)))
@@ -150,12 +163,10 @@ def use_fused_cross_entropy(trainer: Any, *, workspace_bytes: int | None = None)
         ("compute_loss_func", trainer.compute_loss_func),
         ("label_smoothing_factor", trainer.label_smoother),
         ("compute_metrics", trainer.compute_metrics),
-        ("use_liger_kernel", trainer.args.use_liger_kernel),
     ):
         if given:
             raise UserError(f"{name} needs logits or replaces the loss itself: leave it out, or do not fuse the loss")
-    if getattr(trainer, "aux_loss_enabled", False):
-        raise UserError("a load-balancing loss of the experts needs the model's own forward: router_aux_loss_coef=0")
+    refuse_other_forwards(trainer)
     hf.use_fused_cross_entropy(trainer.model, workspace_bytes=workspace_bytes)
 
     def compute_loss(self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
