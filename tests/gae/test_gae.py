@@ -1,6 +1,6 @@
 """GAE against its definition, on every backend and instruction level.
 
-NeMo 4156: masked gaps, padding, a row that is all masked, T = 1, gamma = lambda = 1, T = 131072, packed equal to padded.
+NeMo 4156: masked gaps, padding, a row that is all masked, T = 1, gamma = lambda = 1, T = 131072, packed as padded.
 """
 
 from functools import cache
