@@ -28,7 +28,10 @@ class Learner:
             parameter.requires_grad_(True)
         parameters = tuple(parameter for _, parameter in named)
         betas = (args.adam_betas[0], args.adam_betas[1])
-        optimizer = torch.optim.AdamW(sharding.groups(parameters), lr=learning_rate, betas=betas, weight_decay=0.0)
+        # the value head apart: with fsdp the trunk is cut and the head is not, and one fused call takes either
+        split = [[p for name, p in named if name.startswith("value_head.") == of_head] for of_head in (False, True)]
+        groups = [{"params": members} for members in split if members]
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=0.0)
         return cls(role, optimizer, lr_schedule(args, optimizer, total_steps), parameters)
 
     def step(self, max_grad_norm: float | None) -> float:

@@ -181,11 +181,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     for gradient in gradients:
         local(gradient).mul_(factor)
     return norm
-
-
-def groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameters for an optimizer: what is cut and what is whole in groups apart, as one fused call takes either."""
-    split: dict[bool, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        split.setdefault(is_cut(parameter), []).append(parameter)
-    return [{"params": members} for members in split.values()]

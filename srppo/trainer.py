@@ -111,6 +111,9 @@ class SRPPOTrainer:
         distributed.seed_apart(args.seed)
         if fsdp:
             sharding.shard_roles(self.roles)
+            self.console.note(
+                f"  memory: of weights, gradients and optimizer each process keeps 1/{distributed.size()}"
+            )
         longest = max(len(example.prompt_ids) for example in [*self.train_dataset, *self.eval_dataset])
         check_positions(self.roles.policy.causal_lm, longest + args.max_completion_length)
         self.policy = ppo.Learner.create(self.roles.policy, args, args.learning_rate, args.max_steps)

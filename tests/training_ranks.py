@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -45,6 +46,10 @@ def length_reward(prompts: list[list[int]], completions: list[list[int]]) -> lis
     return [len(p) + 0.1 * len(c) for p, c in zip(prompts, completions, strict=True)]
 
 
+def groups_of(learner: ppo.Learner) -> list[dict[str, Any]]:
+    return [{"params": group["params"]} for group in learner.optimizer.param_groups]
+
+
 def steps(models: TinyModels, folder: Path, name: str) -> dict[str, Any]:
     """Scores, advantages and updates of one rollout by however many processes there are; all that came of it.
 
@@ -59,9 +64,7 @@ def steps(models: TinyModels, folder: Path, name: str) -> dict[str, Any]:
         sharding.shard_roles(roles)
     given = rollout()
     policy, critic = (
-        ppo.Learner(
-            x.role, torch.optim.SGD(sharding.groups(x.parameters), lr=args.learning_rate), x.scheduler, x.parameters
-        )
+        dataclasses.replace(x, optimizer=torch.optim.SGD(groups_of(x), lr=args.learning_rate))
         for x in learners(roles, args)
     )
     start = [sharding.gathered(p.detach()).clone() for learner in (policy, critic) for p in learner.parameters]

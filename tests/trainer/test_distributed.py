@@ -17,10 +17,11 @@ import torch
 import training_ranks as ranks
 from on_ranks import on_ranks
 from safetensors.torch import load_file
-from tiny_runs import ROWS, STOPS, trainer, write_jsonl
+from tiny_runs import ROWS, STOPS, examples, trainer, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from srppo import UserError, checkpoint, distributed
+from srppo.console import Console
 
 TESTS = Path(__file__).parents[1]
 
@@ -116,6 +117,29 @@ def test_a_run_with_weights_cut_over_the_ranks_is_that_with_whole_ones(of_two):
     other, _ = checkpoint.load_checkpoint(of_two / "sft" / "straight" / "run" / "checkpoint-2")
     for role in ("policy", "critic"):
         assert {n: p.shape for n, p in tensors[role].items()} == {n: p.shape for n, p in other[role].items()}
+
+
+@pytest.mark.parametrize("kind", ["sft", "fsdp"])
+def test_a_checkpoint_of_two_processes_goes_on_in_one(tiny_models, tmp_path, of_two, kind):
+    """Weights, optimizers and data position are whole; that the random numbers of two are not those of one is said."""
+    source = of_two / kind / "straight" / "run" / "checkpoint-1"
+    rows = [*examples(ROWS), *examples(ROWS)]
+    looked_at, run = (
+        trainer(tiny_models, tmp_path / name, rows=rows, resume_from_checkpoint=str(source), **ranks.RUN)
+        for name in ("looked at", "run")
+    )
+    told: list[str] = []
+    looked_at.console = Console(quiet=True)
+    looked_at.console.warn = told.append
+    looked_at.resume()
+    assert "was written by 2 processes and is resumed by 1" in told[0] and "a batch is now 4 prompts" in told[0]
+    tensors, _ = checkpoint.load_checkpoint(source)
+    for role in (looked_at.roles.policy, looked_at.roles.critic):
+        assert all(torch.equal(p, tensors[role.name][name]) for name, p in role.parameters())
+    moments = [state["exp_avg_sq"].abs().sum() for state in looked_at.critic.optimizer.state.values()]
+    assert len(moments) == len(looked_at.critic.parameters) and sum(moments) > 0
+    run.train()
+    assert [entry["step"] for entry in run.history] == [1, 2]
 
 
 def free_port() -> str:
