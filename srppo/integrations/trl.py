@@ -62,8 +62,9 @@ def use_fused_logprobs(trainer: Any, *, plan: str = "recompute") -> None:
             model in 16 bit, where they are no larger than the head's float32 gradient.
 
     Raises:
-        UserError: another kind of trainer; what the head or the model does not support, see
-            :func:`srppo.integrations.hf.use_fused_cross_entropy`; a load-balancing loss of experts.
+        UserError: another kind of trainer or plan; what the head or the model does not support, see
+            :func:`srppo.integrations.hf.use_fused_cross_entropy`; a load-balancing loss of experts; Liger's kernels;
+            ``nn.DataParallel``.
     """
     original = getattr(trainer, LOGPROBS, None)
     if original is None:
