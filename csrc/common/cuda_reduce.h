@@ -4,7 +4,9 @@
 // taking blocks t, t + kThreads, ..., so a result does not depend on which block it was. Nothing waits for the host.
 #pragma once
 
+#if defined(__CUDACC__)
 #include <cuda_runtime.h>
+#endif
 
 namespace srppo {
 
