@@ -1,7 +1,7 @@
 // GEMM 1 of srppo_kernels/linear_logprob on sm_90a with the softmax's state in its epilogue: what triton_scan.py's scan
-// computes, by TMA and WGMMA. Compiled here, not run: no device was at hand. So no backend chooses it. What can be proved
-// without one is: tests/linear_logprob/test_sm90_host.py runs the index arithmetic (sm90_tiles.h) and the scalar maths
-// (softmax_state.h) on the host, and README.md in this folder has the budgets and ptxas's figures.
+// computes, by TMA and WGMMA. Compiled, and run on the host under an emulator (tests/linear_logprob/test_sm90_host.py); not run
+// on a device, as none was at hand, and so chosen by no backend. README.md in this folder has the budgets, ptxas's figures and
+// what is left for a device to show.
 //
 //     z = softcap(scale (x W^T + bias)) / temperature            m, s, t of a row and vocabulary group; z_y where it is met
 //
