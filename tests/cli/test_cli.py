@@ -422,7 +422,8 @@ def test_ctrl_c_in_ppo_keeps_what_was_complete_and_says_how_to_go_on(
         assert (out / "model.safetensors").exists()
     else:
         assert "no checkpoint was due yet (save_steps)" in said
-        assert f"--sft_model_name_or_path {out / 'sft'}" in said
+        assert "from its SFT model with --resume_from_checkpoint latest" in said
+        assert main(["train", *arguments, "--resume_from_checkpoint", "latest"]) == 0
 
 
 def test_ctrl_c_while_the_final_model_is_written_leaves_no_half_model(tiny_models, data, tmp_path, monkeypatch):
@@ -430,8 +431,8 @@ def test_ctrl_c_while_the_final_model_is_written_leaves_no_half_model(tiny_model
     arguments = train_flags(tiny_models, data, out, sft_model_name_or_path=tiny_models.sft)
     real = checkpoint.save_model
 
-    def interrupted(role, tokenizer, folder):
-        real(role, tokenizer, folder)
+    def interrupted(*arguments):
+        real(*arguments)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save_model", interrupted)
