@@ -1,6 +1,6 @@
 // The index arithmetic of sm90_kernel.h: which tile is computed when and by whom, which slot of the ring it comes through, where
 // its elements lie in shared memory and which thread holds which logit. Plain constexpr C++, so that
-// tests/linear_logprob/test_sm90_host.py runs on the host what the device runs.
+// tests/linear_logprob/test_sm90_tables.py runs on the host what the device runs.
 #pragma once
 
 #include <cstdint>

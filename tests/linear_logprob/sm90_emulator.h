@@ -7,7 +7,7 @@
 // on the way in and by WGMMA's descriptor on the way out. If nothing can run and no load is in flight, that is a deadlock.
 //
 // What it takes from the PTX ISA on trust: the mbarrier's phases, the descriptor's fields, the accumulator's layout. The last
-// two, test_sm90_host.py compares with Triton's.
+// two, test_sm90_tables.py compares with Triton's.
 #pragma once
 
 #include <ucontext.h>

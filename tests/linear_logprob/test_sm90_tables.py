@@ -1,0 +1,248 @@
+"""What the scan for sm_90a computes with: schedule, ring, layouts and the softmax's state, on their own, on the host.
+
+The device's headers, compiled as plain C++. The layouts are compared with those that Triton compiles from, which run on
+devices; test_sm90_host.py runs the kernel with them.
+"""
+
+import ctypes
+import json
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+from backends import compile_host, needs_triton, pointer
+from torch import Tensor
+
+LOWEST = -2e38
+
+TABLES = """
+#include <initializer_list>
+
+#include "csrc/linear_logprob/sm90_tiles.h"
+#include "csrc/linear_logprob/softmax_state.h"
+
+using namespace srppo::sm90;
+using namespace srppo::softmax;
+
+// For every block of the grid, its turns in order: row block, group, tile, consumer. Returns how many there are.
+extern "C" int turns(int live, int vocab, int group, int cluster, int grid, int* out) {
+  const Schedule s{(live + kRows - 1) / kRows, vocab, group, cluster};
+  int n = 0;
+  for (int block = 0; block < grid; ++block)
+    for (int i = block / cluster; i < s.units(); i += grid / cluster) {
+      const Unit unit = s.unit(i);
+      const int n1 = s.tiles(unit, 1), all = s.tiles(unit, 0) + n1;
+      for (int at = 0; at < all; ++at) {
+        const Turn turn = Schedule::turn(at, n1);
+        if (Schedule::place(turn, n1) != at || turn.tile >= s.tiles(unit, turn.consumer)) return -1;
+        const int number = s.group_of(unit, turn.consumer, block % cluster);
+        for (int value : {block, unit.block, number, turn.tile, turn.consumer}) out[n++] = value;
+      }
+    }
+  return n / 5;
+}
+
+extern "C" bool skips(int from, int by) {
+  Ring a, b;
+  for (int i = 0; i < from; ++i) a.next();
+  b.skip(from);
+  b.skip(by);
+  for (int i = 0; i < by; ++i) a.next();
+  return a.stage == b.stage && a.phase == b.phase && a.stage == (from + by) % kStages &&
+         static_cast<int>(a.phase) == (from + by) / kStages % 2;
+}
+
+extern "C" void shared_bytes(int* tma, int* wgmma) {
+  const std::uint32_t base = 5 * 1024;
+  for (int row = 0; row < 128; ++row)
+    for (int k = 0; k < kDepth; ++k) {
+      tma[row * kDepth + k] = tma_byte(row, k);
+      const auto operand = descriptor(base) + advance(row / kHalf * kHalf, k / kStep * kStep);
+      wgmma[row * kDepth + k] = static_cast<int>(wgmma_byte(operand, row % kHalf, k % kStep) - base);
+    }
+}
+
+extern "C" void fragment(int* row, int* column) {  // [thread][half][register]
+  for (int thread = 0; thread < 128; ++thread)
+    for (int slot = 0; slot < kThreadRows; ++slot)
+      for (int i = 0; i < kColumns / 4; ++i) {
+        const int at = (thread * 2 + slot / 2) * 64 + register_of(slot, i);
+        row[at] = first_row(thread) + row_offset(slot);
+        column[at] = column_of(thread, i);
+      }
+}
+
+extern "C" float capped_logit(float z, float softcap) { return capped(z, softcap, 1.0f / softcap); }
+
+// One row of logits through a quad of threads, in the kernel's order; entries that do not count are kLowest.
+extern "C" void absorb_row(const float* z, int vocab, int target, float* out) {
+  RowState state[4];
+  const float peak = target < 0 ? kLowest : z[target];
+  for (int v0 = 0; v0 < vocab; v0 += kColumns)
+    for (int part = 0; part < kColumns / kPart; ++part) {
+      float mine[4][kEntries], m = kLowest;
+      for (int lane = 0; lane < 4; ++lane) {
+        for (int i = 0; i < kEntries; ++i) {
+          const int v = v0 + column_of(lane, part * kEntries + i);
+          mine[lane][i] = v < vocab && v != target ? z[v] : kLowest;
+        }
+        m = fmaxf(m, largest(mine[lane]));
+      }
+      if (part == 0 && target >= v0 && target < v0 + kColumns) m = fmaxf(m, peak);
+      for (int lane = 0; lane < 4; ++lane) absorb(state[lane], m, mine[lane]);
+    }
+  RowState sum{state[0].m, (state[0].s + state[1].s) + (state[2].s + state[3].s),
+               (state[0].t + state[1].t) + (state[2].t + state[3].t)};
+  sum = finished(sum);
+  out[0] = sum.m;
+  out[1] = sum.s;
+  out[2] = sum.t;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    library = compile_host(TABLES, tmp_path_factory.mktemp("tables"))
+    library.capped_logit.restype = ctypes.c_float
+    return library
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_every_tile_once(tables, cluster):
+    """Over all shapes: each (row block, column tile) that holds a live row and an entry, once, in order, and by one
+    consumer a group; blocks of a cluster take the same turns."""
+    out = (ctypes.c_int * 2_000_000)()
+    shapes = product(
+        (0, 1, 128, 129, 2100, 5000), (1, 127, 128, 129, 1000, 4097, 20000), (128, 1024, 2048), (2, 12, 132)
+    )
+    for live, vocab, group, grid in shapes:
+        n = tables.turns(live, vocab, group, cluster, grid, out)
+        assert n >= 0
+        rows = torch.tensor(out[: 5 * n]).view(n, 5)
+        block, row_block, number, tile, consumer = rows.T
+        column = number * group + tile * 128
+        inside = (column < vocab) & (tile * 128 < group)
+        assert inside.all() or cluster == 2
+        seen = row_block[inside] * 10**6 + column[inside] // 128
+        blocks, columns = -(-live // 128), -(-vocab // 128)
+        want = torch.arange(blocks)[:, None] * 10**6 + torch.arange(columns)
+        assert torch.equal(seen.sort().values, want.flatten())
+        owner = (row_block * 10**6 + number) * 10**4 + block * 2 + consumer
+        assert len(owner.unique()) == len((row_block * 10**6 + number).unique())
+        if cluster == 2:
+            for first in range(0, grid, 2):
+                left, right = (rows[block == b][:, [1, 3, 4]] for b in (first, first + 1))
+                assert torch.equal(left, right)  # rows, tile, consumer: what is loaded for both
+
+
+def test_computed_in_vain(tables):
+    """Llama's and Qwen's vocabulary, 8192 rows, clusters of two: tiles beyond the vocabulary are under 1.5 %."""
+    out = (ctypes.c_int * 2_000_000)()
+    for vocab in (128256, 151936):
+        n = tables.turns(8192, vocab, 1024, 2, 132, out)
+        assert n <= 1.015 * 64 * -(-vocab // 128)
+
+
+def test_ring(tables):
+    tables.skips.restype = ctypes.c_bool
+    assert all(tables.skips(a, b) for a, b in product(range(30), range(300)))
+
+
+def test_shared_memory_is_read_where_it_was_written(tables):
+    """Every element of a tile: WGMMA's address through the descriptor is TMA's, and no two elements share one."""
+    tma, wgmma = torch.zeros(128, 64, dtype=torch.int32), torch.zeros(128, 64, dtype=torch.int32)
+    tables.shared_bytes(pointer(tma), pointer(wgmma))
+    assert torch.equal(tma, wgmma)
+    assert torch.equal(tma.flatten().sort().values, torch.arange(0, 16384, 2, dtype=torch.int32))
+
+
+TRITON_LAYOUTS = """
+import json
+from triton._C.libtriton import gluon_ir, ir
+from triton.experimental.gluon.language._layouts import NVMMADistributedLayout, NVMMASharedLayout
+context = ir.context()
+ir.load_dialects(context)
+builder = gluon_ir.GluonOpBuilder(context)
+def linear(layout, shape):
+    return builder.to_linear_layout(layout._to_ir(builder), shape)
+d = linear(NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]), [128, 128])
+s = linear(NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2), [128, 64])
+print(json.dumps([d.reg_bases, d.lane_bases + d.warp_bases, s.offset_bases]))
+"""
+
+
+@needs_triton
+def test_layouts_are_tritons(tables):
+    """The accumulator's fragments and the 128-byte swizzle, against the linear layouts that Triton compiles from."""
+    done = subprocess.run([sys.executable, "-c", TRITON_LAYOUTS], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this Triton does not show its layouts: {done.stderr.strip().splitlines()[-1]}")
+    registers, threads, offsets = json.loads(done.stdout)
+
+    def place(bases: list[list[int]], number: Tensor) -> Tensor:
+        """A linear layout over bits: the XOR of the bases of the bits that are set."""
+        at = torch.zeros(*number.shape, 2, dtype=torch.int64)
+        for bit, base in enumerate(bases):
+            at ^= torch.tensor(base) * (number >> bit & 1)[..., None]
+        return at
+
+    row, column = torch.zeros(128, 128, dtype=torch.int32), torch.zeros(128, 128, dtype=torch.int32)
+    tables.fragment(pointer(row), pointer(column))
+    want = place(threads, torch.arange(128))[:, None] ^ place(registers, torch.arange(128))
+    assert torch.equal(torch.stack([row, column], -1).long(), want)
+
+    tma, wgmma = torch.zeros(128, 64, dtype=torch.int32), torch.zeros(128, 64, dtype=torch.int32)
+    tables.shared_bytes(pointer(tma), pointer(wgmma))
+    element = place(offsets, torch.arange(128 * 64))
+    assert torch.equal(tma[element[:, 0], element[:, 1]].long(), 2 * torch.arange(128 * 64))
+
+
+def rows_of_logits() -> dict[str, tuple[Tensor, int]]:
+    z = torch.randn(3000) * 4
+    rows = {"random": (z, 17), "no target here": (z, -1)}
+    for p in (0.5, 0.99, 1 - 1e-6):
+        peaked = z / 8
+        others = torch.logsumexp(torch.cat([peaked[:2000], peaked[2001:]]).double(), 0)
+        peaked[2000] = float(others + torch.log(torch.tensor(p / (1 - p), dtype=torch.float64)))
+        rows[f"p = {p}"] = (peaked, 2000)
+    for offset in (1e4, -1e4, 300.0, -300.0):
+        rows[f"offset {offset}"] = (z + offset, 2999)
+    rows["rising"] = (torch.linspace(-300, 300, 3000), 1)
+    rows["falling"] = (torch.linspace(300, -300, 3000), 1)
+    ruled_out = z.clone()
+    ruled_out[:200] = ruled_out[2500:] = LOWEST
+    rows["first parts ruled out"] = (ruled_out, 1000)
+    return rows
+
+
+@pytest.mark.parametrize("kind", rows_of_logits())
+def test_absorbed_in_the_kernels_order(tables, kind):
+    """(m, s, t) of 3000 logits through four threads: s keeps the digits of 1 - p_y, t those of the entropy."""
+    z, target = rows_of_logits()[kind]
+    out = torch.zeros(3)
+    tables.absorb_row(pointer(z), len(z), target, pointer(out))
+    exact = z.double()
+    others = torch.cat([exact[:target], exact[target + 1 :]]) if target >= 0 else exact
+    m = exact.max()
+    e = (others - m).exp()
+    assert out[0] == z.max()
+    assert abs(out[1] / e.sum() - 1) < 1e-6
+    assert abs(out[2] - (e * (others - m).clamp(min=-1e5)).sum()) < 1e-6 * (e * (others - m).abs()).sum()
+
+
+def test_a_row_with_nothing_in_it(tables):
+    z, out = torch.full((500,), LOWEST), torch.ones(3)
+    tables.absorb_row(pointer(z), 500, -1, pointer(out))
+    assert out.tolist() == [torch.tensor(LOWEST).item(), 0, 0]
+
+
+def test_softcap(tables):
+    for z in torch.cat(
+        [torch.linspace(-200, 200, 801), torch.logspace(-6, 2, 50), torch.tensor([3e38, -3e38])]
+    ).tolist():
+        want = 30 * torch.tanh(torch.tensor(z, dtype=torch.float64) / 30).item()
+        assert abs(tables.capped_logit(ctypes.c_float(z), ctypes.c_float(30.0)) - want) < 4e-7 * abs(want) + 1e-9
+    assert torch.tensor(tables.capped_logit(ctypes.c_float(float("nan")), ctypes.c_float(30.0))).isnan()
