@@ -48,7 +48,7 @@ MERGED_ROWS = 128
 
 
 @triton.jit
-def absorb(z, v, target, m, s, t, target_logit, ENTROPY: tl.constexpr):
+def absorb(z, v, target, m, s, t, target_logit, ENTROPY: tl.constexpr, RULED_OUT: tl.constexpr):
     """Takes columns ``v`` into the online state; returns their exponentials around the new maximum as well."""
     at_target = v[None, :] == target[:, None]
     target_logit += tl.sum(tl.where(at_target, z, 0.0), 1)
@@ -56,6 +56,8 @@ def absorb(z, v, target, m, s, t, target_logit, ENTROPY: tl.constexpr):
     shifted = z - m_new[:, None]
     e = tl.exp2(shifted * LOG2E)
     rest = tl.where(at_target, 0.0, e)  # the target stays out of s: beside a 1 it would keep no digit of 1 - p_y
+    if RULED_OUT:  # a bias of -inf: where it is all that there was so far, m is LOWEST too, and e is 1
+        rest = tl.where(z <= LOWEST, 0.0, rest)
     a = tl.exp2((m - m_new) * LOG2E)
     if ENTROPY:
         t = a * (t + s * (m - m_new)) + tl.sum(rest * shifted, 1)
@@ -114,7 +116,8 @@ def scan_kernel(
     if r0 >= live:
         return
     r = r0 + tl.arange(0, BM)
-    target = tl.load(y + r, mask=r < live, other=-1).to(tl.int32)
+    target = tl.load(y + r, mask=r < live, other=-1)
+    target = tl.where(target < vocab, target, -1).to(tl.int32)  # of another rank's shard: not one of the columns beyond
     inverse = inverse_temperature
     if ROW_TEMPERATURE:
         inverse = tl.load(inverse_temperatures + r, mask=r < live, other=1.0)
@@ -135,7 +138,7 @@ def scan_kernel(
             v = v0 + part * H + tl.arange(0, H)
             z = column_part(acc, part, PARTS, BM, BN)
             z = logits(z, v, vocab, bias, scale, softcap, inverse, BIAS, SOFTCAP, ROW_TEMPERATURE)
-            e, m, s, t, target_logit = absorb(z, v, target, m, s, t, target_logit, ENTROPY)
+            e, m, s, t, target_logit = absorb(z, v, target, m, s, t, target_logit, ENTROPY, BIAS)
             if KEEP:
                 at = kept + r.to(tl.int64)[:, None] * stride_kept + v[None, :]
                 tl.store(at, e.to(kept.dtype.element_ty), mask=(r < live)[:, None] & (v < vocab)[None, :])

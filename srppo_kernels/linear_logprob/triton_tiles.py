@@ -198,7 +198,7 @@ def tanh(u):
     series = -0.053968254 + q * (0.021869489 - q * 0.008863236)
     near = u * (1 + q * (-0.33333333 + q * (0.13333333 + q * series)))
     far = 1 - 2 / (tl.exp2(tl.minimum(tl.maximum(u, -20.0), 20.0) * (2 * LOG2E)) + 1)
-    return tl.where(tl.abs(u) < 0.25, near, far)
+    return tl.where(tl.abs(u) < 0.25, near, tl.where(u == u, far, u))  # a minimum may drop a NaN
 
 
 @triton.jit
@@ -225,5 +225,5 @@ def logits(
     else:
         z = z * inverse_temperature
     if BIAS:
-        z = tl.maximum(z, LOWEST)  # a bias of -inf rules an entry out
+        z = tl.where(z < LOWEST, LOWEST, z)  # a bias of -inf rules an entry out; a NaN stays
     return tl.where((v < vocab)[None, :], z, LOWEST)

@@ -11,6 +11,9 @@ from linear_logprob.head_problems import KINDS, Problem, make, relative, value_b
 from torch import Tensor
 
 from srppo_kernels import _triton, explain, linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
+from srppo_kernels.linear_logprob import gpu
+from srppo_kernels.linear_logprob.chunked import Head
+from srppo_kernels.linear_logprob.rows import Rows
 
 pytestmark = pytest.mark.skipif(not _triton.interpreted(), reason=f"not interpreted here: {_triton.why()}")
 BIG = 1 << 30
@@ -263,6 +266,45 @@ def test_a_bias_rules_an_entry_out():
     want = twin.oracle()
     assert (got.logprob - want[0]).abs().max() < 1e-5 and (got.entropy - want[1]).abs().max() < 1e-5
     assert all(t.isfinite().all() for t in torch.autograd.grad(weighted(*got), p.inputs()))
+
+
+def test_a_first_part_and_a_whole_group_that_are_ruled_out():
+    """Parts are 64 entries and groups 128 here: entries 0 to 63, and 128 to 255."""
+    p = small(bias=True)
+    with torch.no_grad():
+        p.options["bias"][:64] = float("-inf")
+        p.options["bias"][128:256] = float("-inf")
+        p.targets.copy_(64 + p.targets % 64)
+    twin = p.double()
+    want = twin.oracle()
+    for plan in ("cache", "recompute"):
+        got = p.run(backend="triton", entropy=True, plan=plan, workspace_bytes=BIG)
+        assert (got.logprob - want[0]).abs().max() < 1e-5 and (got.entropy - want[1]).abs().max() < 1e-5
+        assert all(t.isfinite().all() for t in torch.autograd.grad(weighted(*got), p.inputs()))
+
+
+def test_a_nan_in_a_live_row_stays_in_its_row():
+    for options in ({}, {"softcap": 4.0}, {"bias": True}):
+        p = small(**options)
+        p.options["mask"] = None
+        with torch.no_grad():
+            p.hidden[3, 5] = float("nan")
+        got = p.run(backend="triton", entropy=True, plan="score")
+        bad = torch.arange(N) == 3
+        assert got.logprob.isnan().equal(bad) and got.entropy.isnan().equal(bad), options
+
+
+def test_a_target_of_another_ranks_shard():
+    """What a rank scans may hold targets just beyond its shard: they are not the columns that fill up its last tile."""
+    p = small()
+    rows = Rows(0, N, live=torch.ones(N, dtype=torch.bool))
+    head = Head(p.weight.detach(), None, None, 1.0, 1.0, None)
+    targets = torch.full((N,), V + 3)
+    targets[::2] = -5
+    state = gpu.scan(p.hidden.detach(), head, targets, None, rows, True, None, None)
+    assert (state[3] == 0).all()
+    z = p.hidden.detach().double() @ p.weight.detach().double().T
+    assert (state[0] + state[1].log() - torch.logsumexp(z, 1)).abs().max() < 1e-5
 
 
 def test_a_model_against_itself():
