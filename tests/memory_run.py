@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from srppo import SRPPOConfig, SRPPOTrainer
 from srppo.data import Example
 from srppo.memory import estimate
+from srppo.metrics import peak_memory_gib
 
 SIZES = {
     "tiny": {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -44,7 +45,7 @@ def main(size: str, use_peft: bool, folder: str) -> None:
     run = SRPPOTrainer(sft, base, args, prompts, processing_class=tiny_tokenizer(), console=QUIET)
     with QUIET.progress("", 1) as bar:
         run.iterate(bar)
-    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    taken = int(peak_memory_gib() * 2**30) - before
     print(json.dumps({"estimated": told.peak, "taken": taken}))
 
 

@@ -17,6 +17,7 @@ from tiny_runs import QUIET, ROWS, config, examples
 import srppo
 from srppo import SRPPOTrainer, memory
 from srppo.console import Console
+from srppo.metrics import peak_memory_gib
 from srppo.roles import build_roles
 
 FACTOR, SLACK = 1.5, 64 * 2**20  # of a run's memory against its estimate, and what allocators take however small it is
@@ -86,6 +87,18 @@ def test_a_model_that_cannot_be_read_is_an_error_of_loading_and_not_of_the_estim
     with pytest.raises(srppo.UserError, match="no causal language model could be loaded"):
         SRPPOTrainer("nowhere", "nowhere", config(tmp_path), examples(ROWS), console=QUIET,
                      processing_class=tiny_tokenizer())  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of another system is measured otherwise")
+def test_a_process_is_not_charged_with_the_memory_of_the_one_that_started_it():
+    held = bytearray(b"x") * (400 * 2**20)
+    code = "from srppo.metrics import peak_memory_gib; print(peak_memory_gib())"
+    root = Path(srppo.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert 0 < float(done.stdout) < peak_memory_gib() - len(held) / 2**31
 
 
 @pytest.mark.parametrize(
