@@ -213,7 +213,7 @@ def scan(
     listed = row_list(rows.live if rows.live is not None else y.new_ones(n, dtype=torch.bool))
     device, weight = hidden.device, head.weight
     switches = options(head, entropy)
-    tile = scan_tile(switches, device, (hidden.dtype, weight.dtype))
+    tile = scan_tile(switches, device, (hidden.dtype, weight.dtype), keep=residual is not None)
     size = group_size(device)
     groups = -(-vocab // size)
     x = gather_rows(hidden, listed)
@@ -246,9 +246,11 @@ def scan(
     return out
 
 
-def scan_tile(switches: dict[str, bool], device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> Tile:
-    """The configuration of a GEMM whose epilogue does what ``switches`` say."""
-    busy = switches["BIAS"] or switches["SOFTCAP"] or switches["ROW_TEMPERATURE"]
+def scan_tile(
+    switches: dict[str, bool], device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], *, keep: bool = False
+) -> Tile:
+    """The configuration of a GEMM whose epilogue does what ``switches`` say, and keeps exponentials or not."""
+    busy = keep or switches["BIAS"] or switches["SOFTCAP"] or switches["ROW_TEMPERATURE"]
     return tile_of(BUSY_SCAN_TILES if busy else SCAN_TILES, device, dtypes)
 
 
@@ -267,10 +269,10 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
     plain: dict[str, dict[str, bool]] = {
         "score": {},
         "score, entropy": {"ENTROPY": True},
-        "keep": {"KEEP": True},
-        "keep, entropy": {"ENTROPY": True, "KEEP": True},
     }
     busy: dict[str, dict[str, bool]] = {
+        "keep": {"KEEP": True},
+        "keep, entropy": {"ENTROPY": True, "KEEP": True},
         "softcap": {"SOFTCAP": True, "ENTROPY": True},
         "every option": dict.fromkeys(("BIAS", "SOFTCAP", "ROW_TEMPERATURE", "ENTROPY", "KEEP"), True),
     }

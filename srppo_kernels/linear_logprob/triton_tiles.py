@@ -59,7 +59,8 @@ SCAN_TILES = {
     90: Tile(128, 256, 64, 8, 3, flat=True, tma=True),
     100: Tile(128, 256, 64, 8, 3, tma=True),
 }
-# Where an epilogue does more than scale: softcap, bias, a temperature a row. At 256 columns these spill 50 to 170.
+# Where an epilogue does more than scale: exponentials kept, softcap, bias, a temperature a row. At 256 columns these
+# spill 16 to 170 bytes.
 BUSY_SCAN_TILES = {
     80: Tile(128, 128, 32, 8, 3),
     90: Tile(128, 128, 64, 8, 4, flat=True, tma=True),
