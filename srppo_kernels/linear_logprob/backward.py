@@ -126,7 +126,8 @@ def gradients(
     """
     acc = accumulation_dtype(hidden)
     if backend == "triton":
-        nonzero = upstream.nonzero(rows) & _live(rows, hidden.device)
+        assert rows.live is not None  # compaction is left to the kernels
+        nonzero = upstream.nonzero(rows) & rows.live
         scalars = RowScalars.of(rows, upstream, acc)
         dhidden = _on_triton(hidden, head, targets, rows, nonzero, scalars, into, residual, consume, dz_bytes)
         return replace(rows, live=nonzero), _sum_over_ranks(dhidden, acc, group)
@@ -142,10 +143,6 @@ def _sum_over_ranks(dhidden: Tensor | None, acc: torch.dtype, group: str) -> Ten
     if dhidden is None or not group:
         return dhidden
     return vocab_parallel.sum_over_ranks(dhidden.to(acc), group)  # ranks add up unrounded sums
-
-
-def _live(rows: Rows, device: torch.device) -> Tensor:
-    return rows.live if rows.live is not None else torch.ones(rows.count, dtype=torch.bool, device=device)
 
 
 def _on_triton(
@@ -274,7 +271,8 @@ def context(
     scalars = RowScalars(one, None, zero, outputs.row_max, outputs.log_sum)
     into = Destination(True, None, None)
     if backend == "triton":
-        result = _on_triton(hidden, head, targets, rows, _live(rows, hidden.device), scalars, into, residual, True)
+        assert rows.live is not None
+        result = _on_triton(hidden, head, targets, rows, rows.live, scalars, into, residual, True)
     else:
         result = over_groups(hidden, head, targets, rows, scalars, into, residual, None, True)
     assert result is not None

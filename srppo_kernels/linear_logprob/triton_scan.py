@@ -203,14 +203,14 @@ def scan(
 
     A residual is filled by position among the live rows, not by row.
     """
-    assert rows.index is None and kept_rows is None, "on this backend rows are compacted on the device"
+    assert rows.live is not None and kept_rows is None, "on this backend rows are compacted on the device"
     n, width, vocab = rows.count, hidden.shape[1], head.weight.shape[0]
     hidden = hidden[rows.start : rows.stop]
     out = hidden.new_zeros(4, n, dtype=torch.float32)
     out[0] = LOWEST.value
     if min(n, vocab) == 0:
         return out
-    listed = row_list(rows.live if rows.live is not None else y.new_ones(n, dtype=torch.bool))
+    listed = row_list(rows.live)
     device, weight = hidden.device, head.weight
     switches = options(head, entropy)
     tile = scan_tile(switches, device, (hidden.dtype, weight.dtype), keep=residual is not None)
