@@ -1,32 +1,9 @@
 // The scan over one vocabulary group of one instruction level; included by each_level.h.
 //
-// A panel of 2 W vocabulary entries is packed as [K][2 W] and multiplied with a block of rows, packed as [K][rows] a
-// tile at a time. A logit is an accumulator that runs over kDepth steps of K, added up block by block in order: its
-// bits depend on neither the tile's height nor the row's place in it, and blocks keep the error of a long sum down.
-// The softmax pass is row by row. No templates and no lambdas here: each_level.h says why.
+// Logits come from fp32_tile.h (or bf16_tile.h); the softmax pass is row by row. No templates and no lambdas here:
+// each_level.h says why.
 
-constexpr int kPanel = 2 * W;            // vocabulary entries a panel
-constexpr int kTile = W >= 16 ? 14 : 6;  // rows a tile: 2 kTile accumulators and two vectors fill the registers
-
-static int panel_width() { return kPanel; }
-
-// Largest tile that the remaining rows fill.
-static int tile_height(std::int64_t rows) { return rows >= kTile ? kTile : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
-
-// `source` is 2 W rows of `steps` floats (zero where the group has ended); `panel` becomes [steps][2 W].
-static void pack_panel(const float* source, std::int64_t steps, float* panel) {
-  for (int half = 0; half < 2; ++half) {
-    const float* rows = source + half * W * steps;
-    std::int64_t k = 0;
-    for (; k < steps; k += W) {
-      const int left = lanes_left(steps - k);
-      Vf x[W];
-      for (int i = 0; i < W; ++i) x[i] = load(rows + i * steps + k, left);
-      transpose(x);
-      for (int i = 0; i < left; ++i) store(panel + (k + i) * kPanel + half * W, x[i], W);
-    }
-  }
-}
+#include "fp32_tile.h"
 
 static void widen_bf16(const std::uint16_t* source, std::int64_t n, float* out) {
   for (std::int64_t i = 0; i < n; ++i) {
@@ -49,46 +26,6 @@ static void widen_fp16(const std::uint16_t* source, std::int64_t n, float* out) 
     bits |= (half & 0x8000u) << 16;
     std::memcpy(out + i, &bits, 4);
   }
-}
-
-// z[rows][2 W], written or (a later block of K) added to. x is [steps][rows], panel [steps][2 W].
-SRPPO_INLINE void tile(const int rows, const float* x, const float* panel, std::int64_t steps, float* z,
-                       std::int64_t ldz, bool add) {
-  Vf low[kTile], high[kTile];
-#pragma GCC unroll 14
-  for (int i = 0; i < rows; ++i) low[i] = high[i] = set(0.0f);
-  for (std::int64_t k = 0; k < steps; ++k) {
-    const Vf a = load(panel + k * kPanel, W), b = load(panel + k * kPanel + W, W);
-#pragma GCC unroll 14
-    for (int i = 0; i < rows; ++i) {
-      const Vf value = set(x[k * rows + i]);
-      low[i] = fma(value, a, low[i]);
-      high[i] = fma(value, b, high[i]);
-    }
-  }
-#pragma GCC unroll 14
-  for (int i = 0; i < rows; ++i) {
-    float* out = z + i * ldz;
-    if (add) {
-      low[i] = load(out, W) + low[i];
-      high[i] = load(out + W, W) + high[i];
-    }
-    store(out, low[i], W);
-    store(out + W, high[i], W);
-  }
-}
-
-static void multiply(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz) {
-  std::int64_t k = 0;
-  do {
-    const std::int64_t depth = steps - k < kDepth ? steps - k : kDepth;
-    const float *a = x + k * rows, *b = panel + k * kPanel;
-    if (rows == kTile) tile(kTile, a, b, depth, z, ldz, k > 0);
-    else if (rows == 4) tile(4, a, b, depth, z, ldz, k > 0);
-    else if (rows == 2) tile(2, a, b, depth, z, ldz, k > 0);
-    else tile(1, a, b, depth, z, ldz, k > 0);
-    k += depth;
-  } while (k < steps);
 }
 
 // e^x for x <= 0; below -87 it is 0. A NaN stays one.

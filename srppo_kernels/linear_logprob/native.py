@@ -49,10 +49,10 @@ def not_faster() -> str:
 
 
 def workspace_bytes(rows: int, width: int, vocab: int, group: int) -> int:
-    """Of all threads: packed rows, a panel packed and unpacked, logits; and four numbers a row and group."""
+    """Of all threads: packed rows, a panel packed and widened, two rows, logits; and four numbers a row and group."""
     block = min(rows, ROW_BLOCK)
-    columns = -(-min(group, vocab) // PANEL) * PANEL
-    scratch = block * width + 2 * PANEL * width + block * columns
+    columns = -(-min(group, vocab) // PANEL) * PANEL + 16
+    scratch = block * width + 2 * (PANEL + 1) * width + block * columns
     return 4 * scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)
 
 
