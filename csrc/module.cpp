@@ -42,6 +42,8 @@ py::dict build_info() {
 #endif
   info["cpu_detected"] = name_of(srppo::detected_cpu_level());
   info["cpu_level"] = name_of(srppo::cpu_level());
+  const char* amx_obstacle = srppo::amx_obstacle();
+  info["amx"] = amx_obstacle ? amx_obstacle : "on: its tiles multiply correctly here";
   info["threads"] = torch::stable::get_num_threads();
   return info;
 }

@@ -70,7 +70,10 @@ def why() -> str:
         return _reason
     info = build_info()
     cuda = f"CUDA kernels built for sm_{info['cuda'].replace(',', ', sm_')}" if info["cuda"] else "no CUDA kernels"
-    return f"C++ kernels on, CPU level {info['cpu_level']} of {info['cpu_detected']}; {cuda}"
+    level = f"CPU level {info['cpu_level']} of {info['cpu_detected']}"
+    # Tiles that a CPU has and the library does not use are worth a word; an older extension has none.
+    above = f" (not amx: {info['amx']})" if info["cpu_detected"] == "avx512_bf16" and "amx" in info else ""
+    return f"C++ kernels on, {level}{above}; {cuda}"
 
 
 def build_info() -> dict[str, Any]:

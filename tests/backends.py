@@ -80,14 +80,14 @@ def poison(x: Tensor, mask: Tensor) -> Tensor:
     return filled.requires_grad_(x.requires_grad)
 
 
-def compile_host(source: str, folder: Path) -> ctypes.CDLL:
+def compile_host(source: str, folder: Path, optimise: str = "-O1") -> ctypes.CDLL:
     """Compile C++ that includes headers of csrc/ as plain scalar host code, and load it."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler on this machine")
     (folder / "host.cpp").write_text(source)
     root = Path(__file__).parent.parent
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{root}"]
+    flags = ["-std=c++20", optimise, "-ffp-contract=off", "-fPIC", "-shared", f"-I{root}"]
     subprocess.run([compiler, *flags, str(folder / "host.cpp"), "-o", str(folder / "host.so")], check=True)
     return ctypes.CDLL(str(folder / "host.so"))
 

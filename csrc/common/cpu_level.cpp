@@ -3,50 +3,48 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../linear_logprob/amx_check.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
-#endif
-#if defined(__x86_64__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace srppo {
 namespace {
 
 #if defined(__x86_64__)
-// Linux hands out the tile registers on request only (arch_prctl ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA); a CPU with
-// AMX under a kernel or a sandbox that refuses is a CPU without.
-bool amx_granted() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tile = d & (1u << 24), bf16 = d & (1u << 22);
-#if defined(__linux__)
-  return tile && bf16 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-#else
-  return false;
-#endif
-}
-
 bool avx512_bf16() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
 }
 #endif
 
-CpuLevel detect() {
+struct Detected {
+  CpuLevel level;
+  const char* amx;  // why not; nullptr at level amx
+};
+
+Detected detect() {
 #if defined(__x86_64__)
+  constexpr const char* kBelow = "the code around the tiles takes AVX-512 BF16, which this CPU has not";
   __builtin_cpu_init();
   // __builtin_cpu_supports also asks whether the operating system saves these registers.
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return CpuLevel::portable;
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return {CpuLevel::portable, kBelow};
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")))
-    return CpuLevel::avx2;
-  if (!avx512_bf16()) return CpuLevel::avx512;
-  return amx_granted() ? CpuLevel::amx : CpuLevel::avx512_bf16;
+    return {CpuLevel::avx2, kBelow};
+  if (!avx512_bf16()) return {CpuLevel::avx512, kBelow};
+  const char* obstacle = tiles::obstacle();
+  if (!obstacle) obstacle = tile_fault();
+  return {obstacle ? CpuLevel::avx512_bf16 : CpuLevel::amx, obstacle};
 #else
-  return CpuLevel::portable;
+  return {CpuLevel::portable, "not an x86-64 CPU"};
 #endif
+}
+
+// Once, by whichever thread comes first; the others wait.
+const Detected& detected() {
+  static const Detected found = detect();
+  return found;
 }
 
 std::atomic<int>& current() {
@@ -56,10 +54,9 @@ std::atomic<int>& current() {
 
 }  // namespace
 
-CpuLevel detected_cpu_level() {
-  static const CpuLevel level = detect();
-  return level;
-}
+CpuLevel detected_cpu_level() { return detected().level; }
+
+const char* amx_obstacle() { return detected().amx; }
 
 CpuLevel cpu_level() { return static_cast<CpuLevel>(current().load(std::memory_order_relaxed)); }
 

@@ -8,8 +8,11 @@ enum class CpuLevel : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3,
 
 constexpr const char* kCpuLevelNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
-// The highest level that this CPU and operating system offer.
+// The highest level that this CPU and operating system offer: amx only after its tiles have multiplied correctly here.
 CpuLevel detected_cpu_level();
+
+// One line that says why level amx is not there; nullptr if it is.
+const char* amx_obstacle();
 
 // The level in use: the detected one, or a lower one that a test has set.
 CpuLevel cpu_level();

@@ -2,10 +2,11 @@
 //
 // GEMMs 2 and 3 of srppo_kernels/linear_logprob where parts of them are added: dhidden over vocabulary chunks, dweight over
 // chunks of rows or into a caller's buffer. A comes as [M, K] (dZ of dX = dZ W) or as [K, M] (dZ of dW = dZ^T X), B as
-// [K, N]; K goes in pairs (bf16_tile.h), so packing B is interleaving two of its rows.
+// [K, N]; K goes in pairs (bf16_tile.h), so packing B is interleaving two of its rows. AMX tiles (amx_tile.h) read the same
+// panels of B, and A by rows.
 //
 // A task is a block of rows of the result and a block of its columns, over all of K in order: bits do not depend on the
-// number of threads.
+// number of threads, nor on how the result is cut.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -13,18 +14,25 @@
 
 #include "../common/cpu_level.h"
 #include "../common/tensors.h"
+#include "amx_tile.h"
 #include "bf16_tile.h"
+
+#define SRPPO_KERNELS "../linear_logprob/cpu_product_kernels.h"
+#include "../common/each_level.h"
 
 namespace srppo {
 namespace {
 
 #if defined(__x86_64__)
 
-constexpr std::int64_t kRows = 336;      // of a task: packing B is then a percent of its multiplications
-constexpr std::int64_t kColumns = 1024;  // of a task: packing A is a few percent
-constexpr std::int64_t kPairs = 512;     // of K at a time: a panel of B is 64 KB, a block of A 690 KB
+constexpr std::int64_t kPairs = 512;  // of K at a time: a panel of B is 64 KB
+// Of a task, at most. Rows: packing B is then a percent or two of its multiplications with AVX-512, and a tenth with AMX,
+// which is that much faster; a block of A is 0.7 or 1.1 MB and stays in L2. Columns: packing A is a few percent.
+constexpr std::int64_t kRows = 336, kColumns = 1024;
+constexpr std::int64_t kTileTaskRows = 512, kTileTaskColumns = 2048;
 
-// Two rows of bf16, element by element: `out[i] = first[i] | second[i] << 16`; 0 beyond `n` up to `room`.
+// Two rows of bf16, element by element: `out[i] = first[i] | second[i] << 16`; 0 beyond `n` up to `room`, and for a row that
+// is not there.
 SRPPO_BF16 void interleave(const std::uint16_t* first, const std::uint16_t* second, std::int64_t n, std::int64_t room,
                            std::uint32_t* out) {
   for (std::int64_t i = 0; i < room; i += 16) {
@@ -32,7 +40,8 @@ SRPPO_BF16 void interleave(const std::uint16_t* first, const std::uint16_t* seco
       return static_cast<__mmask16>(limit - i >= 16 ? 0xffffu : limit > i ? (1u << (limit - i)) - 1u : 0u);
     };
     const __mmask16 here = lanes(n);
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, first + i));
+    const __m512i low =
+        first ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, first + i)) : _mm512_setzero_si512();
     const __m512i high =
         second ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, second + i)), 16)
                : _mm512_setzero_si512();
@@ -114,6 +123,57 @@ void product_task(const Bf16Matrix& a, const Bf16Matrix& b, bool transposed, boo
   }
 }
 
+// Rows [r0, r0 + count) of the result and steps [k0, k0 + depth) of K, row by row; K is filled up with zeros.
+void pack_a_rows(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int64_t count, std::int64_t k0,
+                 std::int64_t depth, std::uint16_t* out, std::int64_t stride, std::uint32_t* scratch) {
+  const std::int64_t width = whole_tiles(count, 16);
+  const auto transpose_words = SRPPO_AT_LEVEL(transpose_words);
+  for (std::int64_t k = 0; transposed && k < depth; k += kTileDepth) {  // 16 pairs of rows of A
+    for (std::int64_t i = 0; i < kTileDepth / 2; ++i) {
+      const std::uint16_t *row = a.row(k0 + k + 2 * i), *next = a.row(k0 + k + 2 * i + 1);
+      interleave(row ? row + r0 : nullptr, next ? next + r0 : nullptr, count, width, scratch + i * width);
+    }
+    transpose_words(reinterpret_cast<const float*>(scratch), width, count, reinterpret_cast<float*>(out + k), stride / 2);
+  }
+  const std::int64_t here = std::min(depth, a.columns - k0);
+  for (std::int64_t r = 0; !transposed && r < count; ++r) {
+    std::memcpy(out + r * stride, a.row(r0 + r) + k0, static_cast<std::size_t>(2 * here));
+    std::fill(out + r * stride + here, out + r * stride + depth, std::uint16_t{0});
+  }
+}
+
+// What a task of a thread packs into.
+struct TileScratch {
+  CacheLines<std::uint16_t> packed;
+  CacheLines<std::uint32_t> panel, pairs;
+
+  explicit TileScratch(std::int64_t rows)
+      : packed(rows * tile_stride(2 * kPairs)), panel(kPairs * kTilePanel), pairs(kTileDepth / 2 * rows) {
+    std::fill(packed.data(), packed.data() + rows * tile_stride(2 * kPairs), std::uint16_t{0});  // rows beyond the last
+  }
+};
+
+void product_task_on_tiles(const Bf16Matrix& a, const Bf16Matrix& b, bool transposed, bool add, std::int64_t r0,
+                           std::int64_t count, std::int64_t c0, std::int64_t width, float* out, std::int64_t ldo,
+                           const TileScratch& scratch) {
+  std::uint32_t* panel = scratch.panel.data();
+  const std::int64_t stride = tile_stride(2 * kPairs);
+  for (std::int64_t k0 = 0; k0 < b.rows; k0 += 2 * kPairs) {
+    const std::int64_t depth = whole_tiles(std::min(b.rows - k0, 2 * kPairs), kTileDepth);
+    pack_a_rows(a, transposed, r0, count, k0, depth, scratch.packed.data(), stride, scratch.pairs.data());
+    for (std::int64_t c = 0; c < width; c += kTilePanel) {
+      const std::int64_t here = std::min(width - c, kTilePanel);
+      for (std::int64_t p = 0; p < depth / 2; ++p) {
+        const std::uint16_t *row = b.row(k0 + 2 * p), *next = b.row(k0 + 2 * p + 1);
+        const auto at = [&](const std::uint16_t* from) { return from ? from + c0 + c : nullptr; };
+        interleave(at(row), at(next), here, kTilePanel, panel + p * kTilePanel);
+      }
+      float* to = out + r0 * ldo + c0 + c;
+      tile_multiply(count, here, scratch.packed.data(), stride, panel, depth, to, ldo, add || k0 > 0);
+    }
+  }
+}
+
 void product(const Tensor& left, const Tensor& right, bool transposed, bool add, Tensor result) {
   const Bf16Matrix a(left, "a"), b(right, "b");
   const std::int64_t m = transposed ? a.columns : a.rows, n = b.columns;
@@ -123,27 +183,43 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
                   "srppo_native: out must be a float32 CPU matrix of ", m, " rows of ", n, " contiguous columns");
   float* out = mutable_floats(result);
   const std::int64_t ldo = result.stride(0);
-  const std::int64_t row_blocks = (m + kRows - 1) / kRows, column_blocks = (n + kColumns - 1) / kColumns;
   if (b.rows == 0) {
     for (std::int64_t i = 0; !add && i < m; ++i) std::fill(out + i * ldo, out + i * ldo + n, 0.0f);
     return;
   }
-  // Blocks of equal size, of whole tiles and panels.
+  if (m == 0 || n == 0) return;
+  const bool on_tiles = cpu_level() >= CpuLevel::amx;
+  const std::int64_t most_rows = on_tiles ? kTileTaskRows : kRows, most_columns = on_tiles ? kTileTaskColumns : kColumns;
+  // Blocks of equal size, of whole tiles and panels; a small result is cut by columns until every thread has one.
+  const std::int64_t threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
+  const std::int64_t row_blocks = (m + most_rows - 1) / most_rows;
+  std::int64_t column_blocks = std::max((n + most_columns - 1) / most_columns, (threads + row_blocks - 1) / row_blocks);
+  column_blocks = std::min(column_blocks, (n + kBf16Panel - 1) / kBf16Panel);
   const auto even = [](std::int64_t size, std::int64_t blocks, std::int64_t unit) {
-    return ((size + blocks - 1) / blocks + unit - 1) / unit * unit;
+    return whole_tiles((size + blocks - 1) / blocks, unit);
   };
-  const std::int64_t rows = row_blocks ? even(m, row_blocks, 14) : 14;
-  const std::int64_t columns = column_blocks ? even(n, column_blocks, kBf16Panel) : kBf16Panel;
+  const std::int64_t rows = even(m, row_blocks, on_tiles ? kTileRows : 14), columns = even(n, column_blocks, kBf16Panel);
+  const auto tasks = [&](std::int64_t begin, std::int64_t end, const auto& task) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t r0 = i / column_blocks * rows, c0 = i % column_blocks * columns;
+      const std::int64_t count = std::min(rows, m - r0), width = std::min(columns, n - c0);
+      if (count > 0 && width > 0) task(r0, count, c0, width);
+    }
+  };
   torch::stable::parallel_for(0, row_blocks * column_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+    if (on_tiles) {
+      const TileScratch scratch(rows);
+      const tiles::InUse in_use;
+      tasks(begin, end, [&](std::int64_t r0, std::int64_t count, std::int64_t c0, std::int64_t width) {
+        product_task_on_tiles(a, b, transposed, add, r0, count, c0, width, out, ldo, scratch);
+      });
+      return;
+    }
     std::vector<std::uint32_t> packed(static_cast<std::size_t>(rows * kPairs)),
         panel(static_cast<std::size_t>(kBf16Panel * kPairs));
-    for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t r0 = task / column_blocks * rows, c0 = task % column_blocks * columns;
-      const std::int64_t count = std::min(rows, m - r0), width = std::min(columns, n - c0);
-      if (count > 0 && width > 0) {
-        product_task(a, b, transposed, add, r0, count, c0, width, out, ldo, packed, panel);
-      }
-    }
+    tasks(begin, end, [&](std::int64_t r0, std::int64_t count, std::int64_t c0, std::int64_t width) {
+      product_task(a, b, transposed, add, r0, count, c0, width, out, ldo, packed, panel);
+    });
   });
 }
 

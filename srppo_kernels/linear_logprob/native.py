@@ -57,8 +57,15 @@ def workspace_bytes(rows: int, width: int, vocab: int, group: int) -> int:
 
 
 def product_bytes() -> int:
-    """Of all threads: a block of A and a panel of B, packed (kRows, kPairs and a panel of cpu_product.cpp)."""
+    """Of all threads: a block of A and a panel of B, packed (kRows or kTileTaskRows, kPairs of cpu_product.cpp)."""
+    if _on_tiles():  # A by rows, an odd number of cache lines each; pairs of A^T on their way there
+        return (512 * (2 * 1056 + 4 * 16) + 4 * 512 * PANEL) * _threads()
     return 4 * 512 * (ROW_BLOCK + PANEL) * _threads()
+
+
+@_extension.constant_when_traced
+def _on_tiles() -> bool:
+    return _extension.build_info()["cpu_level"] == "amx"
 
 
 @_extension.constant_when_traced
