@@ -157,10 +157,12 @@ def finish_counter(device: torch.device) -> Tensor:
     One a stream, as launches of a stream follow each other and each leaves 0 behind: no launch just to clear it. While
     a CUDA graph is captured it is a fresh one, cleared by the graph itself: replays may overlap with anything.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    key = (stream.device_index, stream.cuda_stream)
+    key = (-1, 0)  # the interpreter's
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device)
+        key = (stream.device_index, stream.cuda_stream)
     if key not in _counters:
         _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return _counters[key]

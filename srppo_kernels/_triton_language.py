@@ -1,19 +1,84 @@
 # mypy: allow-untyped-defs
 """Device functions that several ops' Triton kernels call. Imports triton: only `triton_*.py` modules import this.
 
+Rows. An elementwise kernel that sums up takes `[rows, steps]` in blocks of `TOKENS`, counted in each row from its first
+valid token on; program p takes block p // rows of row p % rows. Padding on either side then moves no token to another
+lane, and only appends programs, whose partials are zeros.
+
 Grid-wide sums. Every program leaves one float64 partial a sum in `partials[sum, program]`; the program that finishes
 last adds them up. It adds in the order of the programs, not of their finishing, so a result has the same bits every
 time. It also sets the counter back to 0 for the next launch (`_triton.finish_counter`). That makes a loss with all its
 statistics one launch and no wait.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
-__all__ = ["TOKENS", "arrived_last", "clamp", "exp_parts", "grid_max", "grid_sum"]
+__all__ = [
+    "TOKENS",
+    "arrived_last",
+    "blocks_of",
+    "clamp",
+    "exp_parts",
+    "grid_max",
+    "grid_sum",
+    "row_length",
+    "row_tokens",
+]
 
 TOKENS = 512  # that a program of an elementwise kernel takes: 64 programs for 32k tokens
 _CHUNK = tl.constexpr(1024)  # partials that are added at a time
+_SEARCH = tl.constexpr(2048)  # tokens of a mask that are read at a time: 16 a thread
+
+
+def blocks_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """`(rows, steps, programs)` of a kernel over tokens of this shape, time last.
+
+    An empty batch is one row of no steps and one program, to write its zeros.
+    """
+    if 0 in shape:
+        return 1, 0, 1
+    rows, steps = math.prod(shape[:-1]), shape[-1] if shape else 1
+    return rows, steps, rows * triton.cdiv(steps, TOKENS)
+
+
+@triton.jit
+def row_tokens(mask, rows, steps, TOKENS: tl.constexpr):
+    """This program's tokens, as above -> row, places [TOKENS], whether they exist, and whether they are valid."""
+    row = (tl.program_id(0) % rows).to(tl.int64)
+    block = (tl.program_id(0) // rows).to(tl.int64)
+    steps = tl.zeros([], tl.int64) + steps
+    mask += row * steps
+    lane = tl.arange(0, _SEARCH)
+    first = tl.zeros([], tl.int64)
+    start = tl.zeros([], tl.int64)
+    while start < steps:
+        valid = tl.load(mask + start + lane, mask=lane < steps - start, other=0) != 0
+        nearest = tl.min(tl.where(valid, lane, _SEARCH), 0)
+        first = tl.where(nearest < _SEARCH, start + nearest, first)
+        start = tl.where(nearest < _SEARCH, steps, start + _SEARCH)  # leave the loop where one is found
+    place = block * TOKENS + tl.arange(0, TOKENS)
+    inside = place < steps
+    at = first + place
+    at = tl.where(at < steps, at, at - steps)  # the tokens before the first valid one come last
+    valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+    return row, row * steps + at, inside, valid
+
+
+@triton.jit
+def row_length(mask, row, steps):
+    """Valid tokens of a row."""
+    steps = tl.zeros([], tl.int64) + steps
+    lane = tl.arange(0, _SEARCH)
+    count = tl.zeros([_SEARCH], tl.int32)
+    start = tl.zeros([], tl.int64)
+    while start < steps:
+        here = tl.load(mask + row * steps + start + lane, mask=lane < steps - start, other=0)
+        count += (here != 0).to(tl.int32)
+        start += _SEARCH
+    return tl.sum(count, 0)
 
 
 @triton.jit

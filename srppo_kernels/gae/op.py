@@ -102,8 +102,8 @@ def _(rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, mask_m
 
 
 def _run_gae_backward(
-    grad_advantages: Tensor,
-    grad_returns: Tensor,
+    grad_advantages: Tensor | None,
+    grad_returns: Tensor | None,
     mask: Tensor,
     gamma: float,
     lam: float,
@@ -113,26 +113,30 @@ def _run_gae_backward(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # "gae_adjoint": a CUDA device has Triton's kernel for it and no C++ one.
-    chosen = resolve("gae_adjoint", backend, grad_advantages, compute_dtype(grad_advantages, grad_returns))
+    dtype = compute_dtype(grad_advantages, grad_returns)
+    chosen = resolve("gae", backend, mask, dtype)
     carry = mask_mode == "carry"
     if chosen == "triton":
         from srppo_kernels.gae.triton_adjoint import gae_backward_triton
 
         options = (gamma, lam, gamma_rows, lam_rows, carry, cu_seqlens)
         return gae_backward_triton(grad_advantages, grad_returns, mask, *options)
+    da, dr = (
+        torch.zeros(mask.shape, dtype=dtype, device=mask.device) if x is None else x
+        for x in (grad_advantages, grad_returns)
+    )
     if chosen == "native":
         rows = [None if row is None else native_input(row) for row in (gamma_rows, lam_rows)]
         starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-        tokens = [native_input(x) for x in (grad_advantages, grad_returns, mask)]
+        tokens = [native_input(x) for x in (da, dr, mask)]
         return torch.ops.srppo_native.gae_backward(*tokens, gamma, lam, *rows, carry, starts)
     g = gamma if gamma_rows is None else gamma_rows
     la = lam if lam_rows is None else lam_rows
     if cu_seqlens is None:
-        return reference.gae_backward_reference(grad_advantages, grad_returns, mask, g, la, mask_mode)
-    (padded_a, padded_r, padded_mask), inside = _as_rows((grad_advantages, grad_returns, mask), cu_seqlens)
-    dr, dv, db = reference.gae_backward_reference(padded_a, padded_r, padded_mask, g, la, mask_mode)
-    return dr[inside], dv[inside], db
+        return reference.gae_backward_reference(da, dr, mask, g, la, mask_mode)
+    (da, dr, padded_mask), inside = _as_rows((da, dr, mask), cu_seqlens)
+    d_rewards, d_values, d_bootstrap = reference.gae_backward_reference(da, dr, padded_mask, g, la, mask_mode)
+    return d_rewards[inside], d_values[inside], d_bootstrap
 
 
 _gae_backward = Op("gae_backward", _run_gae_backward)
@@ -140,12 +144,9 @@ _gae_backward = Op("gae_backward", _run_gae_backward)
 
 @_gae_backward.register_fake
 def _(grad_advantages, grad_returns, mask, gamma, lam, gamma_rows, lam_rows, mask_mode, cu_seqlens, backend):  # type: ignore[no-untyped-def]
-    rows = grad_advantages.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (
-        torch.empty_like(grad_advantages, memory_format=torch.contiguous_format),
-        torch.empty_like(grad_advantages, memory_format=torch.contiguous_format),
-        grad_advantages.new_empty(rows),
-    )
+    rows = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = compute_dtype(grad_advantages, grad_returns)
+    return tuple(mask.new_empty(shape, dtype=dtype) for shape in (mask.shape, mask.shape, (rows,)))
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -158,12 +159,15 @@ _gae_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx,
 def _gae_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, mask_mode, cu_seqlens, _, backend = inputs
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # advantages alone, as a rule, have a gradient
     ctx.save_for_backward(mask, gamma_rows, lam_rows, cu_seqlens)
     ctx.options = (gamma, lam, mask_mode, backend)
     ctx.dtypes = (rewards.dtype, values.dtype, None if bootstrap is None else bootstrap.dtype)
 
 
-def _gae_autograd(ctx: Any, grad_advantages: Tensor, grad_returns: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _gae_autograd(ctx: Any, grad_advantages: Tensor | None, grad_returns: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_advantages is None and grad_returns is None:
+        return (None,) * 12
     mask, gamma_rows, lam_rows, cu_seqlens = ctx.saved_tensors
     gamma, lam, mask_mode, backend = ctx.options
     d_rewards, d_values, d_bootstrap = torch.ops.srppo.gae_backward(

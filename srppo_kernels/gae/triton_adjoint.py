@@ -27,7 +27,6 @@ from srppo_kernels.gae.triton_scan import (
     end_of_valid,
     leftmost,
     row_of,
-    rows_in_float64,
 )
 
 __all__ = ["compile_cases", "gae_backward_triton"]
@@ -37,20 +36,23 @@ __all__ = ["compile_cases", "gae_backward_triton"]
 def _sum_of_gradients(d_advantages, d_returns, mask, at, inside):
     """Valid tokens, and the gradients of advantage and of both, 0 where not valid."""
     valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-    of_advantage = tl.load(d_advantages + at, mask=valid, other=0.0).to(tl.float32)
-    of_return = tl.load(d_returns + at, mask=valid, other=0.0).to(tl.float32)
-    return valid, of_advantage, of_advantage + of_return
+    of_advantage = tl.zeros(at.shape, tl.float32)
+    if d_advantages is not None:
+        of_advantage = tl.load(d_advantages + at, mask=valid, other=0.0).to(tl.float32)
+    both = of_advantage
+    if d_returns is not None:
+        both += tl.load(d_returns + at, mask=valid, other=0.0).to(tl.float32)
+    return valid, of_advantage, both
 
 
 @triton.jit
 def gae_adjoint_rows(
-    d_advantages,  # [B, T], or packed [total]
+    d_advantages,  # [B, T], or packed [total]; or None, as the next
     d_returns,
     mask,
-    gamma,  # float32, as the next two
-    through,  # gamma (1 - lambda)
-    decay,  # gamma lambda
-    gamma_rows,  # [B] float64, or None; then lam_rows too
+    gamma: tl.float64,  # where there is no gamma_rows
+    lam: tl.float64,
+    gamma_rows,  # [B], any float dtype, or None
     lam_rows,
     starts,  # [B + 1] or None
     steps,
@@ -62,16 +64,16 @@ def gae_adjoint_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     begin, length = row_of(starts, row, steps)
-    d_advantages += begin
-    d_returns += begin
+    if d_advantages is not None:
+        d_advantages += begin
+    if d_returns is not None:
+        d_returns += begin
     mask += begin
     d_rewards += begin
     d_values += begin
     end = end_of_valid(mask, length, TILE)
     clear(d_rewards, d_values, end, length, TILE)
-    through, decay = coefficients(row, through, decay, gamma_rows, lam_rows)
-    if gamma_rows is not None:
-        gamma = tl.load(gamma_rows + row).to(tl.float32)
+    gamma, through, decay = coefficients(row, gamma, lam, gamma_rows, lam_rows)
 
     lane = tl.arange(0, TILE)
     carried = tl.zeros([], tl.float64)  # G' of the tile's first token
@@ -98,8 +100,8 @@ def gae_adjoint_rows(
 
 
 def gae_backward_triton(
-    d_advantages: Tensor,
-    d_returns: Tensor,
+    d_advantages: Tensor | None,
+    d_returns: Tensor | None,
     mask: Tensor,
     gamma: float,
     lam: float,
@@ -110,31 +112,33 @@ def gae_backward_triton(
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of rewards, values and bootstrap. `tile` is for tests."""
-    d_advantages, d_returns, mask = (x.contiguous() for x in (d_advantages, d_returns, mask))
-    rows = d_advantages.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    d_rewards = torch.empty(d_advantages.shape, dtype=torch.float32, device=d_advantages.device)
+    mask = mask.contiguous()
+    rows = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    d_rewards = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
     d_values = torch.empty_like(d_rewards)
-    d_bootstrap = d_rewards.new_zeros(rows)
-    if d_rewards.numel():
-        by_row = rows_in_float64(gamma, lam, gamma_rows, lam_rows, d_rewards, rows)
-        starts = None if cu_seqlens is None else cu_seqlens.contiguous()
-        steps = d_rewards.numel() if cu_seqlens is not None else d_rewards.shape[1]
-        with on_device(d_rewards):
-            gae_adjoint_rows[(rows,)](
-                d_advantages, d_returns, mask, gamma, gamma * (1.0 - lam), gamma * lam, *by_row, starts, steps,
-                d_rewards, d_values, d_bootstrap, CARRY=carry, TILE=tile or (32 if interpreted() else TILE), **OPTIONS,
-            )  # fmt: skip
+    if mask.numel() == 0:
+        return d_rewards, d_values, d_rewards.new_zeros(rows)
+    d_bootstrap = d_rewards.new_empty(rows)
+    upstream = (None if x is None else x.contiguous() for x in (d_advantages, d_returns))
+    by_row = (None if x is None else x.contiguous() for x in (gamma_rows, lam_rows, cu_seqlens))
+    steps = mask.numel() if cu_seqlens is not None else mask.shape[1]
+    with on_device(mask):
+        gae_adjoint_rows[(rows,)](
+            *upstream, mask, gamma, lam, *by_row, steps, d_rewards, d_values, d_bootstrap, CARRY=carry,
+            TILE=tile or (32 if interpreted() else TILE), **OPTIONS,
+        )  # fmt: skip
     return d_rewards, d_values, d_bootstrap
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    tensors = ("d_advantages", "d_returns", "d_rewards", "d_values", "d_bootstrap")
-    types = {
-        **dict.fromkeys(tensors, "*fp32"), **dict.fromkeys(("gamma", "through", "decay"), "fp32"), "mask": "*i1",
-        "gamma_rows": "*fp64", "lam_rows": "*fp64", "starts": "*i64", "steps": "i32",
-    }  # fmt: skip
+    tensors = ("d_advantages", "d_returns", "d_rewards", "d_values", "d_bootstrap", "gamma_rows", "lam_rows")
+    numbers = {"gamma": "fp64", "lam": "fp64", "steps": "i32"}
+    types = {**dict.fromkeys(tensors, "*fp32"), **numbers, "mask": "*i1", "starts": "*i64"}
     options = {"enable_fp_fusion": False}
     for carry in (True, False):
         fixed = {"gamma_rows": None, "lam_rows": None, "starts": None, "CARRY": carry, "TILE": TILE}
-        name = f"gae_adjoint_rows: {'carry' if carry else 'zero'}"
-        yield CompileCase(name, gae_adjoint_rows, types, fixed, WARPS, options=options)
+        mode = "carry" if carry else "zero"
+        yield CompileCase(f"gae_adjoint_rows: {mode}", gae_adjoint_rows, types, fixed, WARPS, options=options)
+    fixed |= {"d_returns": None}
+    name = "gae_adjoint_rows: zero, of advantages alone"
+    yield CompileCase(name, gae_adjoint_rows, types, fixed, WARPS, options=options)

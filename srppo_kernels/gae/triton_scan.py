@@ -12,10 +12,10 @@ last digits. Tiles are counted from the row's last valid token, so padded and pa
 
     gae_rows            a program walks a row from right to left: the one launch of an ordinary batch; it also sums up
                         the moments of the advantages, for whitening, where they are asked for
-    row_ends, tile_maps, fold_tiles, tile_outputs
+    row_ends, tile_maps, fold_tiles, tile_outputs, row_moments
                         a program a tile, for few and very long rows, where one program would walk alone: every tile
                         becomes a map, the maps are folded with the same arithmetic, and every tile is scanned again
-                        from its carry. The bits are those of gae_rows.
+                        from its carry. The bits are those of gae_rows, the moments' too.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from srppo_kernels._triton import CompileCase, finish_counter, interpreted, on_device
 from srppo_kernels._triton_language import arrived_last
-from srppo_kernels.gae.triton_whiten import leave_moments, merge_moments, whiten_moments_triton
+from srppo_kernels.gae.triton_whiten import leave_moments, merge_moments
 
 __all__ = [
     "clear",
@@ -38,7 +38,6 @@ __all__ = [
     "gae_triton",
     "leftmost",
     "row_of",
-    "rows_in_float64",
 ]
 
 TILE = 1024
@@ -96,14 +95,15 @@ def clear(advantages, returns, start, length, TILE: tl.constexpr):
 
 
 @triton.jit
-def coefficients(row, through, decay, gamma_rows, lam_rows):
-    """gamma (1 - lambda) and gamma lambda, formed in float64 for a row of its own."""
+def coefficients(row, gamma, lam, gamma_rows, lam_rows):
+    """gamma, gamma (1 - lambda) and gamma lambda, formed in float64 and rounded once."""
+    gamma = tl.zeros([], tl.float64) + gamma
+    lam = tl.zeros([], tl.float64) + lam
     if gamma_rows is not None:
-        gamma = tl.load(gamma_rows + row)
-        lam = tl.load(lam_rows + row)
-        through = (gamma * (1.0 - lam)).to(tl.float32)
-        decay = (gamma * lam).to(tl.float32)
-    return through, decay
+        gamma = tl.load(gamma_rows + row).to(tl.float64)
+    if lam_rows is not None:
+        lam = tl.load(lam_rows + row).to(tl.float64)
+    return gamma.to(tl.float32), (gamma * (1.0 - lam)).to(tl.float32), (gamma * lam).to(tl.float32)
 
 
 @triton.jit
@@ -159,14 +159,21 @@ def leftmost(x, TILE: tl.constexpr):
 
 
 @triton.jit
-def _join_moments(count, mean, squares, x, valid):
-    """Chan's merge of a row's moments so far with those of a tile, which is two-pass in registers."""
+def _tile_moments(x, valid):
+    """Count, mean and squared deviations of a tile, in two passes over registers."""
+    x = x.to(tl.float64)
     n = tl.sum(valid.to(tl.float64), 0)
-    tile_mean = tl.sum(x, 0) / tl.maximum(n, 1.0)
-    off = tl.where(valid, x - tile_mean, 0.0)
+    mean = tl.sum(x, 0) / tl.maximum(n, 1.0)
+    off = tl.where(valid, x - mean, 0.0)
+    return n, mean, tl.sum(off * off, 0)
+
+
+@triton.jit
+def _join_moments(count, mean, squares, n, tile_mean, tile_squares):
+    """Chan's merge of a row's moments so far with those of a tile; a tile without tokens changes nothing."""
     both = tl.maximum(count + n, 1.0)
     shift = tl.where(n > 0, tile_mean - mean, 0.0)
-    squares += tl.sum(off * off, 0) + shift * shift * (count * n / both)
+    squares += tile_squares + shift * shift * (count * n / both)
     return count + n, mean + shift * (n / both), squares
 
 
@@ -175,9 +182,9 @@ def gae_rows(
     rewards,  # [B, T], or packed [total]; any float dtype
     values,  # the same
     mask,  # the same, bool
-    through,  # gamma (1 - lambda), float32
-    decay,  # gamma lambda
-    gamma_rows,  # [B] float64, or None; then lam_rows too
+    gamma: tl.float64,  # where there is no gamma_rows
+    lam: tl.float64,
+    gamma_rows,  # [B], any float dtype, or None
     lam_rows,
     bootstrap,  # [B] or None
     starts,  # [B + 1] or None
@@ -199,7 +206,7 @@ def gae_rows(
     returns += begin
     end = end_of_valid(mask, length, TILE)
     clear(advantages, returns, end, length, TILE)
-    through, decay = coefficients(row, through, decay, gamma_rows, lam_rows)
+    _, through, decay = coefficients(row, gamma, lam, gamma_rows, lam_rows)
     next_value = _bootstrap(bootstrap, row)
     carried = next_value.to(tl.float64)
     count = tl.zeros([], tl.float64)
@@ -215,7 +222,8 @@ def gae_rows(
         if CARRY:
             next_value = leftmost(following, TILE)
         if moments is not None:
-            count, mean, squares = _join_moments(count, mean, squares, advantage.to(tl.float64), valid)
+            n, tile_mean, tile_squares = _tile_moments(advantage, valid)
+            count, mean, squares = _join_moments(count, mean, squares, n, tile_mean, tile_squares)
         right -= TILE
     if moments is not None:
         leave_moments(partials, tl.program_id(0), tl.num_programs(0), count, mean, squares)
@@ -251,13 +259,13 @@ def _value_from(values, mask, start, end, default, TILE: tl.constexpr):
 
 @triton.jit
 def _lone_tile(
-    rewards, values, mask, through, decay, gamma_rows, lam_rows, bootstrap, ends, row, tile,
+    rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, ends, row, tile,
     CARRY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """`_scan_tile` for a program that did not walk the row to come here."""
     end = tl.load(ends + row)
     right = end - tile * TILE
-    through, decay = coefficients(row, through, decay, gamma_rows, lam_rows)
+    _, through, decay = coefficients(row, gamma, lam, gamma_rows, lam_rows)
     next_value = _bootstrap(bootstrap, row)
     if CARRY and right > 0:
         # From two to the right on: the token at `right` is the rightmost one's neighbour, which the tile itself sees.
@@ -267,7 +275,7 @@ def _lone_tile(
 
 @triton.jit
 def tile_maps(
-    rewards, values, mask, through, decay, gamma_rows, lam_rows, bootstrap, starts, steps, ends,
+    rewards, values, mask, gamma: tl.float64, lam: tl.float64, gamma_rows, lam_rows, bootstrap, starts, steps, ends,
     maps,  # [B, tiles, 2] float32: a and b of every tile; those beyond the row are the identity
     CARRY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -275,7 +283,7 @@ def tile_maps(
     tile = tl.program_id(1)
     begin, _ = row_of(starts, row, steps)
     _, _, _, _, a, b, _ = _lone_tile(
-        rewards + begin, values + begin, mask + begin, through, decay, gamma_rows, lam_rows, bootstrap, ends, row, tile,
+        rewards + begin, values + begin, mask + begin, gamma, lam, gamma_rows, lam_rows, bootstrap, ends, row, tile,
         CARRY, TILE,
     )  # fmt: skip
     place = maps + (row * tl.num_programs(1) + tile) * 2
@@ -284,46 +292,56 @@ def tile_maps(
 
 
 @triton.jit
-def fold_tiles(maps, bootstrap, carries, tiles):
-    """`carries[row, tile]` float64: R on the right of the tile."""
+def fold_tiles(maps, bootstrap, ends, carries, tiles, TILE: tl.constexpr):
+    """`carries[row, tile]` float64: R on the right of the tile; tiles beyond the row have none."""
     row = tl.program_id(0).to(tl.int64)
     carried = _bootstrap(bootstrap, row).to(tl.float64)
-    tile = 0
-    while tile < tiles:
+    for tile in range(tl.cdiv(tl.load(ends + row), TILE)):
         place = row * tiles + tile
         tl.store(carries + place, carried)
         a = tl.load(maps + place * 2)
         b = tl.load(maps + place * 2 + 1)
         carried = b.to(tl.float64) + a.to(tl.float64) * carried
-        tile += 1
 
 
 @triton.jit
 def tile_outputs(
-    rewards, values, mask, through, decay, gamma_rows, lam_rows, bootstrap, starts, steps, ends, carries,
-    advantages, returns, CARRY: tl.constexpr, TILE: tl.constexpr,
+    rewards, values, mask, gamma: tl.float64, lam: tl.float64, gamma_rows, lam_rows, bootstrap, starts, steps, ends,
+    carries, advantages, returns,
+    tile_moments,  # [B, tiles, 3] float64, or None
+    CARRY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     begin, _ = row_of(starts, row, steps)
     at, inside, valid, value, a, b, _ = _lone_tile(
-        rewards + begin, values + begin, mask + begin, through, decay, gamma_rows, lam_rows, bootstrap, ends, row, tile,
+        rewards + begin, values + begin, mask + begin, gamma, lam, gamma_rows, lam_rows, bootstrap, ends, row, tile,
         CARRY, TILE,
     )  # fmt: skip
-    carried = tl.load(carries + row * tl.num_programs(1) + tile)
-    _store_tile(advantages + begin, returns + begin, at, inside, valid, value, a, b, carried)
+    place = row * tl.num_programs(1) + tile
+    carried = tl.load(carries + place)
+    _, advantage = _store_tile(advantages + begin, returns + begin, at, inside, valid, value, a, b, carried)
+    if tile_moments is not None:
+        n, mean, squares = _tile_moments(advantage, valid)
+        tl.store(tile_moments + 3 * place, n)
+        tl.store(tile_moments + 3 * place + 1, mean)
+        tl.store(tile_moments + 3 * place + 2, squares)
 
 
-def rows_in_float64(
-    gamma: float, lam: float, gamma_rows: Tensor | None, lam_rows: Tensor | None, like: Tensor, rows: int
-):
-    """Both coefficients by row where either is: `(None, None)` otherwise."""
-    if gamma_rows is None and lam_rows is None:
-        return None, None
-    return tuple(
-        like.new_full((rows,), number, dtype=torch.float64) if given is None else given.double().contiguous()
-        for number, given in ((gamma, gamma_rows), (lam, lam_rows))
-    )
+@triton.jit
+def row_moments(tile_moments, ends, tiles, partials, finished, moments, TILE: tl.constexpr):
+    """Joins a row's tiles, right to left, as `gae_rows` does; the last program merges the rows."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.zeros([], tl.float64)
+    mean = tl.zeros([], tl.float64)
+    squares = tl.zeros([], tl.float64)
+    for tile in range(tl.cdiv(tl.load(ends + row), TILE)):
+        place = tile_moments + 3 * (row * tiles + tile)
+        n = tl.load(place)
+        count, mean, squares = _join_moments(count, mean, squares, n, tl.load(place + 1), tl.load(place + 2))
+    leave_moments(partials, tl.program_id(0), tl.num_programs(0), count, mean, squares)
+    if arrived_last(finished):
+        merge_moments(partials, moments, tl.num_programs(0), TILE)
 
 
 def gae_triton(
@@ -352,36 +370,40 @@ def gae_triton(
         return advantages, returns, moments.zero_()
     tile = tile or (32 if interpreted() else TILE)
     if spread is None:
-        spread = steps >= LONG and rows <= FEW
-    by_row = rows_in_float64(gamma, lam, gamma_rows, lam_rows, rewards, rows)
-    row_options = (*by_row, None if bootstrap is None else bootstrap.contiguous())
-    starts = None if cu_seqlens is None else cu_seqlens.contiguous()
-    inputs = (rewards, values, mask, gamma * (1.0 - lam), gamma * lam, *row_options, starts, steps)
+        # How long packed rows are only the device knows; the host knows how long they are on average.
+        spread = rows <= FEW and steps >= LONG * (1 if cu_seqlens is None else rows)
+    by_row = [None if x is None else x.contiguous() for x in (gamma_rows, lam_rows, bootstrap, cu_seqlens)]
+    *_, bootstrap, starts = by_row
+    inputs = (rewards, values, mask, gamma, lam, *by_row, steps)
+    sums: tuple[Tensor | None, ...] = (None, None, None)
     with on_device(rewards):
+        if with_moments:
+            partials = torch.empty((3, rows), dtype=torch.float64, device=rewards.device)
+            sums = (partials, finish_counter(rewards.device), moments)
         if not spread:
-            sums: tuple[Tensor | None, ...] = (None, None, None)
-            if with_moments:
-                partials = torch.empty((3, rows), dtype=torch.float64, device=rewards.device)
-                sums = (partials, finish_counter(rewards.device), moments)
             gae_rows[(rows,)](*inputs, advantages, returns, *sums, CARRY=carry, TILE=tile, **OPTIONS)
             return advantages, returns, moments
         tiles = triton.cdiv(steps, tile)
         ends = torch.empty(rows, dtype=torch.int32, device=rewards.device)
         maps = torch.empty((rows, tiles, 2), dtype=torch.float32, device=rewards.device)
         carries = torch.empty((rows, tiles), dtype=torch.float64, device=rewards.device)
+        parts = torch.empty((rows, tiles, 3), dtype=torch.float64, device=rewards.device) if with_moments else None
         row_ends[(rows,)](mask, starts, steps, advantages, returns, ends, TILE=tile, **OPTIONS)
         tile_maps[(rows, tiles)](*inputs, ends, maps, CARRY=carry, TILE=tile, **OPTIONS)
-        fold_tiles[(rows,)](maps, row_options[2], carries, tiles, num_warps=1, enable_fp_fusion=False)
-        tile_outputs[(rows, tiles)](*inputs, ends, carries, advantages, returns, CARRY=carry, TILE=tile, **OPTIONS)
-    return advantages, returns, whiten_moments_triton(advantages, mask) if with_moments else moments
+        fold_tiles[(rows,)](maps, bootstrap, ends, carries, tiles, TILE=tile, num_warps=1, enable_fp_fusion=False)
+        outputs = (carries, advantages, returns, parts)
+        tile_outputs[(rows, tiles)](*inputs, ends, *outputs, CARRY=carry, TILE=tile, **OPTIONS)
+        if with_moments:
+            row_moments[(rows,)](parts, ends, tiles, *sums, TILE=tile, **OPTIONS)
+    return advantages, returns, moments
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    tokens = {"rewards": "*fp32", "values": "*fp32", "mask": "*i1", "through": "fp32", "decay": "fp32", "steps": "i32"}
+    tokens = {"rewards": "*fp32", "values": "*fp32", "mask": "*i1", "gamma": "fp64", "lam": "fp64", "steps": "i32"}
     outputs = {"advantages": "*fp32", "returns": "*fp32", "ends": "*i32", "maps": "*fp32", "carries": "*fp64"}
-    by_row = {"gamma_rows": "*fp64", "lam_rows": "*fp64", "bootstrap": "*fp32", "starts": "*i64"}
+    by_row = {"gamma_rows": "*fp32", "lam_rows": "*fp32", "bootstrap": "*fp32", "starts": "*i64"}
     sums = {"partials": "*fp64", "finished": "*i32", "moments": "*fp64"}
-    types = {**tokens, **outputs, **by_row, **sums, "tiles": "i32"}
+    types = {**tokens, **outputs, **by_row, **sums, "tile_moments": "*fp64", "tiles": "i32"}
     plain, unsummed = dict.fromkeys(by_row), dict.fromkeys(sums)
     options = {"enable_fp_fusion": False}
     for carry in (True, False):
@@ -395,4 +417,5 @@ def compile_cases() -> Iterator[CompileCase]:
         ):
             yield CompileCase(name, kernel, types, constants, WARPS, options=options)
     yield CompileCase("row_ends", row_ends, types, {"starts": None, "TILE": TILE}, WARPS, options=options)
-    yield CompileCase("fold_tiles", fold_tiles, types, {}, 1, options=options)
+    yield CompileCase("fold_tiles", fold_tiles, types, {"TILE": TILE}, 1, options=options)
+    yield CompileCase("row_moments", row_moments, types, {"TILE": TILE}, WARPS, options=options)

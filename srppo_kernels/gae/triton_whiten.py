@@ -1,8 +1,15 @@
 # mypy: allow-untyped-defs
 """Masked moments and whitening on Triton: a launch each, in float64. `reference.py` has the maths.
 
-A program takes 512 tokens, held in registers, to their count, mean and sum of squared deviations from that mean: two
-passes that read memory once. The last program merges all of them by Chan's formula, in a fixed order.
+A program takes 512 tokens of a row, held in registers, to their count, mean and sum of squared deviations from that
+mean: two passes that read memory once. The last program merges all of them by Chan's formula, in a fixed order.
+
+They are two launches because no token can be whitened before the last one is counted, and an op between them merges the
+moments of a process group. `gae(..., moments=True)` leaves the moments in its own launch, and whitening is then one.
+
+Bits: padding a batch, on either side of its rows, changes none (`_triton_language.py` says why). A packed `[N]` is one
+row here, and its moments are those of the padded batch within float64's rounding; `gae`'s moments, which know the rows,
+are the same bits packed and padded.
 """
 
 from collections.abc import Iterator
@@ -13,20 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from srppo_kernels._triton import CompileCase, finish_counter, on_device
-from srppo_kernels._triton_language import TOKENS, arrived_last, grid_sum
+from srppo_kernels._triton_language import TOKENS, arrived_last, blocks_of, grid_sum, row_tokens
 
 __all__ = ["compile_cases", "leave_moments", "merge_moments", "whiten_apply_triton", "whiten_moments_triton"]
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-
-
-@triton.jit
-def _tokens(x, mask, total, TOKENS: tl.constexpr):
-    """Places, which of them exist, which are valid, and x in float64, 0 where not valid."""
-    at = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    inside = at < total
-    valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-    return at, inside, valid, tl.load(x + at, mask=valid, other=0.0).to(tl.float64)
 
 
 @triton.jit
@@ -60,15 +58,17 @@ def merge_moments(partials, moments, programs, CHUNK: tl.constexpr):
 
 @triton.jit
 def whiten_moments(
-    x,  # any float dtype
+    x,  # [rows, steps], any float dtype
     mask,  # bool
-    total,
+    rows,
+    steps,
     partials,  # [3, programs] float64
     finished,
     moments,  # [3] float64
     TOKENS: tl.constexpr,
 ):
-    _, _, valid, x = _tokens(x, mask, total, TOKENS)
+    _, at, _, valid = row_tokens(mask, rows, steps, TOKENS)
+    x = tl.load(x + at, mask=valid, other=0.0).to(tl.float64)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     count = tl.sum(valid.to(tl.float64), 0)
@@ -90,7 +90,10 @@ def whiten_apply(
     SHIFT_MEAN: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    at, inside, valid, x = _tokens(x, mask, total, TOKENS)
+    at = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    inside = at < total
+    valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+    x = tl.load(x + at, mask=valid, other=0.0).to(tl.float64)
     count = tl.load(moments)
     mean = tl.load(moments + 1)
     variance = tl.load(moments + 2) / tl.maximum(count - 1.0, 1.0)
@@ -101,12 +104,12 @@ def whiten_apply(
 
 
 def whiten_moments_triton(x: Tensor, mask: Tensor) -> Tensor:
-    programs = max(1, triton.cdiv(x.numel(), TOKENS))  # one at least, to write the zeros of an empty batch
+    rows, steps, programs = blocks_of(x.shape)
     partials = torch.empty((3, programs), dtype=torch.float64, device=x.device)
     moments = torch.empty(3, dtype=torch.float64, device=x.device)
     with on_device(x):
         whiten_moments[(programs,)](
-            x.contiguous(), mask.contiguous(), x.numel(), partials, finish_counter(x.device), moments,
+            x.contiguous(), mask.contiguous(), rows, steps, partials, finish_counter(x.device), moments,
             TOKENS=TOKENS, **OPTIONS,
         )  # fmt: skip
     return moments
@@ -124,10 +127,8 @@ def whiten_apply_triton(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bo
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    types = {
-        "x": "*fp32", "mask": "*i1", "total": "i64", "partials": "*fp64", "finished": "*i32", "moments": "*fp64",
-        "eps": "fp32", "out": "*fp32",
-    }  # fmt: skip
+    tensors = {"x": "*fp32", "mask": "*i1", "partials": "*fp64", "finished": "*i32", "moments": "*fp64", "out": "*fp32"}
+    types = {**tensors, **dict.fromkeys(("rows", "steps", "total"), "i32"), "eps": "fp32"}
     options = {"enable_fp_fusion": False}
     yield CompileCase("whiten_moments", whiten_moments, types, {"TOKENS": TOKENS}, 4, options=options)
     for shift in (True, False):

@@ -1,6 +1,10 @@
 """`srppo::ppo_loss` and `srppo::value_loss`: schema, fake, autograd and the choice of backend.
 
 Each forward returns the loss, its gradient and all statistics from one pass; backward only scales the saved gradient.
+
+On a GPU a divisor that is a count of the mask is known at the end of that pass. The gradient then comes undivided, with
+the `weight` that it is still to be multiplied by; the backward does so, in the launch that multiplies by the upstream
+gradient. Elsewhere the weight is empty: it is in the gradient already.
 """
 
 from typing import Any, NamedTuple
@@ -8,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from srppo_kernels import _triton
 from srppo_kernels._arguments import check_backend, check_choice, check_mask, check_same_shape, compute_dtype
 from srppo_kernels._extension import native_input, resolve
 from srppo_kernels._library import Op
@@ -17,6 +22,14 @@ from srppo_kernels.ppo_loss.stats import PPOStats, ValueStats
 __all__ = ["PPOTerms", "ppo_loss", "ppo_terms", "value_loss"]
 
 BACKENDS = ("native", "triton", "reference")
+
+
+def _waits(
+    chosen: str, device: torch.device, reduction: str, divisor: float | None, divisor_tensor: Tensor | None
+) -> bool:
+    """Whether gradients come undivided, with a weight."""
+    counted = reduction in ("token_mean", "sequence_mean") and divisor is None and divisor_tensor is None
+    return counted and (chosen == "triton" or (chosen == "native" and device.type == "cuda"))
 
 
 def _run_ppo_loss(
@@ -33,7 +46,7 @@ def _run_ppo_loss(
     divisor: float | None,
     divisor_tensor: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (logprobs, old_logprobs, advantages, entropy)
     chosen = resolve("ppo_loss", backend, logprobs, compute_dtype(*inputs))
     if chosen == "triton":
@@ -41,34 +54,21 @@ def _run_ppo_loss(
 
         options = (clip_low, clip_high, dual_clip, entropy_coef, reduction, divisor, divisor_tensor)
         return ppo_loss_triton(logprobs, old_logprobs, advantages, mask, entropy, *options)
+    applied = logprobs.new_empty(0, dtype=torch.float32)
     if chosen == "native":
-        return torch.ops.srppo_native.ppo_loss(
-            native_input(logprobs),
-            native_input(old_logprobs),
-            native_input(advantages),
-            native_input(mask),
-            None if entropy is None else native_input(entropy),
-            clip_low,
-            clip_high,
-            dual_clip,
-            entropy_coef,
-            reference.REDUCTIONS.index(reduction),
-            divisor,
-            None if divisor_tensor is None else native_input(divisor_tensor),
-        )
+        tokens = [None if x is None else native_input(x) for x in (logprobs, old_logprobs, advantages, mask, entropy)]
+        total = None if divisor_tensor is None else native_input(divisor_tensor)
+        bounds = (clip_low, clip_high, dual_clip, entropy_coef, reference.REDUCTIONS.index(reduction), divisor, total)
+        if logprobs.device.type == "cuda":
+            with _triton.on_device(logprobs):
+                finished = _triton.finish_counter(logprobs.device)
+                return torch.ops.srppo_native.ppo_loss_cuda(*tokens, *bounds, finished)
+        return (*torch.ops.srppo_native.ppo_loss(*tokens, *bounds), applied)
     weights = reference.weights_for(inputs, mask, reduction, divisor, divisor_tensor)
-    return reference.ppo_loss_reference(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        entropy,
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-        weights,
-    )
+    made = reference.ppo_loss_reference(
+        logprobs, old_logprobs, advantages, mask, entropy, clip_low, clip_high, dual_clip, entropy_coef, weights
+    )  # fmt: skip
+    return (*made, applied)
 
 
 _ppo_loss = Op("ppo_loss", _run_ppo_loss)
@@ -77,29 +77,64 @@ _ppo_loss = Op("ppo_loss", _run_ppo_loss)
 @_ppo_loss.register_fake
 def _(logprobs, old_logprobs, advantages, mask, entropy, *options):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(logprobs, old_logprobs, advantages, entropy)
+    *_, reduction, divisor, divisor_tensor, backend = options
+    chosen = resolve("ppo_loss", backend, logprobs, dtype)
+    waits = _waits(chosen, logprobs.device, reduction, divisor, divisor_tensor)
     return (
         logprobs.new_empty((), dtype=dtype),
         logprobs.new_empty(logprobs.shape, dtype=dtype),
         logprobs.new_empty((0,) if entropy is None else logprobs.shape, dtype=dtype),
         logprobs.new_empty((len(reference.POLICY_STATS),), dtype=torch.float32),
+        logprobs.new_empty(() if waits else (0,), dtype=torch.float32),
     )
 
 
+def _run_scaled_gradients(
+    upstream: Tensor, weight: Tensor, first: Tensor, second: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    chosen = resolve("scaled_gradients", backend, first, compute_dtype(first))
+    if chosen == "triton":
+        from srppo_kernels.ppo_loss.triton_losses import scale_triton
+
+        return scale_triton(upstream, weight, first, second)
+    if chosen == "native" and first.device.type == "cuda":
+        return torch.ops.srppo_native.scaled_gradients_cuda(native_input(upstream), weight, first, second)
+    by = upstream * weight if weight.numel() else upstream
+    return by * first, by * second
+
+
+_scaled_gradients = Op("scaled_gradients", _run_scaled_gradients)
+
+
+@_scaled_gradients.register_fake
+def _(upstream, weight, first, second, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(first), torch.empty_like(second)
+
+
+def _scaled(grad: Tensor, weight: Tensor, first: Tensor, second: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """One launch on a GPU; on a CPU, where a product costs less than an op, two products."""
+    if weight.numel() or backend == "triton" or first.device.type == "cuda":
+        return torch.ops.srppo.scaled_gradients(grad, weight, first, second, backend)
+    return grad * first, grad * second
+
+
 def _ppo_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, d_logprobs, d_entropy, statistics = output
-    ctx.mark_non_differentiable(d_logprobs, d_entropy, statistics)
+    _, d_logprobs, d_entropy, _, weight = output
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(d_logprobs, d_entropy)
+    ctx.save_for_backward(d_logprobs, d_entropy, weight)
     ctx.dtypes = (inputs[0].dtype, None if inputs[4] is None else inputs[4].dtype)
+    ctx.backend = inputs[-1]
 
 
 def _ppo_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 13
-    d_logprobs, d_entropy = ctx.saved_tensors
+    d_logprobs, d_entropy, weight = ctx.saved_tensors
     logprobs_dtype, entropy_dtype = ctx.dtypes
-    entropy_grad = None if entropy_dtype is None else (grad * d_entropy).to(entropy_dtype)
-    return ((grad * d_logprobs).to(logprobs_dtype), None, None, None, entropy_grad, *(None,) * 8)
+    for_logprobs, for_entropy = _scaled(grad, weight, d_logprobs, d_entropy, ctx.backend)
+    entropy_grad = None if entropy_dtype is None else for_entropy.to(entropy_dtype)
+    return (for_logprobs.to(logprobs_dtype), None, None, None, entropy_grad, *(None,) * 8)
 
 
 _ppo_loss.register_autograd(_ppo_autograd, setup_context=_ppo_setup)
@@ -114,18 +149,23 @@ def _run_value_loss(
     divisor: float | None,
     divisor_tensor: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = resolve("value_loss", backend, values, compute_dtype(values, old_values, returns))
     if chosen == "triton":
         from srppo_kernels.ppo_loss.triton_losses import value_loss_triton
 
         return value_loss_triton(values, old_values, returns, mask, clip, divisor, divisor_tensor)
+    applied = values.new_empty(0, dtype=torch.float32)
     if chosen == "native":
-        tokens = (native_input(x) for x in (values, old_values, returns, mask))
+        tokens = [native_input(x) for x in (values, old_values, returns, mask)]
         total = None if divisor_tensor is None else native_input(divisor_tensor)
-        return torch.ops.srppo_native.value_loss(*tokens, clip, divisor, total)
+        if values.device.type == "cuda":
+            with _triton.on_device(values):
+                finished = _triton.finish_counter(values.device)
+                return torch.ops.srppo_native.value_loss_cuda(*tokens, clip, divisor, total, finished)
+        return (*torch.ops.srppo_native.value_loss(*tokens, clip, divisor, total), applied)
     weights = reference.weights_for((values, old_values, returns), mask, "token_mean", divisor, divisor_tensor)
-    return reference.value_loss_reference(values, old_values, returns, mask, clip, weights)
+    return (*reference.value_loss_reference(values, old_values, returns, mask, clip, weights), applied)
 
 
 _value_loss = Op("value_loss", _run_value_loss)
@@ -134,25 +174,30 @@ _value_loss = Op("value_loss", _run_value_loss)
 @_value_loss.register_fake
 def _(values, old_values, returns, mask, clip, divisor, divisor_tensor, backend):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(values, old_values, returns)
+    chosen = resolve("value_loss", backend, values, dtype)
+    waits = _waits(chosen, values.device, "token_mean", divisor, divisor_tensor)
+    explained = chosen == "triton" or (chosen == "native" and values.device.type == "cuda")
     return (
         values.new_empty((), dtype=dtype),
         values.new_empty(values.shape, dtype=dtype),
-        values.new_empty((len(reference.VALUE_STATS),), dtype=torch.float32),
+        values.new_empty((len(reference.VALUE_STATS) + explained,), dtype=torch.float32),
+        values.new_empty(() if waits else (0,), dtype=torch.float32),
     )
 
 
 def _value_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1], output[3])
+    ctx.dtype, ctx.backend = inputs[0].dtype, inputs[-1]
 
 
 def _value_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 8
-    (d_values,) = ctx.saved_tensors
-    return ((grad * d_values).to(ctx.dtype), *(None,) * 7)
+    d_values, weight = ctx.saved_tensors
+    for_values = _scaled(grad, weight, d_values, d_values.new_empty(0), ctx.backend)[0]
+    return (for_values.to(ctx.dtype), *(None,) * 7)
 
 
 _value_loss.register_autograd(_value_autograd, setup_context=_value_setup)
@@ -242,7 +287,7 @@ def ppo_terms(
         backend,
     )
     with torch.no_grad():
-        loss, d_logprobs, d_entropy, vector = torch.ops.srppo.ppo_loss(
+        loss, d_logprobs, d_entropy, vector, _ = torch.ops.srppo.ppo_loss(
             logprobs,
             old_logprobs,
             advantages,
@@ -317,7 +362,7 @@ def ppo_loss(
     if reduction == "sequence_mean" and logprobs.dim() < 2:
         raise ValueError("ppo_loss: reduction='sequence_mean' needs [B, T]; a packed [N] has no rows")
     divisor, divisor_tensor = _split_normalizer("ppo_loss", normalizer)
-    loss, _, _, vector = torch.ops.srppo.ppo_loss(
+    loss, _, _, vector, _ = torch.ops.srppo.ppo_loss(
         logprobs,
         old_logprobs,
         advantages,
@@ -371,7 +416,7 @@ def value_loss(
     if clip is not None and not clip >= 0:
         raise ValueError(f"value_loss: clip={clip} must not be negative; pass None to switch clipping off")
     divisor, divisor_tensor = _split_normalizer("value_loss", normalizer)
-    loss, _, vector = torch.ops.srppo.value_loss(
+    loss, _, vector, _ = torch.ops.srppo.value_loss(
         values, old_values, returns, mask, clip, divisor, divisor_tensor, backend
     )
     return loss, ValueStats.from_vector(vector)

@@ -82,9 +82,12 @@ class ValueStats(NamedTuple):
 
     @classmethod
     def from_vector(cls, vector: Tensor) -> "ValueStats":
-        """From what the kernels return, in the order of `reference.VALUE_STATS`."""
-        clipfrac, error, value_mean, return_mean, return_var, residual_var, count = vector.detach().unbind()
-        explained = _explained(return_var, residual_var)
+        """From what the kernels return, in the order of `reference.VALUE_STATS`.
+
+        A GPU's kernel forms the explained variance as well: five operators here would be five launches.
+        """
+        clipfrac, error, value_mean, return_mean, return_var, residual_var, count, *given = vector.detach().unbind()
+        explained = given[0] if given else _explained(return_var, residual_var)
         return cls(clipfrac, error, value_mean, return_mean, return_var, residual_var, explained, count)
 
     @classmethod

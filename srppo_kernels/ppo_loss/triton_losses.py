@@ -1,11 +1,16 @@
 # mypy: allow-untyped-defs
-"""The policy and value losses on Triton: gradient, loss and every statistic. `reference.py` has the maths.
+"""The policy and value losses on Triton: gradient, loss, every statistic in one launch. `reference.py` has the maths.
 
-A program takes 512 tokens: it writes their gradient and leaves one float64 partial of every sum; the program that
-finishes last adds the partials and writes loss and statistics. So a loss is one launch that waits for nothing, unless
-its divisor is a count of the mask that must be known before the first gradient: up to `COUNT_HERE` tokens every
-program counts the whole mask itself, out of L2, which is quicker than a launch; beyond, and for the lengths of the
-rows, a first launch counts.
+A program takes 512 tokens of a row: it writes their gradient and leaves one float64 partial of every sum; the program
+that finishes last adds the partials and writes loss and statistics. Nothing waits, and nothing is counted beforehand:
+where the divisor is a count of the mask (valid tokens, or rows that have some), the gradient is left undivided, and
+`weight`, what it is still to be multiplied by, is written beside the loss. The backward multiplies by it together with
+the upstream gradient, in one launch for all gradients (`scale`). A row's length is counted by its own programs.
+
+Bits: a row's tokens are counted from its first valid one, and programs with nothing to add add exact zeros at the end
+of the order (`_triton_language.py`). So padding, on either side of the rows, changes no bit of loss, statistics and
+gradients. A packed `[N]` is one row: its sums are the same numbers in another order, equal to the padded ones within
+float64's rounding before the last rounding to float32.
 """
 
 import math
@@ -18,58 +23,44 @@ import triton.language as tl
 from torch import Tensor
 
 from srppo_kernels._triton import CompileCase, finish_counter, on_device
-from srppo_kernels._triton_language import TOKENS, arrived_last, clamp, exp_parts, grid_max, grid_sum
+from srppo_kernels._triton_language import (
+    TOKENS,
+    arrived_last,
+    blocks_of,
+    clamp,
+    exp_parts,
+    grid_max,
+    grid_sum,
+    row_length,
+    row_tokens,
+)
 from srppo_kernels.ppo_loss.reference import LOG_RATIO_BOUND, POLICY_STATS, VALUE_STATS
 
-__all__ = ["compile_cases", "ppo_loss_triton", "value_loss_triton"]
+__all__ = ["compile_cases", "ppo_loss_triton", "scale_triton", "value_loss_triton"]
 
-COUNT_HERE = 65536
-SHARE = 32768  # tokens that a program of the counting launch takes
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-POLICY_SUMS = 11
+POLICY_SUMS = 12
 VALUE_SUMS = 8
 _BOUND = tl.constexpr(LOG_RATIO_BOUND)
-# Where the divisor comes from.
-_GIVEN, _TENSOR, _MASK, _COUNTS, _ROWS = (tl.constexpr(i) for i in range(5))
+# Where the divisor comes from; from _COUNT on it is known at the end, and gradients wait for it.
+_GIVEN, _TENSOR, _COUNT, _ROWS = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
-def _count(mask, begin, end, CHUNK: tl.constexpr):
-    lane = tl.arange(0, CHUNK)
-    count = tl.zeros([CHUNK], tl.int32)
-    start = begin
-    while start < end:
-        at = start + lane
-        count += tl.load(mask + at, mask=at < end, other=0).to(tl.int32)
-        start += CHUNK
-    return tl.sum(count.to(tl.int64), 0)
-
-
-@triton.jit
-def count_valid(mask, share, total, counts, CHUNK: tl.constexpr):
-    """`counts[p]` int64: valid tokens of `mask[p share : (p + 1) share]`."""
-    begin = tl.program_id(0).to(tl.int64) * share
-    tl.store(counts + tl.program_id(0), _count(mask, begin, tl.minimum(begin + share, total), CHUNK))
-
-
-@triton.jit
-def _divisor(divisor, divisor_tensor, mask, counts, shares, total, FROM: tl.constexpr, CHUNK: tl.constexpr):
-    """What the sum is divided by, float32; a divisor of 0 counts as 1."""
-    by = divisor
+def _reciprocal(divisor, divisor_tensor, FROM: tl.constexpr):
+    """Of a divisor that is known, float32; one of 0 counts as 1. 1 where it is still to be counted."""
+    by = tl.zeros([], tl.float32) + divisor
     if FROM == _TENSOR:
         by = tl.load(divisor_tensor).to(tl.float32)
-    elif FROM == _MASK:
-        by = _count(mask, tl.zeros([], tl.int64), total, CHUNK).to(tl.float32)
-    elif FROM == _COUNTS or FROM == _ROWS:  # noqa: SIM109 - Triton compares constexprs one by one
-        lane = tl.arange(0, CHUNK)
-        sums = tl.zeros([CHUNK], tl.int64)
-        start = 0
-        while start < shares:
-            n = tl.load(counts + start + lane, mask=start + lane < shares, other=0)
-            sums += (n > 0).to(tl.int64) if FROM == _ROWS else n
-            start += CHUNK
-        by = tl.sum(sums, 0).to(tl.float32)
-    return tl.where(by == 0.0, 1.0, by)
+    return tl.div_rn(tl.zeros([], tl.float32) + 1.0, tl.where(by == 0.0, 1.0, by))
+
+
+@triton.jit
+def _store_loss(loss, weight, total, by):
+    """The sum over its divisor, in float64, and what the gradients are to be multiplied by."""
+    by = tl.where(by == 0.0, 1.0, by)
+    tl.store(loss, (total / by).to(tl.float32))
+    tl.store(weight, (1.0 / by).to(tl.float32))
 
 
 @triton.jit
@@ -98,15 +89,14 @@ def policy_loss(
     entropy_coef,
     divisor,  # float32, where it is given as a number
     divisor_tensor,  # 0-d, or None
-    counts,  # int64 of count_valid, or None
-    shares,  # how many
+    rows,
     steps,
-    total,
-    d_logprobs,  # float32
+    d_logprobs,  # float32; from _COUNT on still to be multiplied by the weight
     d_entropy,
     partials,  # [POLICY_SUMS, programs] float64
     finished,
     loss,  # 0-d float32
+    weight,  # 0-d float32, or None
     stats,  # float32, in the order of POLICY_STATS
     FROM: tl.constexpr,
     BY_ROW: tl.constexpr,  # every row's tokens weigh 1 / length
@@ -114,14 +104,14 @@ def policy_loss(
 ):
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    at = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    inside = at < total
-    valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-    by = _divisor(divisor, divisor_tensor, mask, counts, shares, total, FROM, 4 * TOKENS)
-    weight = tl.div_rn(tl.zeros([TOKENS], tl.float32) + 1.0, tl.zeros([TOKENS], tl.float32) + by)
+    row, at, inside, valid = row_tokens(mask, rows, steps, TOKENS)
+    each = _reciprocal(divisor, divisor_tensor, FROM)
     if BY_ROW:
-        length = tl.load(counts + at // steps, mask=inside, other=1)
-        weight = tl.div_rn(weight, tl.maximum(length, 1).to(tl.float32))
+        length = row_length(mask, row, steps)
+        each = tl.div_rn(each, tl.maximum(length, 1).to(tl.float32))
+        if FROM == _ROWS:
+            first_of_row = (program < rows) & (length > 0)
+            tl.store(partials + 11 * programs + program, first_of_row.to(tl.float64))
 
     new = tl.load(logprobs + at, mask=valid, other=0.0).to(tl.float32)
     old = tl.load(old_logprobs + at, mask=valid, other=0.0).to(tl.float32)
@@ -135,16 +125,16 @@ def policy_loss(
     used = tl.where(is_high, high, tl.where(is_low, low, tl.where(is_dual, dual, ratio)))
     flat = is_high | is_low | is_dual | (raw > _BOUND) | (raw < -_BOUND)  # a NaN is not: it must be seen
     gradient = tl.where(valid & (flat == 0), -(advantage * ratio), 0.0)
-    tl.store(d_logprobs + at, gradient * weight, mask=inside)
+    tl.store(d_logprobs + at, gradient * each, mask=inside)
     token_loss = tl.where(valid, -(advantage * used), 0.0).to(tl.float64)
     if entropy is not None:
         h = tl.load(entropy + at, mask=valid, other=0.0).to(tl.float32)
-        tl.store(d_entropy + at, tl.where(valid, -entropy_coef * weight, 0.0), mask=inside)
+        tl.store(d_entropy + at, tl.where(valid, -entropy_coef * each, 0.0), mask=inside)
         token_loss -= (entropy_coef * h).to(tl.float64)
         _leave(partials, 8, h, programs)
     off = tl.where(valid, ratio - 1.0, 0.0).to(tl.float64)  # around 1, where ratios are: the variance does not cancel
 
-    _leave(partials, 0, token_loss * weight.to(tl.float64), programs)
+    _leave(partials, 0, token_loss * each.to(tl.float64), programs)
     _leave(partials, 1, tl.where(valid, k3, 0.0), programs)
     _leave(partials, 2, tl.where(valid, d, 0.0), programs)
     _leave(partials, 3, off, programs)
@@ -166,7 +156,13 @@ def policy_loss(
         entropy_mean = tl.zeros([], tl.float64)
         if entropy is not None:
             entropy_mean = grid_sum(partials, 8, programs) / n
-        tl.store(loss, grid_sum(partials, 0, programs).to(tl.float32))
+        total = grid_sum(partials, 0, programs)
+        if FROM == _COUNT:
+            _store_loss(loss, weight, total, count)
+        elif FROM == _ROWS:
+            _store_loss(loss, weight, total, grid_sum(partials, 11, programs))
+        else:
+            tl.store(loss, total.to(tl.float32))
         tl.store(stats, (grid_sum(partials, 1, programs) / n).to(tl.float32))
         tl.store(stats + 1, (-grid_sum(partials, 2, programs) / n).to(tl.float32))
         tl.store(stats + 2, (grid_sum(partials, 5, programs) / n).to(tl.float32))
@@ -188,24 +184,20 @@ def value_loss(
     clip,  # infinity for none
     divisor,
     divisor_tensor,
-    counts,
-    shares,
-    total,
-    d_values,  # float32
+    rows,
+    steps,
+    d_values,  # float32, as d_logprobs above
     partials,  # [VALUE_SUMS, programs] float64
     finished,
     loss,
-    stats,  # float32, in the order of VALUE_STATS
+    weight,
+    stats,  # float32, in the order of VALUE_STATS, and 1 - Var(V - R) / Var(R)
     FROM: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    program = tl.program_id(0)
     programs = tl.num_programs(0)
-    at = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    inside = at < total
-    valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-    by = _divisor(divisor, divisor_tensor, mask, counts, shares, total, FROM, 4 * TOKENS)
-    weight = tl.div_rn(tl.zeros([TOKENS], tl.float32) + 1.0, tl.zeros([TOKENS], tl.float32) + by)
+    _, at, inside, valid = row_tokens(mask, rows, steps, TOKENS)
+    each = _reciprocal(divisor, divisor_tensor, FROM)
 
     value = tl.load(values + at, mask=valid, other=0.0).to(tl.float32)
     old = tl.load(old_values + at, mask=valid, other=0.0).to(tl.float32)
@@ -216,12 +208,12 @@ def value_loss(
     square = error * error
     clipped_square = clipped_error * clipped_error
     clipped = valid & ((moved > clip) | (moved < -clip)) & (clipped_square > square)
-    tl.store(d_values + at, tl.where(clipped, 0.0, error) * weight, mask=inside)
+    tl.store(d_values + at, tl.where(clipped, 0.0, error) * each, mask=inside)
     token_loss = 0.5 * tl.where(clipped, clipped_square, square)
     error64 = error.to(tl.float64)
     target64 = target.to(tl.float64)
 
-    _leave(partials, 0, token_loss.to(tl.float64) * weight.to(tl.float64), programs)
+    _leave(partials, 0, token_loss.to(tl.float64) * each.to(tl.float64), programs)
     _leave(partials, 1, clipped, programs)
     _leave(partials, 2, error64, programs)
     _leave(partials, 3, error64 * error64, programs)
@@ -235,31 +227,55 @@ def value_loss(
         n = tl.maximum(count, 1.0)
         squares = grid_sum(partials, 3, programs)
         target_sum = grid_sum(partials, 5, programs)
-        tl.store(loss, grid_sum(partials, 0, programs).to(tl.float32))
+        total = grid_sum(partials, 0, programs)
+        if FROM == _COUNT:
+            _store_loss(loss, weight, total, count)
+        else:
+            tl.store(loss, total.to(tl.float32))
         tl.store(stats, (grid_sum(partials, 1, programs) / n).to(tl.float32))
         tl.store(stats + 1, (squares / n).to(tl.float32))
         tl.store(stats + 2, (grid_sum(partials, 4, programs) / n).to(tl.float32))
         tl.store(stats + 3, (target_sum / n).to(tl.float32))
-        tl.store(stats + 4, _variance(target_sum, grid_sum(partials, 6, programs), n).to(tl.float32))
-        tl.store(stats + 5, _variance(grid_sum(partials, 2, programs), squares, n).to(tl.float32))
+        of_targets = _variance(target_sum, grid_sum(partials, 6, programs), n)
+        of_errors = _variance(grid_sum(partials, 2, programs), squares, n)
+        varies = of_targets > 0.0
+        explained = tl.where(varies, 1.0 - of_errors / tl.where(varies, of_targets, 1.0), 0.0)
+        tl.store(stats + 4, of_targets.to(tl.float32))
+        tl.store(stats + 5, of_errors.to(tl.float32))
         tl.store(stats + 6, count.to(tl.float32))
+        tl.store(stats + 7, explained.to(tl.float32))
+
+
+@triton.jit
+def scale(
+    upstream,  # 0-d, any float dtype
+    weight,  # 0-d float32, or None
+    first,  # float32 gradients
+    second,  # or None
+    total,
+    out_first,
+    out_second,
+    TOKENS: tl.constexpr,
+):
+    by = tl.load(upstream).to(tl.float32)
+    if weight is not None:
+        by *= tl.load(weight)
+    at = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    inside = at < total
+    tl.store(out_first + at, tl.load(first + at, mask=inside) * by, mask=inside)
+    if second is not None:
+        tl.store(out_second + at, tl.load(second + at, mask=inside) * by, mask=inside)
 
 
 class _Launch:
-    """Outputs, scratch and the source of the divisor of one loss over `mask`."""
+    """Outputs, scratch and the source of the divisor of one loss over tokens of this shape."""
 
     def __init__(
         self, mask: Tensor, reduction: str, divisor: float | None, divisor_tensor: Tensor | None, sums: int, stats: int
     ) -> None:
-        device, self.total = mask.device, mask.numel()
-        self.steps = max(mask.shape[-1], 1)
-        # One program at least, to write the zeros of an empty batch.
-        self.programs = max(1, triton.cdiv(self.total, TOKENS))
-        self.partials = torch.empty((sums, self.programs), dtype=torch.float64, device=device)
-        self.loss = torch.empty((), dtype=torch.float32, device=device)
-        self.stats = torch.empty(stats, dtype=torch.float32, device=device)
+        device = mask.device
+        self.rows, self.steps, self.programs = blocks_of(mask.shape)
         self.by_row = reduction == "sequence_mean"
-        self.counts: Tensor | None = None
         number, source = 1.0, _GIVEN
         if divisor_tensor is not None:
             source = _TENSOR
@@ -268,18 +284,19 @@ class _Launch:
         elif reduction == "sequence_mean":
             source = _ROWS
         elif reduction == "token_mean":
-            source = _MASK if self.total <= COUNT_HERE else _COUNTS
+            source = _COUNT
         elif reduction == "constant_length":
-            number = float(self.total)
+            number = float(mask.numel())
         self.source = source.value
-        if self.total and (self.by_row or source.value == _COUNTS.value):
-            share = self.steps if self.by_row else SHARE
-            self.counts = torch.empty(triton.cdiv(self.total, share), dtype=torch.int64, device=device)
-            count_valid[(len(self.counts),)](mask, share, self.total, self.counts, CHUNK=4 * TOKENS, **OPTIONS)
-        elif not self.total:
-            self.source, self.by_row = _GIVEN.value, False
-        shares = 0 if self.counts is None else len(self.counts)
-        self.divisor = (number, divisor_tensor, self.counts, shares)
+        self.divisor = (number, divisor_tensor)
+        self.loss = torch.empty((), dtype=torch.float32, device=device)
+        self.weight = torch.empty((), dtype=torch.float32, device=device) if self.source >= _COUNT.value else None
+        self.stats = torch.empty(stats, dtype=torch.float32, device=device)
+        self.scratch = (torch.empty((sums, self.programs), dtype=torch.float64, device=device), finish_counter(device))
+
+    @property
+    def weight_or_empty(self) -> Tensor:
+        return self.loss.new_empty(0) if self.weight is None else self.weight
 
 
 def ppo_loss_triton(
@@ -295,8 +312,8 @@ def ppo_loss_triton(
     reduction: str,
     divisor: float | None,
     divisor_tensor: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> loss, d_logprobs, d_entropy (empty without entropy), statistics."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, d_logprobs, d_entropy (empty without entropy), statistics, weight (empty where it is applied)."""
     tokens = [x.contiguous() for x in (logprobs, old_logprobs, advantages, mask)]
     d_logprobs = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
     d_entropy = d_logprobs.new_empty(0) if entropy is None else torch.empty_like(d_logprobs)
@@ -304,11 +321,11 @@ def ppo_loss_triton(
     with on_device(logprobs):
         launch = _Launch(tokens[3], reduction, divisor, divisor_tensor, POLICY_SUMS, len(POLICY_STATS))
         policy_loss[(launch.programs,)](
-            *tokens, None if entropy is None else entropy.contiguous(), *bounds, *launch.divisor, launch.steps,
-            launch.total, d_logprobs, d_entropy, launch.partials, finish_counter(logprobs.device), launch.loss,
-            launch.stats, FROM=launch.source, BY_ROW=launch.by_row, TOKENS=TOKENS, **OPTIONS,
+            *tokens, None if entropy is None else entropy.contiguous(), *bounds, *launch.divisor, launch.rows,
+            launch.steps, d_logprobs, d_entropy, *launch.scratch, launch.loss, launch.weight, launch.stats,
+            FROM=launch.source, BY_ROW=launch.by_row, TOKENS=TOKENS, **OPTIONS,
         )  # fmt: skip
-    return launch.loss, d_logprobs, d_entropy, launch.stats
+    return launch.loss, d_logprobs, d_entropy, launch.stats, launch.weight_or_empty
 
 
 def value_loss_triton(
@@ -319,44 +336,53 @@ def value_loss_triton(
     clip: float | None,
     divisor: float | None,
     divisor_tensor: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss, d_values, statistics."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, d_values, statistics, weight (empty where it is applied)."""
     tokens = [x.contiguous() for x in (values, old_values, returns, mask)]
     d_values = torch.empty(values.shape, dtype=torch.float32, device=values.device)
     with on_device(values):
-        launch = _Launch(tokens[3], "token_mean", divisor, divisor_tensor, VALUE_SUMS, len(VALUE_STATS))
+        launch = _Launch(tokens[3], "token_mean", divisor, divisor_tensor, VALUE_SUMS, len(VALUE_STATS) + 1)
         value_loss[(launch.programs,)](
-            *tokens, math.inf if clip is None else clip, *launch.divisor, launch.total, d_values, launch.partials,
-            finish_counter(values.device), launch.loss, launch.stats, FROM=launch.source, TOKENS=TOKENS, **OPTIONS,
+            *tokens, math.inf if clip is None else clip, *launch.divisor, launch.rows, launch.steps, d_values,
+            *launch.scratch, launch.loss, launch.weight, launch.stats, FROM=launch.source, TOKENS=TOKENS, **OPTIONS,
         )  # fmt: skip
-    return launch.loss, d_values, launch.stats
+    return launch.loss, d_values, launch.stats, launch.weight_or_empty
+
+
+def scale_triton(upstream: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both gradients (the second may be empty) times `upstream`, and times `weight` unless that is empty."""
+    out_first, out_second = torch.empty_like(first), torch.empty_like(second)
+    if first.numel():
+        with on_device(first):
+            scale[(triton.cdiv(first.numel(), 2 * TOKENS),)](
+                upstream, weight if weight.numel() else None, first, second if second.numel() else None, first.numel(),
+                out_first, out_second, TOKENS=2 * TOKENS, **OPTIONS,
+            )  # fmt: skip
+    return out_first, out_second
 
 
 def compile_cases() -> Iterator[CompileCase]:
     tokens = ("logprobs", "old_logprobs", "advantages", "entropy", "values", "old_values", "targets", "divisor_tensor")
-    outputs = ("d_logprobs", "d_entropy", "d_values", "loss", "stats")
+    outputs = ("d_logprobs", "d_entropy", "d_values", "loss", "weight", "stats")
     numbers = ("low", "high", "dual", "entropy_coef", "divisor", "clip")
     types = {
         **dict.fromkeys((*tokens, *outputs), "*fp32"), **dict.fromkeys(numbers, "fp32"), "mask": "*i1",
-        **dict.fromkeys(("shares", "steps", "share"), "i32"), "total": "i64", "counts": "*i64", "partials": "*fp64",
-        "finished": "*i32",
+        **dict.fromkeys(("rows", "steps"), "i32"), "partials": "*fp64", "finished": "*i32",
     }  # fmt: skip
     options = {"enable_fp_fusion": False}
-    fixed = {"TOKENS": TOKENS}
     for name, source, by_row, entropy in (
-        ("token mean", _MASK, False, False),
-        ("token mean, many tokens, entropy", _COUNTS, False, True),
+        ("token mean", _COUNT, False, False),
+        ("token mean, entropy", _COUNT, False, True),
         ("sequence mean, entropy", _ROWS, True, True),
         ("normalizer, entropy", _TENSOR, False, True),
     ):
-        given: dict[str, Any] = {} if entropy else {"entropy": None}
-        given |= {} if source.value == _TENSOR.value else {"divisor_tensor": None}
-        given |= {} if source.value in (_COUNTS.value, _ROWS.value) else {"counts": None}
-        given |= {"FROM": source.value, **fixed}
-        yield CompileCase(f"policy_loss: {name}", policy_loss, types, {**given, "BY_ROW": by_row}, 4, options=options)
-        if not by_row:
-            given.pop("entropy", None)
-            yield CompileCase(
-                f"value_loss: {name.removesuffix(', entropy')}", value_loss, types, given, 4, options=options
-            )
-    yield CompileCase("count_valid", count_valid, types, {"CHUNK": 4 * TOKENS}, 4, options=options)
+        given: dict[str, Any] = {"FROM": source.value, "TOKENS": TOKENS}
+        given |= {"weight": None} if source.value == _TENSOR.value else {"divisor_tensor": None}
+        policy = {**given, "BY_ROW": by_row, **({} if entropy else {"entropy": None})}
+        yield CompileCase(f"policy_loss: {name}", policy_loss, types, policy, 4, options=options)
+        if not by_row and not (entropy and source.value == _COUNT.value):
+            name = name.removesuffix(", entropy")
+            yield CompileCase(f"value_loss: {name}", value_loss, types, given, 4, options=options)
+    gradients = dict.fromkeys(("upstream", "weight", "first", "second", "out_first", "out_second"), "*fp32")
+    types = {**gradients, "total": "i32"}
+    yield CompileCase("scale: two gradients", scale, types, {"TOKENS": 2 * TOKENS}, 4, options=options)

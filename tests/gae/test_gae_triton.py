@@ -56,8 +56,11 @@ def test_bits_do_not_depend_on_padding_packing_or_how_tiles_are_spread(kind, mas
 
     def run(r, v, m, starts=None, spread=False):
         options = (1.0, 0.95, None, None, end, mask_mode == "carry", starts)
-        return gae_triton(r, v, m, *options, tile=16, spread=spread)[:2]
+        *outputs, moments = gae_triton(r, v, m, *options, with_moments=True, tile=16, spread=spread)
+        made.append(moments)
+        return outputs
 
+    made: list[Tensor] = []
     whole = run(rewards, values, mask)
     for a, b in zip(whole, run(rewards, values, mask, spread=True), strict=True):
         assert same_bits(a, b)
@@ -71,6 +74,7 @@ def test_bits_do_not_depend_on_padding_packing_or_how_tiles_are_spread(kind, mas
     packed = run(rewards.flatten(), values.flatten(), mask.flatten(), starts, spread=kind == "gaps")
     for a, b in zip(whole, packed, strict=True):
         assert same_bits(a.flatten(), b)
+    assert len(made) == 4 and all(same_bits(made[0], other) for other in made[1:])
 
 
 @pytest.mark.parametrize("spread", [False, True])

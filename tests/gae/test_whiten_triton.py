@@ -38,6 +38,15 @@ def test_a_constant_gives_zero_and_bits_repeat():
     assert same_bits(whiten(x, mask, backend="triton"), whiten(x, mask, backend="triton"))
 
 
+@pytest.mark.parametrize("kind", ["gaps", "empty rows"])
+def test_padding_on_either_side_changes_no_bit(kind):
+    x = torch.randn(3, 600)
+    mask = make_mask(kind, 3, 600, torch.Generator().manual_seed(1))
+    want = whiten(x, mask, backend="triton")
+    wide = [torch.nn.functional.pad(t, (40, 1000), value=v) for t, v in ((x, float("nan")), (mask, False))]
+    assert same_bits(want, whiten(*wide, backend="triton")[:, 40:640].contiguous())
+
+
 def test_gradient_goes_through_the_same_formula():
     x = torch.randn(2, 9)
     mask = torch.rand(2, 9) < 0.7

@@ -113,17 +113,50 @@ def test_small_kl_keeps_its_digits_and_a_nan_is_seen():
     assert lp.grad.isnan().nonzero().tolist() == [[0, 700]]
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
-def test_counting_in_the_kernel_or_before_it_is_the_same(reduction, monkeypatch):
-    from srppo_kernels.ppo_loss import triton_losses
+def padded(x: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (left, right), value=False if x.dtype == torch.bool else float("nan"))
 
-    new, old, advantages, _, mask = tokens((3, 900), "gaps", 0.3, 1)
-    here = ppo_loss(new, old, advantages, mask, reduction=reduction, backend="triton")
-    monkeypatch.setattr(triton_losses, "COUNT_HERE", 0)
-    monkeypatch.setattr(triton_losses, "SHARE", 600)
-    before = ppo_loss(new, old, advantages, mask, reduction=reduction, backend="triton")
-    assert same_bits(here[0], before[0])
-    assert all(same_bits(a, b) for a, b in zip(here[1], before[1], strict=True) if a is not None)
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("kind", ["gaps", "empty rows"])
+def test_padding_on_either_side_changes_no_bit(kind, reduction):
+    new, old, advantages, entropy, mask = tokens((3, 600), kind, 0.3, 1)
+    mask[:, 0] = kind == "gaps"  # padding follows where a row may begin late as well
+
+    def run(left, right):
+        made = [padded(x, left, right) for x in (new, old, advantages, entropy, mask)]
+        leaves = [x.requires_grad_() for x in (made[0], made[3])]
+        loss, stats = ppo_loss(
+            leaves[0], made[1], made[2], made[4], entropy=leaves[1], entropy_coef=0.01, reduction=reduction,
+            backend="triton",
+        )  # fmt: skip
+        of_values, value_stats = value_loss(leaves[0], made[1], made[2], made[4], backend="triton")
+        gradients = torch.autograd.grad(loss + of_values, leaves)
+        return [loss, of_values, *stats, *value_stats], [x[:, left : left + 600].contiguous() for x in gradients]
+
+    (want, gradients), (got, others) = run(0, 0), run(37, 1000)
+    assert all(same_bits(a, b) for a, b in zip(want, got, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+def test_packed_is_padded_but_for_the_order_of_its_sums():
+    new, old, advantages, _, mask = tokens((3, 700), "right", 0.3, 1)
+
+    def run(pick):
+        leaf = pick(new).requires_grad_()
+        loss, stats = ppo_loss(leaf, pick(old), pick(advantages), pick(mask), backend="triton")
+        return loss, stats, torch.autograd.grad(loss, leaf)[0]
+
+    (loss, stats, gradient), (packed_loss, packed_stats, packed_gradient) = run(lambda x: x), run(lambda x: x[mask])
+    assert same_bits(gradient[mask], packed_gradient)
+    for a, b in zip((loss, *stats), (packed_loss, *packed_stats), strict=True):
+        assert a is b is None or abs(a - b) <= 1.2e-7 * abs(a)
+
+
+def test_the_explained_variance_of_returns_that_do_not_vary():
+    values, mask = torch.randn(2, 30), torch.ones(2, 30, dtype=torch.bool)
+    _, stats = value_loss(values, values, torch.ones(2, 30), mask, backend="triton")
+    assert stats.explained_variance == 0
 
 
 def test_opcheck():
