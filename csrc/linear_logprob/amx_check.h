@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../common/scratch.h"
 #include "amx_tile.h"
 
 namespace srppo {
@@ -16,9 +17,9 @@ namespace srppo {
 inline const char* tile_fault() {
   constexpr std::int64_t kLive = 33, kAll = 48, kDepth = kTileBlock + kTileDepth, kStride = tile_stride(kDepth);
   constexpr std::int64_t kLdz = kTilePanel + 16;
-  const CacheLines<std::uint16_t> x(kAll * kStride);
-  const CacheLines<std::uint32_t> panel(kDepth / 2 * kTilePanel);
-  const CacheLines<float> z(kAll * kLdz);
+  Scratch<std::uint16_t> x(kAll * kStride);
+  Scratch<std::uint32_t> panel(kDepth / 2 * kTilePanel);
+  Scratch<float> z(kAll * kLdz);
   std::uint32_t state = 1;
   const auto next = [&state] {  // a bf16 of -8 to 7
     state = state * 1664525u + 1013904223u;

@@ -18,10 +18,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <new>
 
 #include "../common/amx.h"
 
@@ -42,21 +40,6 @@ inline constexpr std::int64_t tile_stride_bytes(std::int64_t bytes) { return (wh
 inline constexpr std::int64_t tile_stride(std::int64_t depth) {
   return tile_stride_bytes(2 * whole_tiles(depth, kTileDepth)) / 2;
 }
-
-// Memory on cache lines: a row of a tile is 64 bytes, and would touch two of them.
-template <class T>
-class CacheLines {
- public:
-  explicit CacheLines(std::int64_t size)
-      : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(size) * sizeof(T), std::align_val_t{64}))) {}
-  ~CacheLines() { ::operator delete(data_, std::align_val_t{64}); }
-  CacheLines(const CacheLines&) = delete;
-  CacheLines& operator=(const CacheLines&) = delete;
-  T* data() const { return data_; }
-
- private:
-  T* data_;
-};
 
 // Sums of `steps` of 32 of K, 32 rows or 16. A function of its own, and its loop as it stands: inlined and unrolled 16
 // times, GCC keeps the addresses on the stack.
@@ -123,7 +106,7 @@ SRPPO_BESIDE_TILES inline void add_block(const float* sums, std::int64_t rows, s
 }
 
 // z[rows][columns <= 32], written or added to, of x [whole tiles of rows][stride] and panel [depth / 2][32], depth in steps
-// of 32. The caller holds tiles::InUse.
+// of 32; x and panel on cache lines, as a tile's row of 64 bytes would touch two of them. The caller holds tiles::InUse.
 inline void tile_multiply(std::int64_t rows, std::int64_t columns, const std::uint16_t* x, std::int64_t stride,
                           const std::uint32_t* panel, std::int64_t depth, float* z, std::int64_t ldz, bool add) {
   alignas(64) float sums[2 * kTileRows * kTilePanel];

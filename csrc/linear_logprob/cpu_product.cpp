@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../common/cpu_level.h"
+#include "../common/scratch.h"
 #include "../common/tensors.h"
 #include "amx_tile.h"
 #include "bf16_tile.h"
@@ -144,8 +145,8 @@ void pack_a_rows(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int
 
 // What a task of a thread packs into.
 struct TileScratch {
-  CacheLines<std::uint16_t> packed;
-  CacheLines<std::uint32_t> panel, pairs;
+  Scratch<std::uint16_t> packed;
+  Scratch<std::uint32_t> panel, pairs;
 
   explicit TileScratch(std::int64_t rows)
       : packed(rows * tile_stride(2 * kPairs)), panel(kPairs * kTilePanel), pairs(kTileDepth / 2 * rows) {
@@ -155,7 +156,7 @@ struct TileScratch {
 
 void product_task_on_tiles(const Bf16Matrix& a, const Bf16Matrix& b, bool transposed, bool add, std::int64_t r0,
                            std::int64_t count, std::int64_t c0, std::int64_t width, float* out, std::int64_t ldo,
-                           const TileScratch& scratch) {
+                           TileScratch& scratch) {
   std::uint32_t* panel = scratch.panel.data();
   const std::int64_t stride = tile_stride(2 * kPairs);
   for (std::int64_t k0 = 0; k0 < b.rows; k0 += 2 * kPairs) {
@@ -208,7 +209,7 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
   };
   torch::stable::parallel_for(0, row_blocks * column_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     if (on_tiles) {
-      const TileScratch scratch(rows);
+      TileScratch scratch(rows);
       const tiles::InUse in_use;
       tasks(begin, end, [&](std::int64_t r0, std::int64_t count, std::int64_t c0, std::int64_t width) {
         product_task_on_tiles(a, b, transposed, add, r0, count, c0, width, out, ldo, scratch);

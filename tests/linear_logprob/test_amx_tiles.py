@@ -306,7 +306,7 @@ def test_mutants_are_caught(tmp_path):
     emulator = "linear_logprob/amx_emulator.h"
     texts = {
         each: (CSRC / each).read_text()
-        for each in ("common/amx.h", "linear_logprob/amx_tile.h", "linear_logprob/amx_check.h")
+        for each in ("common/amx.h", "common/scratch.h", "linear_logprob/amx_tile.h", "linear_logprob/amx_check.h")
     }
     texts[emulator] = (ROOT / "tests" / emulator).read_text()
     # One translation unit, a namespace a mutant: what they include is included before.
