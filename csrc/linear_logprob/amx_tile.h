@@ -106,11 +106,15 @@ SRPPO_BESIDE_TILES inline void add_block(const float* sums, std::int64_t rows, s
 }
 
 // z[rows][columns <= 32], written or added to, of x [whole tiles of rows][stride] and panel [depth / 2][32], depth in steps
-// of 32; x and panel on cache lines, as a tile's row of 64 bytes would touch two of them. The caller holds tiles::InUse.
+// of 32; x and panel on cache lines, as a tile's row of 64 bytes would touch two of them. `between` is called before every
+// block. The caller holds tiles::InUse.
+template <class Between>
 inline void tile_multiply(std::int64_t rows, std::int64_t columns, const std::uint16_t* x, std::int64_t stride,
-                          const std::uint32_t* panel, std::int64_t depth, float* z, std::int64_t ldz, bool add) {
+                          const std::uint32_t* panel, std::int64_t depth, float* z, std::int64_t ldz, bool add,
+                          const Between& between) {
   alignas(64) float sums[2 * kTileRows * kTilePanel];
-  for (std::int64_t k = 0; k < depth; k += kTileBlock) {
+  std::int64_t k = 0;
+  do {  // once where K is empty, for the zeros
     const std::int64_t steps = std::min(depth - k, kTileBlock) / kTileDepth;
     const std::uint32_t* part = panel + k / 2 * kTilePanel;
     for (std::int64_t r = 0; r < rows; r += 2 * kTileRows) {
@@ -119,11 +123,18 @@ inline void tile_multiply(std::int64_t rows, std::int64_t columns, const std::ui
       const bool direct = !on && columns == kTilePanel && count == (two ? 2 : 1) * kTileRows;
       float* to = direct ? z + r * ldz : sums;
       const std::int64_t ldt = direct ? ldz : kTilePanel;
+      between();
       if (two) tile_block<true>(x + r * stride + k, stride, part, steps, to, ldt);
       else tile_block<false>(x + r * stride + k, stride, part, steps, to, ldt);
       if (!direct) add_block(sums, count, columns, z + r * ldz, ldz, on);
     }
-  }
+    k += kTileBlock;
+  } while (k < depth);
+}
+
+inline void tile_multiply(std::int64_t rows, std::int64_t columns, const std::uint16_t* x, std::int64_t stride,
+                          const std::uint32_t* panel, std::int64_t depth, float* z, std::int64_t ldz, bool add) {
+  tile_multiply(rows, columns, x, stride, panel, depth, z, ldz, add, [] {});
 }
 
 }  // namespace srppo

@@ -28,15 +28,28 @@ TILE, PANEL, BLOCK = 16, 32, 512
 SOURCE = """
 #define SRPPO_TILES "tests/linear_logprob/amx_emulator.h"
 #include "csrc/common/cpu_level.cpp"
+#include "csrc/linear_logprob/amx_logits.h"
 
 using namespace srppo;
 using namespace srppo::tiles;
+
+void pack(const float* const* sources, std::int64_t steps, float* panel) {
+  for (std::int64_t k = 0; k < steps; ++k)
+    for (int i = 0; i < 32; ++i) panel[k * 32 + i] = sources[i][k];
+}
 
 extern "C" {
 void multiply(std::int64_t rows, std::int64_t columns, const std::uint16_t* x, std::int64_t stride,
               const std::uint32_t* panel, std::int64_t depth, float* z, std::int64_t ldz, bool add) {
   const InUse in_use;
   tile_multiply(rows, columns, x, stride, panel, depth, z, ldz, add);
+}
+void logits(std::int64_t count, const std::uint16_t* x, std::int64_t width, const std::uint16_t* w, std::int64_t stride,
+            std::int64_t vocab, std::int64_t v0, std::int64_t size, float* z, std::int64_t ldz) {
+  TileLogits logits(w, stride, width, vocab, count, pack);
+  for (std::int64_t i = 0; i < count; ++i) logits.set_row(i, x + i * width);
+  const InUse in_use;
+  logits.multiply(count, v0, size, z, ldz);
 }
 std::int64_t stride_of(std::int64_t depth) { return tile_stride(depth); }
 const char* check(int fault) {
@@ -108,6 +121,7 @@ def host(tmp_path_factory) -> ctypes.CDLL:
     host.stride_of.restype = ctypes.c_int64
     host.stride_of.argtypes = [ctypes.c_int64]
     size, address = ctypes.c_int64, ctypes.c_void_p
+    host.logits.argtypes = [size, address, size, address, size, size, size, size, address, size]
     host.multiply.argtypes = [size, size, address, size, address, size, address, size, ctypes.c_bool]
     return host
 
@@ -197,6 +211,28 @@ def test_a_rows_bits_at_every_place_and_height(host):
     onto = torch.randn(83, PANEL)
     added = multiply(host, x, w, onto)
     assert torch.equal(multiply(host, x[40:57], w, onto[40:57]), added[40:57])
+    assert clean(host)
+
+
+@pytest.mark.parametrize("width", [0, 1, 31, 64, 511, 512, 513, 1100])
+def test_logits_of_a_part_of_the_vocabulary(host, width):
+    """A head whose rows lie apart, odd widths among them; the bits are those of a panel multiplied at once."""
+    count, vocab = 50, 700
+    x, w = torch.randn(count, width).bfloat16(), torch.randn(vocab, width + 3).bfloat16()
+    w[:, width:] = torch.nan
+    exact = x.double() @ w[:, :width].double().T
+    for v0, size in ((0, 700), (300, 1), (44, 613)):
+        z = torch.full((count, whole(size, PANEL) + 16), torch.nan)
+        arguments = (width, pointer(w), w.stride(0), vocab, v0, size, pointer(z), z.stride(0))
+        host.logits(count, pointer(x), *arguments)
+        assert (z[:, :size].double() - exact[:, v0 : v0 + size]).abs().max() < 1e-4
+        assert torch.equal(z[:, size : whole(size, PANEL)], torch.zeros(count, whole(size, PANEL) - size))
+        row, want = pointer(x[7]), z[7, :size].clone()
+        host.logits(1, row, *arguments)
+        assert torch.equal(z[0, :size], want)
+        if width:
+            columns = min(size, PANEL)
+            assert torch.equal(multiply(host, x[7:8], w[v0 : v0 + columns, :width])[0], want[:columns])
     assert clean(host)
 
 

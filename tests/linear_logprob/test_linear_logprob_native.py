@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     bool(native.obstacle(torch.device("cpu"), (torch.float32, torch.float32))), reason="the extension is not built"
 )
 BIG = 1 << 30
-ALL_LEVELS = [*LEVELS, *(["avx512_bf16"] if "avx512_bf16" in _extension.cpu_levels() else [])]
+ALL_LEVELS = [*LEVELS, *(level for level in ("avx512_bf16", "amx") if level in _extension.cpu_levels())]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
