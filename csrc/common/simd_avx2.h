@@ -35,6 +35,9 @@ SRPPO_INLINE Vf nearest(Vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_
 SRPPO_INLINE Vf power_of_two(Vf n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
+// a, or b where a is not larger or one of them is NaN.
+SRPPO_INLINE Vf larger(Vf a, Vf b) { return _mm256_max_ps(a, b); }
+SRPPO_INLINE Vf times_power_of_two(Vf x, Vf n) { return x * power_of_two(n); }
 SRPPO_INLINE float largest(Vf x) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));

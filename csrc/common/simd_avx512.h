@@ -28,6 +28,9 @@ SRPPO_INLINE Vf nearest(Vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEA
 SRPPO_INLINE Vf power_of_two(Vf n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
+// a, or b where a is not larger or one of them is NaN.
+SRPPO_INLINE Vf larger(Vf a, Vf b) { return _mm512_max_ps(a, b); }
+SRPPO_INLINE Vf times_power_of_two(Vf x, Vf n) { return _mm512_scalef_ps(x, n); }
 SRPPO_INLINE float largest(Vf x) { return _mm512_reduce_max_ps(x); }
 
 // Sums in float64, a fixed lane for each place.

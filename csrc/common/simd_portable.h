@@ -42,6 +42,9 @@ SRPPO_INLINE Vf power_of_two(Vf n) {
   const Vi whole = (Vi)(n + set(12582912.0f)) - 0x4b400000;
   return (Vf)((whole + 127) << 23);
 }
+// a, or b where a is not larger or one of them is NaN.
+SRPPO_INLINE Vf larger(Vf a, Vf b) { return select(greater(a, b), a, b); }
+SRPPO_INLINE Vf times_power_of_two(Vf x, Vf n) { return x * power_of_two(n); }
 SRPPO_INLINE float largest(Vf x) {
   float m = x[0];
   for (int i = 1; i < W; ++i) m = x[i] > m ? x[i] : m;

@@ -32,7 +32,8 @@ static void widen_fp16(const std::uint16_t* source, std::int64_t n, float* out) 
 SRPPO_INLINE Vf exp_of_negative(Vf x) {
   const Vf least = set(-87.0f);
   const Mask gone = less(x, least);
-  return select(gone, set(0.0f), exp_parts(select(gone, least, x)).exp);
+  const ExpReduced p = exp_reduced(select(gone, least, x));
+  return select(gone, set(0.0f), times_power_of_two(set(1.0f) + (p.r + p.tail), p.n));
 }
 
 // 1 - 2 / (e^2|x| + 1), with x's sign: an absolute error of an ulp of 1, which is what a cap multiplies.
@@ -83,15 +84,15 @@ static Partial softmax_row(const ScanArgs& args, float* z, std::int64_t width, c
   std::int64_t j = 0;
   for (; j + 2 * W <= whole; j += 2 * W) {
     const Vf a = load(z + j, W), b = load(z + j + W, W);
-    m0 = select(greater(a, m0), a, m0);
-    m1 = select(greater(b, m1), b, m1);
+    m0 = larger(a, m0);
+    m1 = larger(b, m1);
   }
   for (; j < whole; j += W) {
     const Vf a = load(z + j, W);
-    m0 = select(greater(a, m0), a, m0);
+    m0 = larger(a, m0);
   }
   Partial partial;
-  partial.m = largest(select(greater(m1, m0), m1, m0));
+  partial.m = largest(larger(m1, m0));
   partial.zy = 0.0f;
   if (column >= 0) {
     partial.zy = z[column];
