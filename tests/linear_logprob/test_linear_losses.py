@@ -111,6 +111,34 @@ def test_any_loss(frozen, more):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("op", ["linear_loss", "linear_ppo_loss"])
+def test_gradients_of_a_freed_graph_are_not_copied_and_those_of_a_kept_one_are(op, monkeypatch):
+    """What a retained graph has handed out may be written to, as clipping does, before the next backward."""
+    from srppo_kernels.linear_logprob import fused
+
+    formed = []
+    original = fused.run
+    monkeypatch.setattr(fused, "run", lambda *a, **k: (formed.append(original(*a, **k)), formed[-1])[1])
+    p = make("random", n=20, v=90)
+
+    def loss():
+        if op == "linear_loss":
+            return linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}))[0]
+        ones = torch.ones(20)
+        return linear_ppo_loss(p.hidden, p.weight, p.targets, p.run(plan="score").logprob, ones, ones.bool())[0]
+
+    kept = loss()
+    first = torch.autograd.grad(kept, p.inputs(), retain_graph=True)
+    want = [g.clone() for g in first]
+    for g in first:
+        g.mul_(7.0)
+    second = torch.autograd.grad(kept, p.inputs())
+    assert all(torch.equal(a, b) for a, b in zip(second, want, strict=True))
+    assert second[1].data_ptr() == formed[0].weight.data_ptr()
+    scaled = torch.autograd.grad(3.0 * loss(), p.inputs())
+    assert all(torch.equal(a, 3.0 * b) for a, b in zip(scaled, want, strict=True))
+
+
 def test_without_gradient_only_the_score_runs(monkeypatch):
     from srppo_kernels.linear_logprob import fused
 
