@@ -34,8 +34,11 @@ class TileLogits {
     std::fill(zeros_.data(), zeros_.data() + kTileBlock / 2, 0.0f);
   }
 
-  void set_row(std::int64_t i, const std::uint16_t* row) {  // K's padding stays 0
-    std::memcpy(rows_.data() + i * stride_, row, static_cast<std::size_t>(2 * width_));
+  // `x.row(i)` is where a row begins, and `row_at(r)` the i of the block's r-th. K's padding stays 0.
+  template <class Rows, class RowAt>
+  void set_rows(const Rows& x, std::int64_t count, const RowAt& row_at) {
+    for (std::int64_t r = 0; r < count; ++r)
+      std::memcpy(rows_.data() + r * stride_, x.row(row_at(r)), static_cast<std::size_t>(2 * width_));
   }
 
   // z[count][size] of entries [v0, v0 + size); z has room for whole panels. The caller holds tiles::InUse.

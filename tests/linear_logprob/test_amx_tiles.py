@@ -37,6 +37,11 @@ void pack(const float* const* sources, std::int64_t steps, float* panel) {
   for (std::int64_t k = 0; k < steps; ++k)
     for (int i = 0; i < 32; ++i) panel[k * 32 + i] = sources[i][k];
 }
+struct Rows {
+  const std::uint16_t* data;
+  std::int64_t width;
+  const std::uint16_t* row(std::int64_t i) const { return data + i * width; }
+};
 
 extern "C" {
 void multiply(std::int64_t rows, std::int64_t columns, const std::uint16_t* x, std::int64_t stride,
@@ -47,7 +52,7 @@ void multiply(std::int64_t rows, std::int64_t columns, const std::uint16_t* x, s
 void logits(std::int64_t count, const std::uint16_t* x, std::int64_t width, const std::uint16_t* w, std::int64_t stride,
             std::int64_t vocab, std::int64_t v0, std::int64_t size, float* z, std::int64_t ldz) {
   TileLogits logits(w, stride, width, vocab, count, pack);
-  for (std::int64_t i = 0; i < count; ++i) logits.set_row(i, x + i * width);
+  logits.set_rows(Rows{x, width}, count, [](std::int64_t r) { return r; });
   const InUse in_use;
   logits.multiply(count, v0, size, z, ldz);
 }
