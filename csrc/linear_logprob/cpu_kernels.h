@@ -5,6 +5,25 @@
 
 #include "fp32_tile.h"
 
+static void multiply(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz) {
+  multiply_or_add(rows, x, panel, steps, z, ldz, false);
+}
+
+// `sources` are 2 W rows of `steps` floats (zeros where the group has ended); `panel` becomes [steps][2 W].
+static void pack_panel(const float* const* sources, std::int64_t steps, float* panel) {
+  for (int half = 0; half < 2; ++half) {
+    const float* const* rows = sources + half * W;
+    std::int64_t k = 0;
+    for (; k < steps; k += W) {
+      const int left = lanes_left(steps - k);
+      Vf x[W];
+      for (int i = 0; i < W; ++i) x[i] = load(rows[i] + k, left);
+      transpose(x);
+      for (int i = 0; i < left; ++i) store(panel + (k + i) * kPanel + half * W, x[i], W);
+    }
+  }
+}
+
 static void widen_bf16(const std::uint16_t* source, std::int64_t n, float* out) {
   for (std::int64_t i = 0; i < n; ++i) {
     const std::uint32_t bits = static_cast<std::uint32_t>(source[i]) << 16;

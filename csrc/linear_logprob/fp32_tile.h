@@ -12,21 +12,6 @@ static int panel_width() { return kPanel; }
 // Largest tile that the remaining rows fill.
 static int tile_height(std::int64_t rows) { return rows >= kTile ? kTile : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
 
-// `sources` are 2 W rows of `steps` floats (zeros where the group has ended); `panel` becomes [steps][2 W].
-static void pack_panel(const float* const* sources, std::int64_t steps, float* panel) {
-  for (int half = 0; half < 2; ++half) {
-    const float* const* rows = sources + half * W;
-    std::int64_t k = 0;
-    for (; k < steps; k += W) {
-      const int left = lanes_left(steps - k);
-      Vf x[W];
-      for (int i = 0; i < W; ++i) x[i] = load(rows[i] + k, left);
-      transpose(x);
-      for (int i = 0; i < left; ++i) store(panel + (k + i) * kPanel + half * W, x[i], W);
-    }
-  }
-}
-
 // z[rows][2 W], written or (a later block of K) added to. x is [steps][rows], panel [steps][2 W].
 SRPPO_INLINE void tile(const int rows, const float* x, const float* panel, std::int64_t steps, float* z,
                        std::int64_t ldz, bool add) {
@@ -54,15 +39,17 @@ SRPPO_INLINE void tile(const int rows, const float* x, const float* panel, std::
   }
 }
 
-static void multiply(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz) {
+// z[rows][2 W] of `steps` steps, for a height that tile_height gives; added to what is there if `add`.
+static void multiply_or_add(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz,
+                            bool add) {
   std::int64_t k = 0;
   do {
     const std::int64_t depth = steps - k < kDepth ? steps - k : kDepth;
     const float *a = x + k * rows, *b = panel + k * kPanel;
-    if (rows == kTile) tile(kTile, a, b, depth, z, ldz, k > 0);
-    else if (rows == 4) tile(4, a, b, depth, z, ldz, k > 0);
-    else if (rows == 2) tile(2, a, b, depth, z, ldz, k > 0);
-    else tile(1, a, b, depth, z, ldz, k > 0);
+    if (rows == kTile) tile(kTile, a, b, depth, z, ldz, add || k > 0);
+    else if (rows == 4) tile(4, a, b, depth, z, ldz, add || k > 0);
+    else if (rows == 2) tile(2, a, b, depth, z, ldz, add || k > 0);
+    else tile(1, a, b, depth, z, ldz, add || k > 0);
     k += depth;
   } while (k < steps);
 }
