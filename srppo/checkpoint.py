@@ -117,6 +117,24 @@ def require_new_folder(path: Path, option: str = "output_dir") -> None:
             f"{option} {path} exists and is not empty: choose a new folder, or move the old run away (nothing was "
             f"touched)"
         )
+    require_writable(path, option)
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Stops before anything is computed if nothing could be written to ``path`` in the end."""
+    place = next(p for p in (path, *path.resolve().parents) if p.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".writing-", dir=place).cleanup()
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written, {place}: {error.strerror}") from None
+
+
+def require_file(path: str | None, option: str = "output_file") -> None:
+    """The same of a file that results go to; absent, they go to standard output."""
+    if path is not None:
+        if Path(path).is_dir():
+            raise UserError(f"{option} {path} is a folder: name a file in it")
+        require_writable(Path(path).resolve().parent, option)
 
 
 def require_fresh_output(path: Path, *, again: bool = False) -> None:
@@ -147,7 +165,8 @@ def remove_folder(path: Path) -> None:
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Stops before training if the result would not fit on the disk."""
+    """Stops before training if the result would not fit on the disk, or must not be written there."""
+    require_writable(path, "output_dir")
     place = next(p for p in (path, *path.resolve().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

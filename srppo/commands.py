@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srppo import distributed
-from srppo.checkpoint import require_new_folder
+from srppo.checkpoint import require_file, require_new_folder
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, filler_token, load_rows, prepare, stop_tokens
 from srppo.errors import UserError
-from srppo.models import check_positions, tokenizer_for
+from srppo.models import check_positions, check_tokens, tokenizer_for
 from srppo.roles import frozen_roles, policy_to_judge
 
 if TYPE_CHECKING:
@@ -147,15 +147,19 @@ def score(args: PipelineConfig, options: argparse.Namespace) -> None:
 
     console = Console()
     require(args, "base_model_name_or_path", "sft_model_name_or_path", "dataset_name")
+    require_file(options.output_file)
     assert args.base_model_name_or_path and args.sft_model_name_or_path and args.dataset_name
     tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
     stops = stop_tokens(tokenizer, args.stop_token_ids)
     rows = examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
+    if not rows:
+        raise UserError(f"{args.dataset_name} has no rows: there is nothing to score")
     missing = next((row for row in rows if row.completion_ids is None), None)
     if missing is not None:
         raise UserError(f"{missing.where}: there is no completion to score")
     base, sft_model = frozen_roles(args, args.base_model_name_or_path, args.sft_model_name_or_path)
-    check_positions(base.causal_lm, max((len(r.prompt_ids) + len(r.completion_ids or ()) for r in rows), default=0))
+    check_positions(base.causal_lm, max(len(r.prompt_ids) + len(r.completion_ids or ()) for r in rows))
+    check_tokens(base.causal_lm, rows, [*stops, filler_token(tokenizer, stops)])
     results: list[dict[str, Any]] = []
     with console.progress("scoring", len(rows)) as progress:
         for start in range(0, len(rows), args.per_device_train_batch_size):
@@ -169,7 +173,7 @@ def score(args: PipelineConfig, options: argparse.Namespace) -> None:
                 results.append(scored(example, tokenizer, *(p[row, : len(example.completion_ids)] for p in pair)))
             progress.advance(int(rollout.completion_mask.sum()), steps=len(part))
     write_lines(results, options.output_file)
-    mean = sum(r["score"] for r in results) / max(len(results), 1)
+    mean = sum(r["score"] for r in results) / len(results)
     console.note(f"{len(results)} completions, mean score {mean:.4f} nats")
 
 
@@ -201,6 +205,7 @@ def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
 
     console = shared_console()
     require(args, "base_model_name_or_path", "sft_model_name_or_path", "dataset_name")
+    require_file(options.output_file)
     assert args.base_model_name_or_path and args.sft_model_name_or_path and args.dataset_name
     tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
     rows = examples(args, tokenizer, args.dataset_name, args.dataset_test_split, missing_split_ok=True)
@@ -217,10 +222,12 @@ def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
     if options.model_name_or_path is not None:
         base, sft_model, policy = policy_to_judge(args, base, sft_model, options.model_name_or_path)
     check_positions(policy.causal_lm, max(len(row.prompt_ids) for row in rows) + args.max_completion_length)
+    stops = stop_tokens(tokenizer, args.stop_token_ids)
+    check_tokens(policy.causal_lm, rows, [*stops, filler_token(tokenizer, stops)])
     with console.progress("sampling", len(distributed.even_share(rows))) as progress:
         metrics, completions = evaluate_policy(
             policy, sft_model, base, rows, args, tokenizer,
-            stop_token_ids=stop_tokens(tokenizer, args.stop_token_ids), extrapolate=options.extrapolate,
+            stop_token_ids=stops, extrapolate=options.extrapolate,
             on_batch=lambda done: progress.advance(0, steps=done),
         )  # fmt: skip
     console.table("evaluation", [{"metric": name, "value": value} for name, value in metrics.items()])

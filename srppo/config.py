@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -30,10 +32,22 @@ from typing import Any, Literal, Self
 from srppo.errors import UserError
 from srppo.trackers import check_trackers
 
+HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
-def option(default: Any, doc: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A dataclass field with its documentation and, for numbers, its closed range."""
-    return dataclasses.field(default=default, metadata={"help": doc, "minimum": minimum, "maximum": maximum})
+
+def option(
+    default: Any,
+    doc: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its documentation and, for numbers, the bounds of its range; every number is finite."""
+    bounds = {"at least": minimum, "above": above, "at most": maximum, "below": below}
+    limits = {word: bound for word, bound in bounds.items() if bound is not None}
+    return dataclasses.field(default=default, metadata={"help": doc, "limits": limits})
 
 
 @dataclass(kw_only=True)
@@ -53,9 +67,9 @@ class SRPPOConfig:
         False, "LoRA: base, SFT, policy and value share one frozen base; otherwise full fine-tuning"
     )
     lora_r: int = option(16, "rank of new adapters", minimum=1)
-    lora_alpha: float = option(32, "scale of new adapters: alpha / r", minimum=0)
+    lora_alpha: float = option(32, "scale of new adapters: alpha / r", above=0)
     lora_dropout: float = option(
-        0.0, "dropout on adapters during SFT; PPO always runs without dropout", minimum=0, maximum=1
+        0.0, "dropout on adapters during SFT; PPO always runs without dropout", minimum=0, below=1
     )
     lora_target_modules: list[str] | None = option(
         None, "modules that get adapters; absent: every linear layer but the head"
@@ -88,16 +102,17 @@ class SRPPOConfig:
     # PPO
     num_ppo_epochs: int = option(4, "passes over a rollout", minimum=1)
     num_mini_batches: int = option(1, "optimizer steps in one pass", minimum=1)
-    cliprange: float = option(0.2, "the ratio is clipped to [1 - cliprange, 1 + cliprange]", minimum=0)
+    cliprange: float = option(0.2, "the ratio is clipped to [1 - cliprange, 1 + cliprange]", minimum=0, maximum=1)
     cliprange_value: float | None = option(
         None,
         "clip of the value's change, in nats; absent: off, as returns here are sums of log-ratios, not of unit scale",
+        above=0,
     )
     gamma: float = option(1.0, "discount", minimum=0, maximum=1)
     lam: float = option(0.95, "lambda of generalized advantage estimation", minimum=0, maximum=1)
     whiten_advantages: bool = option(True, "advantages to zero mean and unit variance over the whole batch")
     target_kl: float | None = option(
-        None, "ends the epochs of an iteration once the mean k3 estimate of KL(old || new) passes it"
+        None, "ends the epochs of an iteration once the mean k3 estimate of KL(old || new) passes it", minimum=0
     )
     entropy_coef: float = option(0.0, "weight of an entropy bonus", minimum=0)
     # Reward
@@ -109,14 +124,14 @@ class SRPPOConfig:
     )
     reward_scale: float = option(1.0, "factor on the score, after normalisation")
     reward_clip: float | None = option(
-        None, "score clipped to [-c, c]; a summed log-ratio often passes the usual 10", minimum=0
+        None, "score clipped to [-c, c]; a summed log-ratio often passes the usual 10", above=0
     )
     whiten_rewards: bool = option(False, "per-token rewards to unit variance over the batch, mean kept")
     kl_coef: float = option(
         1.0, "beta: weight of the KL penalty; see kl_reference, and the README on how to choose", minimum=0
     )
     kl_target: float | None = option(
-        None, "adapts beta, from kl_coef on, to hold this KL to the reference, in nats a sequence", minimum=1e-6
+        None, "adapts beta, from kl_coef on, to hold this KL to the reference, in nats a sequence", above=0
     )
     kl_estimator: Literal["k1", "k2", "k3"] = option(
         "k1", "per-token KL estimate in the reward; only k1 is unbiased in gradient"
@@ -142,11 +157,11 @@ class SRPPOConfig:
         minimum=1,
     )
     max_grad_norm: float | None = option(1.0, "gradient norm is clipped to this; absent or 0: not clipped", minimum=0)
-    adam_betas: list[float] = option((0.9, 0.999), "AdamW's two decay rates", minimum=0, maximum=1)
+    adam_betas: list[float] = option((0.9, 0.999), "AdamW's two decay rates", minimum=0, below=1)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = option("linear", "decay after warm-up")
     warmup_ratio: float = option(0.0, "part of the run in which the learning rate rises", minimum=0, maximum=1)
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third more time")
-    seed: int = option(0, "seed of data order, sampling and new weights")
+    seed: int = option(0, "seed of data order, sampling and new weights", minimum=0, maximum=2**32 - 1)
     # Run
     output_dir: str = option("srppo-output", "new or empty folder for everything the run writes")
     max_steps: int = option(100, "PPO iterations", minimum=0)
@@ -222,7 +237,7 @@ class PipelineConfig(SRPPOConfig):
     sft_num_train_epochs: int = option(3, "passes over the demonstrations", minimum=1)
     vllm_url: str = option("http://127.0.0.1:8000", "the vLLM server of rollout_engine=vllm")
     importance_cap: float | None = option(
-        None, "C of importance weights min(pi_old / mu, C) where another engine samples; absent: none", minimum=0
+        None, "C of importance weights min(pi_old / mu, C) where another engine samples; absent: none", above=0
     )
     save_rollouts: str | None = option(None, "a folder to write every rollout to")
     from_rollouts: str | None = option(None, "a folder of saved rollouts to train on in place of sampling")
@@ -290,7 +305,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
 
 
 def check_range(field: dataclasses.Field, number: float) -> None:
-    low, high = field.metadata["minimum"], field.metadata["maximum"]
-    if number != number or (low is not None and number < low) or (high is not None and number > high):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UserError(f"{field.name} must be {bounds if low is not None else 'a number'}; got {number}")
+    if not math.isfinite(number):
+        raise UserError(f"{field.name} must be a finite number; got {number}")
+    limits: dict[str, float] = field.metadata["limits"]
+    if not all(HOLDS[word](number, bound) for word, bound in limits.items()):
+        raise UserError(f"{field.name} must be {' and '.join(f'{w} {b}' for w, b in limits.items())}; got {number}")

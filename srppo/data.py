@@ -116,9 +116,9 @@ def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
             table = pyarrow.parquet.read_table(path)
             return [(f"{path}, row {i}", row) for i, row in enumerate(table.to_pylist())]
         if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
                 return list(rows_from_csv(path, file))
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             return list(rows_from_jsonl(path, file))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
@@ -138,9 +138,8 @@ def rows_from_jsonl(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dic
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where} is not valid JSON: {error.msg} at column {error.colno}; one object a line"
-            ) from None
+            hint = "one object a line" + ", and not all of them in one list" * line.startswith("[")
+            raise UserError(f"{where} is not valid JSON: {error.msg} at column {error.colno}; {hint}") from None
         if not isinstance(row, dict):
             raise UserError(
                 f'{where} holds a {type(row).__name__}: every line must be one object, such as {{"prompt": ...}}'
@@ -245,6 +244,8 @@ def tokenize_row(
 
 def checked_ids(where: str, ids: Any, vocabulary: int) -> list[int]:
     try:
+        if any(isinstance(token, bool) for token in ids):  # operator.index takes True for 1
+            raise TypeError
         tokens = [operator.index(token) for token in ids]
     except TypeError:
         raise UserError(f"{where}: input_ids must be a list of whole numbers, got {str(ids)[:40]!r}") from None
@@ -285,6 +286,12 @@ def check_messages(where: str, messages: Any) -> None:
     )
     if not good:
         raise UserError(f"{where}: messages must be a list of objects with 'role' and 'content'")
+    for message in messages:
+        if not isinstance(message["content"], str):  # a template would print None, or a list's brackets, in silence
+            raise UserError(
+                f"{where}: the content of a message must be text, got {type(message['content']).__name__}: give the "
+                "text, or drop the row"
+            )
 
 
 def tokenize_chat(
@@ -349,8 +356,18 @@ class Sampler:
         return [self.examples[index] for index in batch]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"queue": list(self.queue), "generator": self.generator.get_state()}
+        return {"rows": len(self.examples), "queue": list(self.queue), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another sampler of the same data was.
+
+        Raises:
+            UserError: the data has more rows or fewer than it had.
+        """
+        if state["rows"] != len(self.examples):
+            raise UserError(
+                f"the training data has {len(self.examples)} prompts and had {state['rows']} when the checkpoint was "
+                "written: resume with the same data, or start a new run from the checkpoint's model"
+            )
         self.queue = list(state["queue"])
         self.generator.set_state(state["generator"])

@@ -92,14 +92,15 @@ class HeldOut:
         return distributed.gathered_rows(own)[: len(self.rollout)].double()
 
     def look(self, policy: Role) -> tuple[float, float, float]:
-        """Log-prob per token under the policy, its gain over SFT, and the gain's standard error over demonstrations."""
+        """Log-prob per token under the policy, its gain over SFT, and the gain's standard error over demonstrations:
+        infinite for a single one, which tells nothing of others."""
         logprobs, lengths = self.logprobs(policy), self.rollout.lengths.double()
         tokens, count = lengths.sum(), len(lengths)
         gains = logprobs - self.sft
         gain = gains.sum() / tokens
         spread = (gains - gain * lengths).square().sum()  # of a ratio of sums
-        error = (spread * count / max(count - 1, 1)).sqrt() / tokens
-        return (logprobs.sum() / tokens).item(), gain.item(), error.item()
+        error = (spread * count / (count - 1)).sqrt().item() / tokens.item() if count > 1 else math.inf
+        return (logprobs.sum() / tokens).item(), gain.item(), error
 
 
 class Guard:

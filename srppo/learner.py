@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ class Learner:
 
     role: Role
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     parameters: tuple[torch.nn.Parameter, ...]
 
     @classmethod
@@ -33,6 +35,18 @@ class Learner:
         groups = [{"params": members} for members in split if members]
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=0.0)
         return cls(role, optimizer, lr_schedule(args, optimizer, total_steps), parameters)
+
+    def load(self, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+        """Moments and the place in the schedule as a checkpoint has them; rates and decay as this run is configured,
+        which may have been changed since."""
+        groups, rates = self.optimizer.param_groups, self.scheduler.base_lrs
+        betas = [group["betas"] for group in groups]
+        done = scheduler["last_epoch"]
+        now = [rate * factor(done) for rate, factor in zip(rates, self.scheduler.lr_lambdas, strict=True)]
+        sharding.load_optimizer(self.optimizer, optimizer)
+        self.scheduler.load_state_dict({**scheduler, "base_lrs": rates, "_last_lr": now})
+        for group, own, peak, rate in zip(self.optimizer.param_groups, betas, rates, now, strict=True):
+            group.update(betas=own, initial_lr=peak, lr=rate)
 
     def step(self, max_grad_norm: float | None) -> float:
         """Clips and steps; a gradient that is not finite is dropped. Returns the norm before clipping.
@@ -49,7 +63,7 @@ class Learner:
 
 def lr_schedule(
     args: SRPPOConfig, optimizer: torch.optim.Optimizer, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Warm-up to the peak rate, then decay. With w steps of warm-up, step i of them runs at ``(i + 1) / (w + 1)`` of
     the peak: none is spent at a rate of 0, which would learn nothing."""
     warmup = math.ceil(args.warmup_ratio * total_steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from srppo.config import SRPPOConfig
+    from srppo.data import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,32 @@ def require_full_precision(name: str, parameters: Iterable[nn.Parameter]) -> Non
         )
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Tokens that the model has an embedding for; an adapter on the embedding leaves it only its weight."""
+    size: int = model.get_input_embeddings().weight.shape[0]
+    return size
+
+
+def check_tokens(model: PreTrainedModel, examples: Iterable[Example], others: Sequence[int] = ()) -> None:
+    """Stops before a token is looked up that the model has no embedding for, as where the tokenizer is another's.
+
+    Args:
+        examples: rows of the data; the error names the first that does not fit.
+        others: the stop tokens and what padding is filled with.
+    """
+    size = vocabulary_size(model)
+    rows = [
+        ("a stop token or the pad token", others),
+        *((e.where, [*e.prompt_ids, *(e.completion_ids or ())]) for e in examples),
+    ]
+    for where, ids in rows:
+        if max(ids, default=0) >= size:
+            raise UserError(
+                f"{where}: token {max(ids)} is outside of the model's vocabulary of {size} tokens: is the tokenizer "
+                "that of another model, or was it given tokens without resizing the model's embedding?"
+            )
+
+
 def check_positions(model: PreTrainedModel, longest: int) -> None:
     """Stops before a sequence runs past the positions that the model knows, which fails or degrades midway."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -156,7 +183,12 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
     device = choose_device()
     quantized = four_bit(args, device)
     if is_adapter_folder(path):
-        model = load_model(adapter_base(path, args), args)
+        under = adapter_base(path, args)
+        if is_adapter_folder(under):
+            raise UserError(
+                f"the base model {under} is an adapter: give the model that it stands on, or merge the two first"
+            )
+        model = load_model(under, args)
         return attach_adapter(model, path, "default").merge_and_unload()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -177,9 +209,7 @@ def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:
     from peft import PeftConfig, PeftModel
 
     try:
-        kind = PeftConfig.from_pretrained(str(path)).peft_type
-        if kind != "LORA":
-            raise UserError(f"the adapter in {path} is of type {getattr(kind, 'value', kind)}: only LoRA is supported")
+        check_adapter(f"the adapter in {path}", PeftConfig.from_pretrained(str(path)))
         if is_peft(model):
             model.load_adapter(str(path), adapter_name=name)  # type: ignore[operator]
             return model
@@ -191,6 +221,20 @@ def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:
             f"the adapter in {path} could not be loaded onto the base model, is it for another one? "
             f"({first_line(error)})"
         ) from None
+
+
+def check_adapter(what: str, config: Any) -> None:
+    """Only what can be switched off again may be put on a base that all roles share: LoRA, without the biases of the
+    base (which peft overwrites) or single rows of its embedding."""
+    kind = config.peft_type
+    if kind != "LORA":
+        raise UserError(f"{what} is of type {getattr(kind, 'value', kind)}: only LoRA is supported")
+    for option, off in (("bias", "none"), ("trainable_token_indices", None)):
+        value = getattr(config, option, off)
+        if value != off:
+            raise UserError(
+                f"{what} has {option}={value!r}: only LoRA on whole layers is supported, use {option}={off!r}"
+            )
 
 
 def adapter_base(adapter: str | Path, args: SRPPOConfig) -> str:

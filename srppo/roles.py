@@ -27,6 +27,7 @@ from srppo.errors import UserError
 from srppo.models import (
     Head,
     attach_adapter,
+    check_adapter,
     check_same_vocabulary,
     disable_dropout,
     first_line,
@@ -173,10 +174,23 @@ class Roles:
     policy: Role
     critic: Role
 
+    def __iter__(self) -> Iterator[Role]:
+        return iter((self.base, self.sft, self.policy, self.critic))
+
+    @torch.no_grad()
+    def frozen_bits(self) -> int:
+        """The sum of all frozen weights, read as integers: it changes if a bit of one of them does, by all but
+        accident. A sharded weight counts with this rank's part."""
+        learning = {id(p) for role in (self.policy, self.critic) for _, p in role.parameters()}
+        frozen = {id(p): p for role in self for p in role.model.parameters() if id(p) not in learning}
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        parts = [sharding.local(p.detach()) for p in frozen.values()]
+        return sum(int(p.contiguous().view(integers[p.itemsize]).sum(dtype=torch.int64)) for p in parts)
+
     def describe(self) -> list[str]:
         """A line per role: which weights it uses and how many of them learn."""
         lines = []
-        for role in (self.base, self.sft, self.policy, self.critic):
+        for role in self:
             source = getattr(role.causal_lm.config, "_name_or_path", "") or "a model in memory"
             if is_peft(role.model):
                 source += ", adapters off" if role.adapter is None else f", adapter {role.adapter!r}"
@@ -303,8 +317,7 @@ def new_adapter(model: PreTrainedModel, args: SRPPOConfig, peft_config: Any, nam
     from peft import get_peft_model
 
     config = peft_config or lora_config(args, model)
-    if config.peft_type != "LORA":
-        raise UserError(f"peft_config is of type {config.peft_type}: only LoRA is supported")
+    check_adapter("peft_config", config)
     try:
         return get_peft_model(model, config, adapter_name=name)
     except ValueError as error:
@@ -335,6 +348,9 @@ def settle(args: SRPPOConfig, roles: Roles) -> None:
     """The last checks and modes of what learns: the head as the fused ops take it, no dropout, checkpointing if
     asked."""
     check_head(roles.policy)
+    policy, critic = ({id(p) for _, p in role.parameters()} for role in (roles.policy, roles.critic))
+    frozen = {id(p) for role in (roles.base, roles.sft) for _, p in role.parameters()}
+    assert not policy & critic and not frozen & (policy | critic), "a weight has two roles, of which one learns"
     for role in (roles.policy, roles.critic):
         require_full_precision(role.name, (parameter for _, parameter in role.parameters()))
         disable_dropout(role.model)

@@ -60,6 +60,16 @@ def save_rollout(folder: Path, rollout: Rollout, *, step: int, sampling: Samplin
         (writing / target.name).replace(target)
 
 
+def require_rollouts(folder: Path, steps: Sequence[int]) -> None:
+    """Stops before training if the rollout of one of these iterations is not there."""
+    missing = next((step for step in steps if not path_of(folder, step).is_file()), None)
+    if missing is not None:
+        raise UserError(
+            f"{path_of(folder, missing)}, the rollout of iteration {missing}, is not there to be replayed: is "
+            "from_rollouts the folder that save_rollouts named, and were as many iterations run, by as many processes?"
+        )
+
+
 def load_rollout(
     folder: Path,
     prompts: Sequence[Sequence[int]],

@@ -24,7 +24,7 @@ from srppo.data import Example, filler_token, stop_tokens
 from srppo.errors import UserError
 from srppo.learner import lr_schedule
 from srppo.metrics import MetricsWriter
-from srppo.models import check_positions, load_model, load_tokenizer, require_full_precision
+from srppo.models import check_positions, check_tokens, load_model, load_tokenizer, require_full_precision
 from srppo.packing import keeps_sequences_apart
 from srppo.plots import plot_history
 from srppo.ppo import split_micro_batches
@@ -95,11 +95,12 @@ def run_sft(
         tokenizer = tokenizer or load_tokenizer(args.base_model_name_or_path, trust_remote_code=args.trust_remote_code)
         model = model or load_model(args.base_model_name_or_path, args)
     check_positions(model, max(len(e.prompt_ids) + len(e.completion_ids or ()) for e in [*train, *held_out]))
+    stops = stop_tokens(tokenizer, args.stop_token_ids)
+    pad = filler_token(tokenizer, stops)
+    check_tokens(model, [*train, *held_out], [*stops, pad])
     torch.manual_seed(args.seed)
     role = sft_role(args, model)
     parameters = [parameter for _, parameter in role.parameters()]
-    stops = stop_tokens(tokenizer, args.stop_token_ids)
-    pad = filler_token(tokenizer, stops)
 
     def as_rollout(examples: Sequence[Example]) -> Rollout:
         return collate_demonstrations(examples, pad_token_id=pad, stop_token_ids=stops, device=role.device)

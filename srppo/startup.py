@@ -45,6 +45,8 @@ def describe(args: SRPPOConfig, roles: Roles, *, prompts: int, held_out: int) ->
         "guard: KL to SFT, length"
         + (
             f", and the likelihood of {held_out} held-out demonstrations"
+            if held_out > 1
+            else "; of a single held-out demonstration the likelihood is logged, and too little to warn by"
             if held_out
             else " only, as the evaluation data has no demonstrations whose likelihood could be followed"
         ),

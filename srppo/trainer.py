@@ -28,11 +28,11 @@ from srppo.evaluation import completion_rows, evaluate_policy, table_rows, write
 from srppo.guard import Guard, HeldOut, KLController, look_at
 from srppo.metrics import MetricsWriter, iteration_metrics, peak_memory_gib
 from srppo.model_card import model_card
-from srppo.models import check_positions, tokenizer_for
+from srppo.models import check_positions, check_tokens, tokenizer_for, vocabulary_size
 from srppo.plots import plot_history
 from srppo.roles import Roles, build_roles
 from srppo.rollout import Rollout, gather
-from srppo.rollout_store import load_rollout, save_rollout
+from srppo.rollout_store import load_rollout, require_rollouts, save_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,6 +116,9 @@ class SRPPOTrainer:
             )
         longest = max(len(example.prompt_ids) for example in [*self.train_dataset, *self.eval_dataset])
         check_positions(self.roles.policy.causal_lm, longest + args.max_completion_length)
+        check_tokens(
+            self.roles.policy.causal_lm, [*self.train_dataset, *self.eval_dataset], [*self.stop_token_ids, pad]
+        )
         self.policy = ppo.Learner.create(self.roles.policy, args, args.learning_rate, args.max_steps)
         value_rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         self.critic = ppo.Learner.create(self.roles.critic, args, value_rate, args.max_steps)
@@ -147,7 +150,7 @@ class SRPPOTrainer:
 
     def train(self) -> dict[str, Any]:
         """Runs all iterations and writes the result to ``args.output_dir``; returns the last metrics."""
-        args = self.args
+        args, frozen = self.args, self.roles.frozen_bits()
         self.resume()
         space = 3 * checkpoint.model_bytes(self.roles.policy) + 2**20
         distributed.on_main(lambda: checkpoint.require_space(self.output_dir, space))
@@ -175,6 +178,11 @@ class SRPPOTrainer:
             if self.eval_dataset and "eval/objective/kl" not in (writer.history or [{}])[-1]:
                 writer.write(self.step, self.evaluate())  # joins the last iteration's entry
         self.save_model()
+        if distributed.any_rank(self.roles.frozen_bits() != frozen):
+            raise UserError(
+                "the weights of base or SFT changed during the run, in a callback or by another user of the models: "
+                "the reward was not what it says, so do not trust the model that was written"
+            )
         self.console.note(f"memory: {memory.measured()}")
         last = self.history[-1] if self.history else {}
         self.console.table("evaluation", [{"metric": n, "value": v} for n, v in last.items() if n.startswith("eval/")])
@@ -256,18 +264,20 @@ class SRPPOTrainer:
         return metrics
 
     def start_sampling(self) -> str:
-        """Checks that rollouts can be had before anything is computed; says where they come from."""
+        """Checks that rollouts can be had and kept, before anything is computed; says where they come from."""
+        if self.save_rollouts is not None and self.args.resume_from_checkpoint is None:
+            folder = self.save_rollouts
+            distributed.on_main(lambda: checkpoint.require_new_folder(folder, "save_rollouts"))
         if self.from_rollouts is None:
             return self.engine.start(self.roles.policy)
-        if not self.from_rollouts.is_dir():
-            raise UserError(f"there are no rollouts to replay in {self.from_rollouts}: it is no folder")
+        require_rollouts(self.from_rollouts, range(self.step + 1, self.args.max_steps + 1))
         return f"rollouts: replayed from {self.from_rollouts}"
 
     def rollout(self, batch: Sequence[Example]) -> Rollout:
         """A completion from the policy for each prompt: sampled, or as it was saved."""
         prompts = [example.prompt_ids for example in batch]
         if self.from_rollouts is not None:
-            vocabulary = self.roles.policy.causal_lm.get_input_embeddings().num_embeddings
+            vocabulary = vocabulary_size(self.roles.policy.causal_lm)
             return load_rollout(
                 self.from_rollouts, prompts, step=self.step + 1, sampling=self.sampling, vocabulary=vocabulary,
                 device=self.roles.policy.device,

@@ -48,8 +48,7 @@ def restore(run: SRPPOTrainer, folder: Path, tensors: Mapping[str, Any], state: 
     for learner, optimizer, scheduler in zip(
         (run.policy, run.critic), tensors["optimizers"], tensors["schedulers"], strict=True
     ):
-        sharding.load_optimizer(learner.optimizer, optimizer)
-        learner.scheduler.load_state_dict(scheduler)
+        learner.load(optimizer, scheduler)
     run.sampler.load_state_dict(tensors["sampler"])
     vars(run.moments).update(tensors["moments"])
     run.guard.load_state_dict(tensors["guard"])

@@ -302,13 +302,33 @@ def test_an_output_folder_that_is_not_empty_is_refused_and_untouched(tiny_models
     assert tree(out) == {"metrics.jsonl": b"precious"}
 
 
-def test_an_output_folder_below_a_file_is_one_line_and_no_traceback(tiny_models, data, tmp_path, capfd):
+def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_loaded(tiny_models, data, tmp_path, capfd):
     (tmp_path / "file").write_text("x")
     assert main(["train", *train_flags(tiny_models, data, tmp_path / "file")]) == 2
     assert "file is a file: choose a folder" in capfd.readouterr().err
-    assert main(["train", *train_flags(tiny_models, data, tmp_path / "file" / "run")]) != 0
-    error = capfd.readouterr().err
-    assert "Traceback" not in error and "file" in error
+    for out in (tmp_path / "file" / "run", Path("/proc/nowhere/run")):  # not even root makes a folder in /proc
+        for model in (None, tiny_models.sft):
+            assert main(["train", *train_flags(tiny_models, data, out, sft_model_name_or_path=model)]) == 2
+            error = capfd.readouterr().err
+            assert f"output_dir {out} cannot be written" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["score", "eval"])
+def test_an_output_file_that_cannot_be_written_is_told_before_anything_is_computed(
+    tiny_models, tmp_path, capfd, command
+):
+    data = write_jsonl(tmp_path / "data.jsonl", ROWS)
+    options = {
+        "base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.sft, "dataset_name": data,
+    }  # fmt: skip
+    for file, message in ((tmp_path, "is a folder: name a file in it"), (f"{data}/out.jsonl", "cannot be written")):
+        assert main([command, *flags({**options, "output_file": file})]) == 2
+        error = capfd.readouterr().err
+        assert f"output_file {file}" in error.replace(data + " ", f"{file} ") and message in error
+        assert error.count("\n") == 1
+    write_jsonl(tmp_path / "empty.jsonl", [])
+    assert main([command, *flags({**options, "dataset_name": tmp_path / "empty.jsonl"})]) == 2
+    assert "has no rows: there is nothing to" in capfd.readouterr().err
 
 
 def test_models_that_do_not_fit_are_refused_with_exit_code_two(tiny_models, data, tmp_path, capfd):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import trainer
+from tiny_runs import examples, trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srppo import UserError, checkpoint
@@ -245,6 +245,37 @@ def test_a_checkpoint_with_parameters_of_another_shape_is_refused(tiny_models, t
     )  # fmt: skip
     with pytest.raises(UserError, match="is of another model"):
         second.train()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_resumed_run_learns_at_the_rates_that_it_is_given(tiny_models, tmp_path, schedule):
+    """AdamW's state holds the rates and decays of the run that wrote it, and loading it would bring them back."""
+    settings = {"max_steps": 4, "save_steps": 1, "lr_scheduler_type": schedule, "num_ppo_epochs": 1}
+    trainer(tiny_models, tmp_path / "a", **{**settings, "max_steps": 1}).train()
+    settings |= {"learning_rate": 5e-4, "value_learning_rate": 2e-4, "adam_betas": [0.8, 0.9]}
+    source = str(tmp_path / "a" / "run" / "checkpoint-1")
+    run = trainer(tiny_models, tmp_path / "b", resume_from_checkpoint=source, **settings)
+    used = []
+    for learner in (run.policy, run.critic):
+        learner.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: used.append([(group["lr"], group["betas"]) for group in optimizer.param_groups])
+        )
+    run.train()
+    factors = {"constant": [1, 1, 1], "linear": [3 / 4, 2 / 4, 1 / 4]}[schedule]
+    expected = [rate * factor for factor in factors for rate in (5e-4, 2e-4)]
+    assert [group[0][0] for group in used] == pytest.approx(expected, rel=1e-12)
+    assert all(group == (groups[0][0], (0.8, 0.9)) for groups in used for group in groups)
+    assert [entry["lr"] for entry in run.history[1:]] == pytest.approx([5e-4 * factor for factor in factors])
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_resuming_on_other_data_is_refused(tiny_models, tmp_path, straight, rows):
+    """The place in the data is a list of row numbers, which mean nothing in another file."""
+    source = straight[1] / "run" / "checkpoint-2"
+    data = [{"prompt": f"{i}:"} for i in range(rows)]
+    run = resume(tiny_models, tmp_path, source, straight[0], rows=examples(data))
+    with pytest.raises(UserError, match=rf"has {rows} prompts and had 6 when the checkpoint was written"):
+        run.train()
 
 
 def names(folder: Path) -> list[str]:

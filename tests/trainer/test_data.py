@@ -120,6 +120,7 @@ def bad_file(folder: Path, name: str, content: str | bytes) -> str:
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"a\.jsonl, line 2 is not valid JSON: .* at column \d+"),
         ("a.jsonl", '{"prompt": "a"}\n\n"text"\n', r"a\.jsonl, line 3 holds a str: every line must be one object"),
         ("a.json", '[{"prompt": "a"}]', r"a\.json, line 1 holds a list: every line must be one object"),
+        ("a.json", '[\n {"prompt": "a"}\n]', r"a\.json, line 1 is not valid JSON: .* and not all of them in one list"),
         ("a.jsonl", b'{"prompt": "\xff\xfe"}\n', r"a\.jsonl is not UTF-8 text"),
         ("a.csv", b"prompt\n\xff\xfe\n", r"a\.csv is not UTF-8 text"),
         ("a.csv", "prompt,completion\na,b\nc\n", r"a\.csv, line 3 has a different number of fields than the header"),
@@ -132,6 +133,12 @@ def bad_file(folder: Path, name: str, content: str | bytes) -> str:
 def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         load_rows(bad_file(tmp_path, name, content), "train")
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", "prompt,completion\na,b\n"), ("a.jsonl", '{"prompt": "a"}\n')])
+def test_a_byte_order_mark_as_spreadsheets_write_it_is_no_part_of_the_first_column(tmp_path, name, content):
+    rows = load_rows(bad_file(tmp_path, name, b"\xef\xbb\xbf" + content.encode()), "train")
+    assert [row["prompt"] for _, row in rows] == ["a"]
 
 
 def test_a_missing_file_and_a_missing_hub_name_are_named(tmp_path):
@@ -174,6 +181,7 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"
         ({"input_ids": [5, 260]}, "input_ids has 260, but the tokenizer has 260 tokens"),
         ({"input_ids": [-1]}, "input_ids has -1"),
         ({"input_ids": "12"}, "input_ids must be a list of whole numbers, got '12'"),
+        ({"input_ids": [True]}, r"input_ids must be a list of whole numbers, got '\[True\]'"),
         ({"input_ids": [1.5]}, r"input_ids must be a list of whole numbers, got '\[1.5\]'"),
         ({"input_ids": 7}, "input_ids must be a list of whole numbers, got '7'"),
         ({"messages": "hi"}, "messages must be a list of objects with 'role' and 'content'"),
@@ -181,6 +189,11 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"
         ({"messages": [{"role": "user"}]}, "messages must be a list"),
         ({"prompt": [{"content": "a"}]}, "messages must be a list"),
         ({"prompt": CHAT[:1], "completion": [3]}, "messages must be a list"),
+        (
+            {"messages": [CHAT[0], {"role": "assistant", "content": None}]},
+            "content of a message must be text, got NoneType",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}, "must be text, got list"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_place(row, message):

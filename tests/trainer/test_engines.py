@@ -219,7 +219,7 @@ def rewrite(path: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.unlink(), "is not there to be replayed"),
         (lambda path: path.write_bytes(path.read_bytes()[:200]), "cannot be replayed"),
         (lambda path: path.write_bytes(b""), "cannot be replayed"),
         (lambda path: rewrite(path, version="0"), "not written by this version"),
@@ -245,8 +245,19 @@ def test_a_saved_rollout_that_does_not_fit_is_refused_by_name(tiny_models, tmp_p
 
 
 def test_rollouts_from_a_folder_that_is_not_there_are_refused_at_the_start(tiny_models, tmp_path):
-    with pytest.raises(UserError, match="no rollouts to replay in"):
+    with pytest.raises(UserError, match=r"rollout_00001\.safetensors, the rollout of iteration 1, is not there"):
         trainer(tiny_models, tmp_path, from_rollouts=tmp_path / "nowhere").train()
+
+
+def test_rollouts_of_too_few_iterations_are_refused_at_the_start_and_none_are_written_over(tiny_models, tmp_path):
+    saved, done = tmp_path / "rollouts", []
+    trainer(tiny_models, tmp_path / "a", save_rollouts=saved, max_steps=1).train()
+    kept = (saved / "rollout_00001.safetensors").read_bytes()
+    with pytest.raises(UserError, match="the rollout of iteration 2, is not there to be replayed"):
+        trainer(tiny_models, tmp_path / "b", from_rollouts=saved, callbacks=[lambda *a: done.append(a)]).train()
+    with pytest.raises(UserError, match=r"save_rollouts .*rollouts exists and is not empty"):
+        trainer(tiny_models, tmp_path / "c", save_rollouts=saved, seed=5, max_steps=1).train()
+    assert not done and (saved / "rollout_00001.safetensors").read_bytes() == kept
 
 
 def test_sampler_logprobs_follow_their_sequences(tmp_path):

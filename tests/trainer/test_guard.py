@@ -136,6 +136,17 @@ def test_held_out_likelihood_is_per_token_with_the_error_of_a_ratio(tmp_path):
     assert error == pytest.approx(bootstrap, rel=0.1)
 
 
+def test_a_single_demonstration_is_logged_and_never_warned_of_by_itself(tmp_path):
+    """There is no spread in one, and a standard error of 0 would call any loss of 3 % certain."""
+    args = config(tmp_path)
+    roles = full_roles(args)
+    one = HeldOut(examples(ROWS[:1]), args, roles.sft, pad_token_id=1, stop_token_ids=[0])
+    logp, gain, error = one.look(roles.base)
+    assert math.isfinite(logp) and gain != 0 and error == math.inf
+    assert later(started(), gain=-0.5, gain_error=error).warnings == ()
+    assert not later(started(), objective=9.0, gain=-0.5, gain_error=error).best
+
+
 def test_a_look_costs_no_more_sequences_than_an_iteration_has(tmp_path):
     args = config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=1)
     many = [Example([10 + i], [30, 0], None, f"row {i}") for i in range(7)]

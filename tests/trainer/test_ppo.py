@@ -9,7 +9,7 @@ import pytest
 import torch
 from ppo_steps import assert_same_gradients, one_update, trained_head
 from tiny import tiny_model
-from tiny_runs import config, full_roles, role, rollout, snapshot, trainer, widened
+from tiny_runs import config, full_roles, learners, role, rollout, snapshot, trainer, widened
 from torch import Tensor
 
 from srppo import UserError, ppo
@@ -51,6 +51,26 @@ def test_training_stops_when_the_first_ratio_is_not_one(tiny_models, tmp_path, m
     )
     with pytest.raises(UserError, match="ratio on the first mini-batch is off 1 by"):
         run.train()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value_model"), [("sft", "separate"), ("adapter", "adapter"), ("adapter", "separate")]
+)
+def test_gradient_checkpointing_recomputes_the_layers_of_policy_and_critic(tiny_models, tmp_path, kind, value_model):
+    """A flag that is set and read by nobody would save no memory."""
+    forwards = {}
+    for asked in (False, True):
+        args = config(tmp_path, use_peft=kind == "adapter", gradient_checkpointing=asked, value_model=value_model)
+        roles = trained_head(build_roles(args, tiny_models.base, getattr(tiny_models, kind)))
+        given, old = rollout(), torch.zeros(10)
+        for learner, backward in zip(learners(roles, args), (ppo.policy_backward, ppo.value_backward), strict=True):
+            seen = []
+            layer = learner.role.causal_lm.model.layers[0].self_attn  # behind it recomputing may stop early
+            hook = layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            backward(learner.role, given, old, old + 1, torch.tensor(10.0), args)
+            hook.remove()
+            forwards[asked, learner.role.name] = len(seen)
+    assert forwards == {(False, "policy"): 1, (False, "critic"): 1, (True, "policy"): 2, (True, "critic"): 2}
 
 
 # -- invariances ------------------------------------------------------------------------------------------------------

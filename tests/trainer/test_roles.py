@@ -28,8 +28,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from srppo import SRPPOTrainer, UserError, ppo, run_sft
+from srppo.data import Example
 from srppo.models import disable_dropout
-from srppo.roles import build_roles, check_head, frozen_roles
+from srppo.roles import Role, build_roles, check_head, frozen_roles
 from srppo.rollout import generate
 
 CELLS = [
@@ -73,6 +74,9 @@ def test_every_cell_starts_from_sft_trains_policy_and_critic_and_leaves_the_froz
         torch.testing.assert_close(got, logp, atol=2e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     with roles.critic.active(), torch.no_grad():
         assert roles.critic.values(given).abs().max() == 0
+        trunk = roles.critic.hidden(given)
+    with roles.sft.active(), torch.no_grad():
+        torch.testing.assert_close(trunk, roles.sft.hidden(given), atol=2e-5, rtol=1e-4)
 
     learning = {id(p) for r in (roles.policy, roles.critic) for _, p in r.parameters()}
     everything = {
@@ -248,12 +252,15 @@ def test_lora_dropout_acts_in_sft_and_not_in_ppo(tiny_models, tmp_path):
     assert torch.equal(first, second)
 
 
-def test_dropout_of_a_model_in_training_mode_is_off_after_disabling():
+def test_dropout_of_a_model_in_training_mode_is_off_after_disabling(tmp_path):
     noisy = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)).train()
     ids = torch.arange(8)[None]
     assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
-    disable_dropout(noisy)
-    assert torch.equal(noisy(ids).logits, noisy(ids).logits)
+    quiet = copy.deepcopy(noisy)
+    disable_dropout(quiet)
+    assert torch.equal(quiet(ids).logits, quiet(ids).logits)
+    for made in build_roles(config(tmp_path), noisy.train(), copy.deepcopy(noisy).train()):
+        assert torch.equal(*(ppo.logprobs(made, rollout())[0] for _ in range(2))), made.name
     functional = nn.Module()
     functional.hidden_dropout, functional.layerdrop = 0.1, 0.2
     disable_dropout(functional)
@@ -421,6 +428,18 @@ def test_adapter_that_is_no_lora_is_refused(tiny_models, tmp_path):
         build(tmp_path, tiny_models.base, str(tmp_path / "prompts"), use_peft=True)
 
 
+@pytest.mark.parametrize("how", [{"bias": "all"}, {"bias": "lora_only"}, {"trainable_token_indices": [5, 6]}])
+def test_an_adapter_that_trains_weights_of_the_base_is_refused(tmp_path, how):
+    """peft writes such biases over the base's, which base, SFT, policy and critic share; it would not be base again."""
+    settings = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", **how)
+    base = save(tiny_model("gpt2"), tmp_path / "base")
+    made = get_peft_model(tiny_model("gpt2"), settings)
+    made.save_pretrained(tmp_path / "adapter")
+    for sft, given in ((str(tmp_path / "adapter"), None), (base, settings)):
+        with pytest.raises(UserError, match=f"has {next(iter(how))}=.*: only LoRA on whole layers is supported"):
+            build(tmp_path, base, sft, given, use_peft=True)
+
+
 def test_adapter_of_another_base_is_refused(tiny_models, tmp_path):
     wide = save(tiny_model(hidden=64), tmp_path / "wide")
     with pytest.raises(UserError, match="could not be loaded onto the base model, is it for another one"):
@@ -475,3 +494,66 @@ def test_generation_leaves_weights_mode_and_adapter_as_they_were(tiny_models, tm
     assert roles.policy.causal_lm.training
     assert roles.policy.model.active_adapter == state
     assert all(torch.equal(value, before[name]) for name, value in roles.policy.model.state_dict().items())
+
+
+def test_a_frozen_weight_that_changes_in_one_bit_is_told_at_the_end_of_the_run(tiny_models, tmp_path):
+    """A callback that touches SFT or base would change the reward, and nothing else would show it."""
+
+    def touch(run, step, metrics):
+        with torch.no_grad():
+            weight = run.roles.sft.causal_lm.get_input_embeddings().weight
+            weight[200, 3] = torch.nextafter(weight[200, 3], torch.tensor(9.0))
+
+    with pytest.raises(UserError, match="weights of base or SFT changed during the run"):
+        trainer(tiny_models, tmp_path, callbacks=[touch], max_steps=1).train()
+
+
+@pytest.mark.parametrize(("kind", "other"), [("adapter", "sft"), ("sft", "value")])
+def test_an_adapter_that_would_learn_for_two_roles_is_refused(tiny_models, tmp_path, monkeypatch, kind, other):
+    """What an optimizer made from all parameters that require a gradient would be given."""
+    own = Role.parameters
+
+    def more(self):
+        also = [(n, p) for n, p in self.model.named_parameters() if f".{other}." in n and self.name == "policy"]
+        return own(self) + also
+
+    monkeypatch.setattr(Role, "parameters", more)
+    with pytest.raises(AssertionError, match="a weight has two roles"):
+        build(tmp_path, tiny_models.base, getattr(tiny_models, kind), use_peft=True)
+
+
+def test_a_policy_that_is_the_sft_model_itself_is_refused(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr("srppo.roles.copy", SimpleNamespace(deepcopy=lambda model: model))
+    with pytest.raises(AssertionError, match="a weight has two roles"):
+        build(tmp_path, tiny_models.base, tiny_models.sft)
+
+
+def test_tokens_that_the_model_has_no_embedding_for_are_refused_before_training(tmp_path):
+    """A tokenizer with more tokens than the model is no mistake as long as none of them is used."""
+    small, same = tiny_model(vocab_size=200), tiny_model(vocab_size=200, seed=1)
+
+    def run(rows, **settings):
+        args = config(tmp_path, **{"stop_token_ids": [0], "max_steps": 1, "max_completion_length": 8, **settings})
+        return SRPPOTrainer(same, small, args, rows, processing_class=tiny_tokenizer(), console=QUIET)
+
+    run(ROWS).train()
+    with pytest.raises(UserError, match=r"row 1: token 230 is outside of the model's vocabulary of 200 tokens"):
+        run([{"prompt": "ab"}, {"input_ids": [5, 230]}])
+    with pytest.raises(UserError, match=r"a stop token or the pad token: token 201 is outside"):
+        run(ROWS, stop_token_ids=[0, 201])
+    rows = [Example([5], [230, 0], None, "row 7")]
+    with pytest.raises(UserError, match=r"row 7: token 230 is outside"):
+        run_sft(
+            config(tmp_path, stop_token_ids=[0]), model=small, tokenizer=tiny_tokenizer(), train_dataset=rows,
+            output_dir=tmp_path / "never", console=QUIET,
+        )  # fmt: skip
+
+
+def test_an_adapter_folder_as_the_base_model_is_refused(tiny_models, tmp_path):
+    args = {"base_model_name_or_path": tiny_models.adapter}
+    with pytest.raises(UserError, match=r"the base model .*adapter is an adapter: give the model that it stands on"):
+        build(tmp_path, tiny_models.adapter, tiny_models.sft, **args)
+    with pytest.raises(UserError, match="is an adapter: give the model that it stands on"):
+        run_sft(
+            config(tmp_path, **args), train_dataset=examples(ROWS), output_dir=tmp_path / "never", console=QUIET
+        )  # fmt: skip
