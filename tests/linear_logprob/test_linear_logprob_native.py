@@ -57,6 +57,17 @@ def test_each_level_on_hard_rows(level, kind):
         assert (a.double() - b).abs().max() <= value_bound(p)
 
 
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_each_level_on_wide_rows(level):
+    """K of several blocks, whose sums are added up in memory."""
+    p = make("random", n=40, d=1101, v=2300, dtype=torch.bfloat16, grad=(False, False))
+    p.weight *= 0.3
+    with _extension.cpu_level(level):
+        got = p.run(entropy=True, lse=True, plan="score", backend="native")
+    for a, b in zip(got, p.double().oracle(), strict=True):
+        assert (a.double() - b).abs().max() < 5e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", ALL_LEVELS)
 def test_bits_over_threads_and_rows(level, dtype):
