@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # Ops with a CUDA C++ kernel, for backend="native" on a CUDA device; "auto" takes Triton's there.
-CUDA_OPS = frozenset({"gae", "whiten", "log_ratio_reward", "ppo_loss", "value_loss"})
+CUDA_OPS = frozenset({"gae", "whiten", "log_ratio_reward", "ppo_loss", "value_loss", "scaled_gradients"})
 CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 _module: ModuleType | None = None

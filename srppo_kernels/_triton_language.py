@@ -22,6 +22,7 @@ __all__ = [
     "blocks_of",
     "clamp",
     "exp_parts",
+    "first_valid",
     "grid_max",
     "grid_sum",
     "row_length",
@@ -45,12 +46,9 @@ def blocks_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 @triton.jit
-def row_tokens(mask, rows, steps, TOKENS: tl.constexpr):
-    """This program's tokens, as above -> row, places [TOKENS], whether they exist, and whether they are valid."""
-    row = (tl.program_id(0) % rows).to(tl.int64)
-    block = (tl.program_id(0) // rows).to(tl.int64)
+def first_valid(mask, steps):
+    """Place of a row's first valid token, int64, or 0; `mask` points to the row."""
     steps = tl.zeros([], tl.int64) + steps
-    mask += row * steps
     lane = tl.arange(0, _SEARCH)
     first = tl.zeros([], tl.int64)
     start = tl.zeros([], tl.int64)
@@ -59,9 +57,19 @@ def row_tokens(mask, rows, steps, TOKENS: tl.constexpr):
         nearest = tl.min(tl.where(valid, lane, _SEARCH), 0)
         first = tl.where(nearest < _SEARCH, start + nearest, first)
         start = tl.where(nearest < _SEARCH, steps, start + _SEARCH)  # leave the loop where one is found
+    return first
+
+
+@triton.jit
+def row_tokens(mask, rows, steps, TOKENS: tl.constexpr):
+    """This program's tokens, as above -> row, places [TOKENS], whether they exist, and whether they are valid."""
+    row = (tl.program_id(0) % rows).to(tl.int64)
+    block = (tl.program_id(0) // rows).to(tl.int64)
+    steps = tl.zeros([], tl.int64) + steps
+    mask += row * steps
     place = block * TOKENS + tl.arange(0, TOKENS)
     inside = place < steps
-    at = first + place
+    at = first_valid(mask, steps) + place
     at = tl.where(at < steps, at, at - steps)  # the tokens before the first valid one come last
     valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
     return row, row * steps + at, inside, valid

@@ -1,7 +1,8 @@
 // Sums over a block and over a grid, in a fixed order.
 //
 // Every block leaves float64 partials; the block that finishes last (`last_block`) adds them up with all its threads, thread t
-// taking blocks t, t + kThreads, ..., so a result does not depend on which block it was. Nothing waits for the host.
+// taking blocks t, t + kThreads, ..., so a result does not depend on which block it was, nor on zeros that further blocks leave.
+// Nothing waits for the host, and nothing is cleared between launches: the last block resets the counter.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -24,12 +25,13 @@ __device__ double block_sum(double x) {
 }
 
 // Whether every other block has left its partials, which thread 0 of this one has stored before. Read them with __ldcg: L1
-// may not know of them. `finished` starts at 0.
+// may not know of them. `finished` is 0 whenever a kernel starts; launches that share one follow each other on a stream.
 __device__ inline bool last_block(unsigned* finished) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
     __threadfence();
     last = atomicAdd(finished, 1u) == gridDim.x - 1;
+    if (last) *finished = 0;
     __threadfence();
   }
   __syncthreads();

@@ -5,12 +5,16 @@
 // tiles whatever their length, so padded and packed rows have the same bits.
 //
 //   gae_rows      a block walks a row from right to left: the one launch of an ordinary batch
-//   row_ends, tile_maps, fold_tiles, tile_outputs
+//   row_ends, tile_maps, fold_tiles, tile_outputs, row_moments
 //                 a block a tile, for few and very long rows, where one block would walk alone: the tiles' maps are folded
 //                 with the same arithmetic, and every tile is scanned again from its state. The bits are those of gae_rows.
+//
+// Where they are asked for, the advantages' moments come out as well: a tile's in two passes over registers, a row's joined
+// from right to left, all rows' merged by the block that finishes last.
 #pragma once
 
 #include "../common/scalar.h"
+#include "moments.h"
 
 namespace srppo::scalar {
 
@@ -33,6 +37,7 @@ struct GaeParams {
   int64_t steps;
   float* advantages;
   float* returns;
+  MomentsOut moments;  // of the advantages; the partials are [rows, 3]
 };
 
 __device__ __forceinline__ GaeMap shuffle_up(GaeMap map, int by) {
@@ -46,7 +51,8 @@ __device__ __forceinline__ GaeMap shuffle_up(GaeMap map, int by) {
   return got;
 }
 
-__device__ __forceinline__ GaeCoefficients coefficients(const GaeParams& p, int64_t row) {
+template <class Params>
+__device__ __forceinline__ GaeCoefficients coefficients(const Params& p, int64_t row) {
   const double gamma = p.gamma_rows ? static_cast<double>(p.gamma_rows[row]) : p.gamma;
   const double lam = p.lam_rows ? static_cast<double>(p.lam_rows[row]) : p.lam;
   return {static_cast<float>(gamma * (1.0 - lam)), static_cast<float>(gamma * lam)};
@@ -57,28 +63,56 @@ __device__ __forceinline__ GaeState start_state(const GaeParams& p, int64_t row)
   return {start, 0.0f, start};
 }
 
-__device__ __forceinline__ int64_t row_begin(const GaeParams& p, int64_t row) {
+template <class Params>
+__device__ __forceinline__ int64_t row_begin(const Params& p, int64_t row) {
   return p.starts ? p.starts[row] : row * p.steps;
 }
 
-// One past the row's last valid token; what lies beyond becomes 0. Called by a whole block.
-__device__ int64_t find_end(const GaeParams& p, int64_t begin, int64_t row_end) {
-  __shared__ int nearest;  // the rightmost thread that sees a valid token
+// How many tokens before the first valid one, from the right end of [begin, end) or from the left; they become 0 in both
+// outputs. Called by a whole block.
+template <bool from_right>
+__device__ int64_t skip_invalid(const bool* mask, int64_t begin, int64_t end, float* one, float* other) {
+  __shared__ int nearest;  // the first thread that sees a valid token
   const int thread = threadIdx.x;
-  int64_t end = row_end;
-  while (end > begin) {
+  const int64_t length = end - begin;
+  for (int64_t done = 0; done < length; done += kThreads) {
+    const int64_t ahead = done + thread, at = from_right ? end - 1 - ahead : begin + ahead;
     if (thread == 0) nearest = kThreads;
-    const int64_t at = end - 1 - thread;
-    const bool valid = at >= begin && p.mask[at];
+    const bool valid = ahead < length && mask[at];
     const bool found = __syncthreads_or(valid);
     if (valid) atomicMin(&nearest, thread);
     __syncthreads();
-    if (at >= begin && thread < nearest) p.advantages[at] = p.returns[at] = 0.0f;
-    end = end - nearest > begin ? end - nearest : begin;
-    if (found) break;
+    const int skipped = nearest;
+    if (ahead < length && thread < skipped) one[at] = other[at] = 0.0f;
     __syncthreads();  // before `nearest` is set again
+    if (found) return done + skipped;
   }
-  return end;
+  return length;
+}
+
+__device__ inline int64_t find_end(const GaeParams& p, int64_t begin, int64_t row_end) {
+  return row_end - skip_invalid<true>(p.mask, begin, row_end, p.advantages, p.returns);
+}
+
+// From each thread's map, what lies before it in the tile, and the whole tile, the same in every thread. Called by a whole block.
+__device__ inline void scan_block(GaeMap upto, GaeMap* before, GaeMap* all) {
+  __shared__ GaeMap totals[kWarps];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {  // inclusive
+    const GaeMap other = shuffle_up(upto, by);
+    if (lane >= by) upto = gae_compose(upto, other);
+  }
+  if (lane == 31) totals[warp] = upto;
+  __syncthreads();
+  *before = shuffle_up(upto, 1);
+  if (lane == 0) *before = gae_identity();
+  *all = gae_identity();
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) *before = gae_compose(*before, *all);
+    *all = gae_compose(totals[w], *all);
+  }
+  __syncthreads();  // before `totals` is written again
 }
 
 // The tokens of a thread in the tile that ends at `right`, rightmost first, and the maps that it needs.
@@ -91,49 +125,37 @@ struct Tile {
 
 template <bool carry>
 __device__ Tile scan_tile(const GaeParams& p, int64_t begin, int64_t right, GaeCoefficients k) {
-  __shared__ GaeMap totals[kWarps];
-  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   Tile tile;
   GaeMap upto = gae_identity();
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    const int64_t at = right - 1 - (thread * kEach + j);
+    const int64_t at = right - 1 - (threadIdx.x * kEach + j);
     tile.valid[j] = at >= begin && p.mask[at];
     tile.reward[j] = tile.valid[j] ? p.rewards[at] : 0.0f;
     tile.value[j] = tile.valid[j] ? p.values[at] : 0.0f;
     upto = gae_compose(gae_map<carry>(tile.reward[j], tile.value[j], tile.valid[j], k), upto);
   }
-#pragma unroll
-  for (int by = 1; by < 32; by *= 2) {  // inclusive scan; lane 0 is the rightmost
-    const GaeMap other = shuffle_up(upto, by);
-    if (lane >= by) upto = gae_compose(upto, other);
-  }
-  if (lane == 31) totals[warp] = upto;
-  __syncthreads();
-  tile.before = shuffle_up(upto, 1);
-  if (lane == 0) tile.before = gae_identity();
-  tile.all = gae_identity();
-  for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) tile.before = gae_compose(tile.before, tile.all);
-    tile.all = gae_compose(totals[w], tile.all);
-  }
-  __syncthreads();  // before `totals` is written again
+  scan_block(upto, &tile.before, &tile.all);
   return tile;
 }
 
-// Outputs of the thread's tokens, from the state on the right of the tile.
+// Outputs of the thread's tokens, from the state on the right of the tile -> the tile's moments, if they are wanted.
 template <bool carry>
-__device__ void store_tile(const GaeParams& p, int64_t begin, int64_t right, GaeCoefficients k, const Tile& tile,
+__device__ Moments store_tile(const GaeParams& p, int64_t begin, int64_t right, GaeCoefficients k, const Tile& tile,
                            GaeState state) {
   GaeState here = gae_apply(tile.before, state);
+  double advantages[kEach] = {};
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     const int64_t at = right - 1 - (threadIdx.x * kEach + j);
     if (at < begin) break;
     here = gae_step<carry>(here, tile.reward[j], tile.value[j], tile.valid[j], k);
-    p.advantages[at] = tile.valid[j] ? gae_advantage(here, tile.value[j]) : 0.0f;
+    const float advantage = tile.valid[j] ? gae_advantage(here, tile.value[j]) : 0.0f;
+    p.advantages[at] = advantage;
     p.returns[at] = tile.valid[j] ? gae_return(here) : 0.0f;
+    advantages[j] = static_cast<double>(advantage);
   }
+  return p.moments.moments ? block_moments<kThreads>(advantages, tile.valid) : Moments{};
 }
 
 template <bool carry>
@@ -142,11 +164,13 @@ __global__ void __launch_bounds__(kThreads) gae_rows(GaeParams p) {
   const int64_t end = find_end(p, begin, row_begin(p, row + 1));
   const GaeCoefficients k = coefficients(p, row);
   GaeState state = start_state(p, row);  // on the right of the tile, the same in every thread
+  Moments moments;
   for (int64_t right = end; right > begin; right -= kTile) {
     const Tile tile = scan_tile<carry>(p, begin, right, k);
-    store_tile<carry>(p, begin, right, k, tile, state);
+    moments = join(moments, store_tile<carry>(p, begin, right, k, tile, state));
     state = gae_apply(tile.all, state);
   }
+  if (p.moments.moments) merge_moments<kThreads>(p.moments, moments);
 }
 
 // Scratch of the spread kernels; `tiles` is what the longest row may have.
@@ -154,6 +178,7 @@ struct Spread {
   int64_t* ends;     // [rows]
   GaeMap* maps;      // [rows, tiles]
   GaeState* states;  // [rows, tiles], on the right of each tile
+  Moments* moments;  // [rows, tiles], or null
   int64_t tiles;
 };
 
@@ -190,7 +215,16 @@ __global__ void __launch_bounds__(kThreads) tile_outputs(GaeParams p, Spread spr
   if (right <= begin) return;
   const GaeCoefficients k = coefficients(p, row);
   const Tile tile = scan_tile<carry>(p, begin, right, k);
-  store_tile<carry>(p, begin, right, k, tile, spread.states[blockIdx.x]);
+  const Moments moments = store_tile<carry>(p, begin, right, k, tile, spread.states[blockIdx.x]);
+  if (spread.moments && threadIdx.x == 0) spread.moments[blockIdx.x] = moments;
+}
+
+__global__ void __launch_bounds__(kThreads) row_moments(GaeParams p, Spread spread) {
+  const int64_t row = blockIdx.x, first = row * spread.tiles;
+  const int64_t tiles = (spread.ends[row] - row_begin(p, row) + kTile - 1) / kTile;
+  Moments moments;
+  for (int64_t i = 0; i < tiles; ++i) moments = join(moments, spread.moments[first + i]);
+  merge_moments<kThreads>(p.moments, moments);
 }
 
 }  // namespace srppo::scalar

@@ -2,10 +2,11 @@
 // the KL estimates (terms.h) is what the CPU kernel runs.
 //
 // One launch, a block a row. The first walk sums log pi_sft - log pi_base in float64, counts the valid tokens and finds the
-// last of them; the second, out of L2, writes every token's reward and its KL penalty.
+// last of them; the second, out of L2, writes every token's reward and its KL penalty. Both begin at the row's first valid
+// token: padding on either side moves no token to another thread, and changes no bit.
 #pragma once
 
-#include "../common/cuda_reduce.h"
+#include "../common/cuda_rows.h"
 #include "../common/scalar.h"
 
 namespace srppo::scalar {
@@ -33,7 +34,8 @@ struct RewardParams {
 };
 
 __global__ void __launch_bounds__(kThreads) reward_rows(RewardParams p) {
-  const int64_t row = blockIdx.x, begin = row * p.steps, end = begin + p.steps;
+  const int64_t row = blockIdx.x, row_begin = row * p.steps, end = row_begin + p.steps;
+  const int64_t begin = row_begin + first_valid<kThreads>(p.mask + row_begin, p.steps);
   double sum = 0.0, length = 0.0;
   int64_t mine = -1;
   for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
@@ -56,6 +58,10 @@ __global__ void __launch_bounds__(kThreads) reward_rows(RewardParams p) {
   const auto scaled = [&](float x) { return clamp(x / divisor * p.scale, -p.clip, p.clip); };
   const float at_last = p.per_token ? 0.0f : scaled(static_cast<float>(sum));
   const float cut = p.truncated && p.truncated[row] ? p.missing_eos : 0.0f;
+  for (int64_t at = row_begin + threadIdx.x; at < begin; at += kThreads) {
+    p.reward[at] = 0.0f;
+    if (p.penalty) p.penalty[at] = 0.0f;
+  }
   double shaped = 0.0;
   for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
     const bool valid = p.mask[at];

@@ -1,14 +1,16 @@
 // CUDA kernels of the policy and value losses; cuda.cu launches them, and tests/ppo_loss/test_losses_cuda.py runs them on the
 // host. The maths (terms.h) is what the CPU kernels run.
 //
-// One elementwise pass writes the gradient and leaves one float64 partial of every sum a block; the block that finishes last
-// adds them in a fixed order, so a result does not depend on which it was. Where the divisor is a count of the mask, a first
-// launch counts it: nothing waits for the host.
+// One launch: every block takes 1024 tokens of a row, writes their gradient and leaves one float64 partial of every sum; the
+// block that finishes last adds them in a fixed order, so a result depends neither on which it was nor on padding
+// (cuda_rows.h). Nothing waits, and nothing is counted beforehand: where the divisor is a count of the mask, gradients are left
+// undivided, and `weight`, what they are still to be multiplied by, is written beside the loss. The backward does so
+// (scale_kernel), in the launch that multiplies by the upstream gradient.
 #pragma once
 
 #include <math.h>
 
-#include "../common/cuda_reduce.h"
+#include "../common/cuda_rows.h"
 #include "../common/scalar.h"
 
 namespace srppo::scalar {
@@ -22,47 +24,23 @@ enum Reduction : int { kTokenMean, kSequenceMean, kSum, kConstantLength };
 
 struct Divisor {
   int reduction;
-  float given;            // caller's number, or 0
-  const float* tensor;    // caller's tensor, or null
-  const int* lengths;     // valid tokens of each row; null where no count is needed
-  int64_t rows, steps, total;
+  float given;          // caller's number, or the reduction's; 1 where there is nothing to divide by
+  const float* tensor;  // caller's tensor, or null
+  float* weight;        // where the divisor is counted: 1 / divisor goes there; else null
+  Rows shape;
 };
 
-__global__ void count_kernel(const bool* mask, int64_t steps, int* lengths) {
-  int mine = 0;
-  for (int64_t t = threadIdx.x; t < steps; t += blockDim.x) mine += mask[blockIdx.x * steps + t];
-  __shared__ int sum;
-  if (threadIdx.x == 0) sum = 0;
-  __syncthreads();
-  atomicAdd(&sum, mine);  // integers: any order
-  __syncthreads();
-  if (threadIdx.x == 0) lengths[blockIdx.x] = sum;
+// What a token of row `row` is weighted by at once.
+__device__ inline float token_weight(const Divisor& d, int64_t length) {
+  const float by = d.tensor ? *d.tensor : d.given, weight = 1.0f / (by == 0.0f ? 1.0f : by);
+  return d.reduction == kSequenceMean ? weight / static_cast<float>(length > 0 ? length : 1) : weight;
 }
 
-// What a token of the batch is weighted by, before its row's length. Called by a whole block.
-__device__ float block_weight(const Divisor& d) {
-  __shared__ int64_t counted;
-  if (threadIdx.x == 0) counted = 0;
-  __syncthreads();
-  if (d.lengths && !d.tensor && d.given == 0.0f) {
-    int64_t mine = 0;
-    for (int64_t row = threadIdx.x; row < d.rows; row += blockDim.x)
-      mine += d.reduction == kSequenceMean ? d.lengths[row] > 0 : d.lengths[row];
-    atomicAdd(reinterpret_cast<unsigned long long*>(&counted), static_cast<unsigned long long>(mine));
-  }
-  __syncthreads();
-  float by = 1.0f;
-  if (d.tensor) by = *d.tensor;
-  else if (d.given != 0.0f) by = d.given;
-  else if (d.lengths) by = static_cast<float>(counted);
-  else if (d.reduction == kConstantLength) by = static_cast<float>(d.total);
-  return 1.0f / (by == 0.0f ? 1.0f : by);
-}
-
-__device__ __forceinline__ float token_weight(const Divisor& d, float weight, int64_t at) {
-  if (d.reduction != kSequenceMean) return weight;
-  const int length = d.lengths[at / d.steps];
-  return weight / static_cast<float>(length > 0 ? length : 1);
+// Loss and weight from the sum of all tokens and the number of them, or of rows that have some.
+__device__ inline void store_loss(const Divisor& d, float* loss, double sum, double counted) {
+  const double by = d.weight && counted > 0.0 ? counted : 1.0;
+  *loss = static_cast<float>(sum / by);
+  if (d.weight) *d.weight = static_cast<float>(1.0 / by);
 }
 
 // Sums of a block in a fixed tree, the maximum as the last of N. Thread 0 has the result.
@@ -123,17 +101,21 @@ struct PolicyParams {
   unsigned* finished;
 };
 
-constexpr int kPolicySums = 11;  // loss, k3, log ratio, deviation, its square, entropy, low, high, dual, valid, largest ratio
+// Loss, k3, log ratio, deviation, its square, entropy, low, high, dual, valid, rows with a valid token, largest ratio.
+constexpr int kPolicySums = 12;
 
 __global__ void __launch_bounds__(kThreads) ppo_kernel(PolicyParams p, Divisor divisor) {
-  const float weight = block_weight(divisor);
+  const RowTokens<kThreads, kPerThread> tokens(divisor.shape, p.mask);
+  const bool by_row = divisor.reduction == kSequenceMean;
+  const int64_t length = by_row ? valid_tokens<kThreads>(p.mask + tokens.begin, tokens.steps) : 0;
+  const float w = token_weight(divisor, length);
   double sums[kPolicySums] = {};
+  if (threadIdx.x == 0 && tokens.part == 0) sums[10] = length > 0;
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * kTokens + j * kThreads + threadIdx.x;
-    if (at >= divisor.total) break;
+    const int64_t at = tokens.at(j);
+    if (at < 0) break;
     const bool valid = p.mask[at];
-    const float w = token_weight(divisor, weight, at);
     const PpoTerms terms = ppo_terms(valid ? p.logprobs[at] : 0.0f, valid ? p.old_logprobs[at] : 0.0f,
                                      valid ? p.advantages[at] : 0.0f, valid, p.bounds);
     p.d_logprobs[at] = terms.d_logprob * w;
@@ -151,13 +133,13 @@ __global__ void __launch_bounds__(kThreads) ppo_kernel(PolicyParams p, Divisor d
     sums[7] += terms.clipped_high;
     sums[8] += terms.clipped_dual;
     sums[9] += 1.0;
-    sums[10] = terms.ratio > sums[10] ? terms.ratio : sums[10];
+    sums[11] = terms.ratio > sums[11] ? terms.ratio : sums[11];
   }
   if (!grid_total(sums, p.partials, p.finished)) return;
   const double n = sums[9] > 0 ? sums[9] : 1.0, mean = sums[9] > 0 ? 1.0 + sums[3] / n : 0.0;
-  *p.loss = static_cast<float>(sums[0]);
+  store_loss(divisor, p.loss, sums[0], by_row ? sums[10] : sums[9]);
   const double stats[] = {sums[1] / n, -sums[2] / n, sums[6] / n, sums[7] / n, sums[8] / n, mean,
-                          isnan(mean) ? mean : sums[10], variance(sums[3], sums[4], n), sums[5] / n, sums[9]};
+                          isnan(mean) ? mean : sums[11], variance(sums[3], sums[4], n), sums[5] / n, sums[9]};
   for (int i = 0; i < 10; ++i) p.stats[i] = static_cast<float>(stats[i]);
 }
 
@@ -174,15 +156,17 @@ struct ValueParams {
   unsigned* finished;
 };
 
-constexpr int kValueSums = 9;  // loss, error, its square, value, return, its square, clipped, valid, (no maximum)
+constexpr int kValueStats = 8;  // those of reference.py, and the explained variance
+constexpr int kValueSums = 9;   // loss, error, its square, value, return, its square, clipped, valid, (no maximum)
 
 __global__ void __launch_bounds__(kThreads) value_kernel(ValueParams p, Divisor divisor) {
-  const float weight = block_weight(divisor);
+  const RowTokens<kThreads, kPerThread> tokens(divisor.shape, p.mask);
+  const float weight = token_weight(divisor, 0);
   double sums[kValueSums] = {};
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * kTokens + j * kThreads + threadIdx.x;
-    if (at >= divisor.total) break;
+    const int64_t at = tokens.at(j);
+    if (at < 0) break;
     const bool valid = p.mask[at];
     const float value = valid ? p.values[at] : 0.0f, target = valid ? p.returns[at] : 0.0f;
     const ValueTerms terms = value_terms(value, valid ? p.old_values[at] : 0.0f, target, valid, p.clip);
@@ -200,10 +184,25 @@ __global__ void __launch_bounds__(kThreads) value_kernel(ValueParams p, Divisor 
   }
   if (!grid_total(sums, p.partials, p.finished)) return;
   const double n = sums[7] > 0 ? sums[7] : 1.0;
-  *p.loss = static_cast<float>(sums[0]);
-  const double stats[] = {sums[6] / n,  sums[2] / n, sums[3] / n, sums[4] / n, variance(sums[4], sums[5], n),
-                          variance(sums[1], sums[2], n), sums[7]};
-  for (int i = 0; i < 7; ++i) p.stats[i] = static_cast<float>(stats[i]);
+  store_loss(divisor, p.loss, sums[0], sums[7]);
+  const double of_targets = variance(sums[4], sums[5], n), of_errors = variance(sums[1], sums[2], n);
+  const double stats[kValueStats] = {sums[6] / n, sums[2] / n, sums[3] / n, sums[4] / n, of_targets, of_errors, sums[7],
+                                     of_targets > 0.0 ? 1.0 - of_errors / of_targets : 0.0};
+  for (int i = 0; i < kValueStats; ++i) p.stats[i] = static_cast<float>(stats[i]);
+}
+
+// Both gradients, of which the second may be null, times the upstream gradient and, if there is one, the weight.
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(const float* upstream, const float* weight, const float* first, const float* second, int64_t total,
+                 float* out_first, float* out_second) {
+  const float by = weight ? *upstream * *weight : *upstream;
+#pragma unroll
+  for (int j = 0; j < kPerThread; ++j) {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * kTokens + j * kThreads + threadIdx.x;
+    if (at >= total) return;
+    out_first[at] = first[at] * by;
+    if (second) out_second[at] = second[at] * by;
+  }
 }
 
 }  // namespace srppo::scalar

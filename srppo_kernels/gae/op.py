@@ -5,6 +5,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from srppo_kernels import _triton
 from srppo_kernels._arguments import (
     check_backend,
     check_choice,
@@ -76,6 +77,12 @@ def _run_gae(
         rows = [None if row is None else native_input(row) for row in (gamma_rows, lam_rows, bootstrap)]
         starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
         tokens = native_input(rewards), native_input(values), native_input(mask)
+        if rewards.device.type == "cuda":  # the moments come out of the same launch
+            with _triton.on_device(rewards):
+                finished = _triton.finish_counter(rewards.device) if moments else None
+                return torch.ops.srppo_native.gae_cuda(
+                    *tokens, gamma, lam, *rows, mask_mode == "carry", starts, finished
+                )
         made = torch.ops.srppo_native.gae(*tokens, gamma, lam, *rows, mask_mode == "carry", starts)
         return (*made, _moments_of(made[0], mask, "native") if moments else nothing)
     g = gamma if gamma_rows is None else gamma_rows

@@ -1,4 +1,8 @@
-"""`srppo::whiten_moments` and `srppo::whiten_apply`: two ops, so that a process group can merge moments in between."""
+"""`srppo::whiten_moments` and `srppo::whiten_apply`: two ops, so that a process group can merge moments in between.
+
+On a GPU each is one launch. The gradient is plain torch, in a dozen launches: advantages are whitened as constants, and
+no trainer here differentiates through it.
+"""
 
 from typing import Any
 
@@ -6,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from srppo_kernels import _triton
 from srppo_kernels._arguments import check_backend, check_mask, check_same_shape, compute_dtype
 from srppo_kernels._extension import native_input, resolve
 from srppo_kernels._library import Op
@@ -22,6 +27,10 @@ def _run_whiten_moments(x: Tensor, mask: Tensor, backend: str) -> Tensor:
         from srppo_kernels.gae.triton_whiten import whiten_moments_triton
 
         return whiten_moments_triton(x, mask)
+    if chosen == "native" and x.device.type == "cuda":
+        with _triton.on_device(x):
+            finished = _triton.finish_counter(x.device)
+            return torch.ops.srppo_native.whiten_moments_cuda(native_input(x), native_input(mask), finished)
     if chosen == "native":
         return torch.ops.srppo_native.whiten_moments(native_input(x), native_input(mask))
     return reference.whiten_moments(x, mask)

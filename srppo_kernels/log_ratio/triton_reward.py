@@ -2,7 +2,10 @@
 """The self-reward on Triton: one launch, a program a row. `reference.py` has the maths and the order of operations.
 
 The first walk over a row sums log pi_sft - log pi_base (in float64), counts its valid tokens and finds the last of
-them; the second, out of L2, writes every token's reward and its KL penalty.
+them; the second, out of L2, writes every token's reward and its KL penalty. Both begin at the row's first valid token,
+so padding on either side moves no token to another lane and changes no bit.
+
+The gradient is plain torch (op.py): rewards are constants in training.
 """
 
 import math
@@ -14,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srppo_kernels._triton import CompileCase, on_device
-from srppo_kernels._triton_language import clamp, exp_parts
+from srppo_kernels._triton_language import clamp, exp_parts, first_valid
 
 __all__ = ["compile_cases", "log_ratio_reward_triton"]
 
@@ -79,11 +82,12 @@ def reward_rows(
     if PARTS:
         penalty += first
     lane = tl.arange(0, TILE)
+    begin = first_valid(mask, steps).to(tl.int32)
 
     total = tl.zeros([], tl.float64)
     length = tl.zeros([], tl.int32)
     last = -1
-    start = 0
+    start = begin
     while start < steps:
         at = start + lane
         valid = (at < steps) & (tl.load(mask + at, mask=at < steps, other=0) != 0)
@@ -104,8 +108,14 @@ def reward_rows(
     if truncated is not None:
         cut = tl.where(tl.load(truncated + row) != 0, missing_eos, 0.0).to(tl.float32)
 
+    start = tl.zeros([], tl.int32)
+    while start < begin:
+        tl.store(reward + start + lane, tl.zeros([TILE], tl.float32), mask=start + lane < begin)
+        if PARTS:
+            tl.store(penalty + start + lane, tl.zeros([TILE], tl.float32), mask=start + lane < begin)
+        start += TILE
     shaped_sum = tl.zeros([], tl.float64)
-    start = 0
+    start = begin
     while start < steps:
         at = start + lane
         valid = (at < steps) & (tl.load(mask + at, mask=at < steps, other=0) != 0)

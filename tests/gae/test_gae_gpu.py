@@ -67,23 +67,49 @@ def test_bits_of_spread_packed_and_padded_rows(mask_mode):
         assert all(same_bits(a, b.reshape(3, 5000)) for a, b in zip(whole, other, strict=True))
 
 
-def test_one_launch_no_wait_and_graphs():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by_row", [False, True])
+def test_one_launch_each_no_wait_and_graphs(by_row, backend):
     rewards, values, mask, end = inputs(64, 4096)
+    leaves = [x.requires_grad_() for x in (rewards, values, end)]
+    lam = torch.linspace(0.5, 1.0, 64, device="cuda") if by_row else 0.95
+    upstream = torch.randn_like(rewards)
 
     def call():
-        return gae(rewards, values, mask, bootstrap=end)
+        return gae(*leaves[:2], mask, lam=lam, bootstrap=end, backend=backend)
 
     def with_moments():
-        return gae(rewards, values, mask, bootstrap=end, moments=True)
+        return gae(*leaves[:2], mask, lam=lam, bootstrap=end, moments=True, backend=backend)
 
     assert len(launches(call)) == len(launches(with_moments)) == 1
     with no_waiting():
         whole = call()
+    outputs = call()
+    assert len(launches(lambda: torch.autograd.grad(outputs, leaves, [upstream, upstream], retain_graph=True))) == 1
     advantages, _, moments = with_moments()
     torch.testing.assert_close(moments, whiten_moments(advantages.double(), mask), rtol=1e-12, atol=1e-12)
     assert all(same_bits(a, b) for a, b in zip(whole, on_another_stream(call), strict=True))
-    graph = replayed(call, lambda: rewards.mul_(2))
-    assert all(same_bits(a, b) for a, b in zip(graph, call(), strict=True))
+    with torch.no_grad():
+        graph = replayed(with_moments, lambda: rewards.mul_(2))
+        again = with_moments()
+    assert all(same_bits(a, b) for a, b in zip(graph[:2], again[:2], strict=True))
+    assert torch.equal(graph[2], again[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradients_bits_of_packed_and_padded_rows(backend):
+    upstream, other, mask, _ = inputs(5, 3000)
+    pad, starts = torch.nn.functional.pad, torch.arange(0, 15001, 3000, device="cuda")
+
+    def gradients(da, dr, valid, cu_seqlens=None):
+        leaf = torch.zeros_like(da, requires_grad=True)
+        outputs = gae(leaf, leaf, valid, cu_seqlens=cu_seqlens, backend=backend)
+        return torch.autograd.grad(outputs, leaf, [da, dr])[0]
+
+    whole = gradients(upstream, other, mask)
+    assert same_bits(whole.flatten(), gradients(*(x.flatten() for x in (upstream, other, mask)), starts))
+    wide = [pad(x, (0, 900), value=float("nan")) for x in (upstream, other)]
+    assert same_bits(whole, gradients(*wide, pad(mask, (0, 900), value=False))[:, :3000].contiguous())
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -109,12 +135,20 @@ def test_whitened_values(shape, kind, backend):
     torch.testing.assert_close(got.double(), whiten_reference(x.double(), mask), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 1), (64, 4096)])
-def test_whiten_launches_twice_waits_for_nothing_and_repeats(shape):
+def test_whiten_launches_twice_waits_for_nothing_and_repeats(shape, backend):
     x, _, mask, _ = inputs(*shape)
-    assert len(launches(lambda: whiten(x, mask))) == 2
+
+    def call():
+        return whiten(x, mask, backend=backend)
+
+    assert len(launches(call)) == 2
     with no_waiting():
-        whole = whiten(x, mask)
-    assert all(same_bits(whole, whiten(x, mask)) for _ in range(3))
-    (graph,) = replayed(lambda: (whiten(x, mask),), lambda: x.add_(1))
-    assert same_bits(graph, whiten(x, mask))
+        whole = call()
+    assert all(same_bits(whole, call()) for _ in range(3))
+    pad = torch.nn.functional.pad
+    wide = pad(x, (33, 2000), value=float("nan")), pad(mask, (33, 2000), value=False)
+    assert same_bits(whole, whiten(*wide, backend=backend)[:, 33 : 33 + shape[1]].contiguous())
+    (graph,) = replayed(lambda: (call(),), lambda: x.add_(1))
+    assert same_bits(graph, call())

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends import compile_host, make_mask, pointer, poison
+from backends import compile_host, make_mask, pointer, poison, same_bits
 
 from srppo_kernels.log_ratio.reference import KL_ESTIMATORS, log_ratio_reward_reference
 
@@ -29,6 +29,21 @@ def host(tmp_path_factory):
     return compile_host(SOURCE, tmp_path_factory.mktemp("reward_cuda"))
 
 
+def run(host, tokens, mask, truncated, placement, normalize, clip, estimator):
+    """-> reward, penalty, score, shaped."""
+    sft, base, policy, ref = tokens
+    rows, steps = mask.shape
+    out = *(torch.full_like(sft, 7.0) for _ in range(2)), *(torch.full((rows,), 7.0) for _ in range(2))
+    kl = [pointer(x) if estimator else None for x in (policy, ref)]
+    host.run_reward(
+        pointer(sft), pointer(base), pointer(mask), *kl, pointer(truncated), placement == "token",
+        normalize == "length", ctypes.c_float(math.inf if clip is None else clip),
+        KL_ESTIMATORS.index(estimator or "k1") + 1, ctypes.c_int64(rows), ctypes.c_int64(steps),
+        *(pointer(x) for x in out),
+    )  # fmt: skip
+    return out
+
+
 @pytest.mark.parametrize("kind", ["gaps", "empty rows"])
 @pytest.mark.parametrize("placement", ["eos", "token"])
 @pytest.mark.parametrize("normalize", ["length", "running"])
@@ -38,20 +53,25 @@ def test_is_the_reference(host, kind, placement, normalize, estimator):
         generator = torch.Generator().manual_seed(steps)
         tokens = [-torch.rand(3, steps, generator=generator) * 3 for _ in range(4)]
         mask, truncated = make_mask(kind, 3, steps, generator), torch.tensor([True, False, True])
-        sft, base, policy, ref = (poison(x, mask) for x in tokens)
-        reward, penalty = torch.full_like(sft, 7.0), torch.full_like(sft, 7.0)
-        score, shaped = torch.full((3,), 7.0), torch.full((3,), 7.0)
-        kl = [pointer(x) if estimator else None for x in (policy, ref)]
-        host.run_reward(
-            pointer(sft), pointer(base), pointer(mask), *kl, pointer(truncated), placement == "token",
-            normalize == "length", ctypes.c_float(math.inf if clip is None else clip),
-            KL_ESTIMATORS.index(estimator or "k1") + 1, ctypes.c_int64(3), ctypes.c_int64(steps), pointer(reward),
-            pointer(penalty), pointer(score), pointer(shaped),
-        )  # fmt: skip
-        doubles = [x.double() for x in (sft, base, policy, ref)]
+        tokens = [poison(x, mask) for x in tokens]
+        got = run(host, tokens, mask, truncated, placement, normalize, clip, estimator)
+        doubles = [x.double() for x in tokens]
         want = log_ratio_reward_reference(
             *doubles[:2], mask, placement, normalize, 2.5, -0.7, clip, truncated, 1.5,
             *(doubles[2:] if estimator else (None, None)), 0.3, estimator or "k1",
         )  # fmt: skip
-        for a, b in zip((reward, penalty, score, shaped), want, strict=True):
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("placement", ["eos", "token"])
+def test_padding_on_either_side_changes_no_bit(host, placement):
+    generator = torch.Generator().manual_seed(0)
+    tokens, mask = [torch.randn(3, 600, generator=generator) for _ in range(4)], make_mask("gaps", 3, 600, generator)
+    made = []
+    for left, right in ((0, 0), (2100, 300)):
+        wide = [torch.nn.functional.pad(x, (left, right), value=math.nan) for x in tokens]
+        padded = torch.nn.functional.pad(mask, (left, right), value=False)
+        out = run(host, wide, padded, torch.tensor([True, False, True]), placement, "length", 2.0, "k3")
+        made.append([x[:, left : left + 600].contiguous() if x.dim() == 2 else x for x in out])
+    assert all(same_bits(a, b) for a, b in zip(*made, strict=True))

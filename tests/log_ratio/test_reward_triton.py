@@ -58,6 +58,9 @@ def test_equal_models_earn_exactly_nothing_and_padding_changes_no_bit():
     mask = make_mask("gaps", 3, 90, generator)
     assert (log_ratio_reward(sft, sft, mask, backend="triton") == 0).all()
     pad = torch.nn.functional.pad
-    wide = [pad(x, (0, 1200), value=float("nan")) for x in (sft, base)]
-    padded = log_ratio_reward(*wide, pad(mask, (0, 1200), value=False), backend="triton")
-    assert same_bits(padded[:, :90].contiguous(), log_ratio_reward(sft, base, mask, backend="triton"))
+    wide = [pad(x, (1100, 1200), value=float("nan")) for x in (sft, base)]
+    padded = log_ratio_reward(*wide, pad(mask, (1100, 1200), value=False), parts=True, backend="triton")
+    whole = log_ratio_reward(sft, base, mask, parts=True, backend="triton")
+    for a, b in zip(whole, padded, strict=True):
+        assert same_bits(a, b[:, 1100:1190].contiguous() if b.dim() == 2 else b)
+    assert (padded.reward[:, :1100] == 0).all() and (padded.penalty[:, :1100] == 0).all()

@@ -58,24 +58,30 @@ def test_value_loss(clip, backend):
         torch.testing.assert_close(a.double(), b.double(), rtol=3e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("steps", [4096, 40000])
 @pytest.mark.parametrize(
-    ("options", "count"),
-    [
-        ({}, 1),
-        ({"normalizer": 1000.0, "reduction": "sum"}, 1),
-        ({"reduction": "constant_length"}, 1),
-        ({"reduction": "sequence_mean"}, 2),
-    ],
+    "options",
+    [{}, {"normalizer": 1000.0, "reduction": "sum"}, {"reduction": "constant_length"}, {"reduction": "sequence_mean"}],
+    ids=lambda options: options.get("reduction", "token_mean"),
 )
-def test_launches_waits_streams_and_graphs(options, count):
-    (new, old, advantages, entropy), mask = inputs(8, 4096)
+def test_one_launch_each_no_wait_streams_and_graphs(options, steps, backend):
+    (new, old, advantages, entropy), mask = inputs(8, steps)
+    leaves = new.requires_grad_(), entropy.requires_grad_()
+    one = torch.ones((), device="cuda")
 
-    def call():
-        with torch.no_grad():
-            loss, stats = ppo_loss(new, old, advantages, mask, entropy=entropy, **options)
+    def forward():
+        loss, stats = ppo_loss(
+            leaves[0], old, advantages, mask, entropy=leaves[1], entropy_coef=0.01, backend=backend, **options
+        )
         return loss, stats.ratio_var, stats.approx_kl, stats.entropy
 
-    assert len(launches(call)) == count
+    def call():
+        loss, *stats = forward()
+        return (loss.detach(), *stats, *torch.autograd.grad(loss, leaves, one))
+
+    assert len(launches(forward)) == 1
+    assert len(launches(call)) == 2
     with no_waiting():
         whole = call()
     for _ in range(20):  # the last program to arrive is another one every time
@@ -85,7 +91,42 @@ def test_launches_waits_streams_and_graphs(options, count):
     assert all(same_bits(a, b) for a, b in zip(graph, call(), strict=True))
 
 
-def test_many_tokens_are_counted_first():
-    (new, old, advantages, _), mask = inputs(64, 4096)
-    with torch.no_grad():
-        assert len(launches(lambda: ppo_loss(new, old, advantages, mask))) == 2
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_launch_of_the_value_loss(backend):
+    (values, old, returns, _), mask = inputs(8, 4096)
+    values.requires_grad_()
+    one = torch.ones((), device="cuda")
+
+    def forward():
+        loss, stats = value_loss(values, old, returns, mask, backend=backend)
+        return loss, stats.explained_variance
+
+    def call():
+        loss, explained = forward()
+        return loss.detach(), explained, *torch.autograd.grad(loss, values, one)
+
+    assert len(launches(forward)) == 1
+    assert len(launches(call)) == 2
+    with no_waiting():
+        whole = call()
+    graph = replayed(call, lambda: returns.mul_(2))
+    assert all(same_bits(a, b) for a, b in zip(graph, call(), strict=True))
+    assert not same_bits(graph[0], whole[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_padding_on_either_side_changes_no_bit(reduction, backend):
+    tokens, mask = inputs(8, 1500)
+
+    def run(left: int, right: int):
+        pad = torch.nn.functional.pad
+        new, old, advantages, entropy = (pad(x, (left, right), value=float("nan")) for x in tokens)
+        wide = pad(mask, (left, right), value=False)
+        leaf = new.requires_grad_()
+        loss, stats = ppo_loss(leaf, old, advantages, wide, entropy=entropy, reduction=reduction, backend=backend)
+        of_values, value_stats = value_loss(leaf, old, advantages, wide, backend=backend)
+        (gradient,) = torch.autograd.grad(loss + of_values, leaf)
+        return [loss, *stats, of_values, *value_stats, gradient[:, left : left + 1500].contiguous()]
+
+    assert all(same_bits(a, b) for a, b in zip(run(0, 0), run(77, 3000), strict=True))

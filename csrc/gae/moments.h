@@ -1,0 +1,72 @@
+// Count, mean and squared deviations of masked tokens on a GPU, for whitening: Chan's merge, in float64 and a fixed order.
+#pragma once
+
+#include "../common/cuda_reduce.h"
+
+namespace srppo {
+
+struct Moments {
+  double count = 0.0, mean = 0.0, squares = 0.0;
+};
+
+// Of a thread's tokens and those of all others, two passes over registers. Every thread has the result.
+template <int kThreads, int kEach>
+__device__ Moments block_moments(const double (&value)[kEach], const bool (&valid)[kEach]) {
+  double sum = 0.0, count = 0.0, squares = 0.0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    sum += valid[j] ? value[j] : 0.0;
+    count += valid[j] ? 1.0 : 0.0;
+  }
+  count = block_sum<kThreads>(count);
+  const double mean = block_sum<kThreads>(sum) / (count > 0.0 ? count : 1.0);
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) squares += valid[j] ? (value[j] - mean) * (value[j] - mean) : 0.0;
+  return {count, mean, block_sum<kThreads>(squares)};
+}
+
+// A part without tokens changes nothing.
+__device__ inline Moments join(Moments all, Moments part) {
+  const double both = all.count + part.count > 0.0 ? all.count + part.count : 1.0;
+  const double shift = part.count > 0.0 ? part.mean - all.mean : 0.0;
+  return {all.count + part.count, all.mean + shift * (part.count / both),
+          all.squares + (part.squares + shift * shift * (all.count * part.count / both))};
+}
+
+struct MomentsOut {
+  double* partials;  // [blocks, 3]
+  unsigned* finished;
+  double* moments;  // [3]; null: none are wanted
+};
+
+// Leaves this block's moments; the last block merges all of them. Blocks without tokens at the end change nothing.
+template <int kThreads>
+__device__ void merge_moments(const MomentsOut& out, Moments mine) {
+  if (threadIdx.x == 0) {
+    out.partials[3 * static_cast<int64_t>(blockIdx.x)] = mine.count;
+    out.partials[3 * static_cast<int64_t>(blockIdx.x) + 1] = mine.mean;
+    out.partials[3 * static_cast<int64_t>(blockIdx.x) + 2] = mine.squares;
+  }
+  if (!last_block(out.finished)) return;
+  double n = 0.0, weighted = 0.0, within = 0.0, between = 0.0;
+  for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) {
+    const double c = __ldcg(out.partials + 3 * block);
+    n += c;
+    weighted += c * __ldcg(out.partials + 3 * block + 1);
+    within += __ldcg(out.partials + 3 * block + 2);
+  }
+  n = block_sum<kThreads>(n);
+  const double mean = block_sum<kThreads>(weighted) / (n > 0.0 ? n : 1.0);
+  for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) {
+    const double c = __ldcg(out.partials + 3 * block), off = __ldcg(out.partials + 3 * block + 1) - mean;
+    between += c > 0.0 ? c * off * off : 0.0;
+  }
+  within = block_sum<kThreads>(within + between);
+  if (threadIdx.x == 0) {
+    out.moments[0] = n;
+    out.moments[1] = mean;
+    out.moments[2] = within;
+  }
+}
+
+}  // namespace srppo
