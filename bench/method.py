@@ -5,16 +5,19 @@ provider once, in an order that rotates; what is reported is the median over rou
 floor's in the same round, with p20 and p80 of the same quotients as the row's own noise.
 
 *Visits.* What differs from run to run (where the inputs lie in memory, what the neighbour does for a minute) is the
-same for all rounds of one sitting, which therefore understate the noise. So a run comes to every case twice, with
-everything else in between and inputs made anew; a row's interval spans those of both visits.
+same for all rounds of one sitting, which therefore understate the noise. So a run comes to every case twice, and a
+third time where its budget allows, the shortest calls first, with everything else in between and inputs made anew; a
+row's interval spans those of all visits. Of calls that take long a visit times one: visits tell more than rounds do.
 
 *Short calls.* A sample repeats a call until it lasts ``MIN_SAMPLE``, so that the clock's grain does not show.
 
 *GPU.* CUDA events around the repeats, warm L2; and single calls after a write of twice the L2 size, cold L2. A trainer
 calls these ops between transformer layers, so cold is what it sees; warm is what most benchmarks print.
 
-*Memory.* Peak during one call beyond what was held before it and beyond what it returns. On a GPU the allocator knows;
-on Linux the kernel keeps a resettable peak of the resident set, which also counts what C++ allocates.
+*Memory.* Peak during one call beyond what was held before it and beyond what it returns, once a visit. On a GPU the
+allocator knows; on Linux the kernel keeps a resettable peak of the resident set, which also counts what C++ allocates.
+glibc would blur it: how large a freed buffer it keeps depends on what was freed before, so that one call had a peak of
+48 or 97 MiB by chance. During the measured call it gives every large buffer back at once (:func:`exact_heap`).
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ import ctypes
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,9 @@ import torch
 from bench.core import Call, Result, live_bytes
 
 MIN_SAMPLE = 2e-3  # seconds
-LONG = 0.05  # seconds
+LONG = 0.05  # seconds of a call that is not run again to be sized
+VERY_LONG = 0.3  # seconds of a call that a visit times once
+FEW = 3  # samples, below which a row does not know its spread
 NOISE_LIMIT = 0.10  # a row whose p80 is further than this above its p20 is marked noisy
 
 
@@ -146,7 +152,7 @@ class Samples:
 
     def done(self, effort: Effort, late: bool = False) -> bool:
         count = len(self.seconds)
-        if late:
+        if late or (count and self.seconds[0] > VERY_LONG):
             return count >= 1
         return count >= effort.samples or (count >= effort.least and self.spent >= effort.seconds)
 
@@ -163,6 +169,7 @@ def interleave(
 
     Args:
         late: whether the run's time is over: then each call gets one sample, and those that have one get no more.
+            So do very long calls.
         known: seconds that each call took before, which was its warm-up; a long one is not run again to be sized.
     """
     floor()
@@ -212,11 +219,12 @@ def extra_memory(call: Call, device: str) -> tuple[Result, float]:
         trim_heap()
         reset = reset_resident_peak()
         before = resident("VmRSS")
-        if reset:
-            result = call()
-            peak = resident("VmHWM")
-        else:
-            result, peak = watched(call)
+        with exact_heap():
+            if reset:
+                result = call()
+                peak = resident("VmHWM")
+            else:
+                result, peak = watched(call)
     else:
         return call(), math.nan
     return result, max(0.0, (peak - before - live_bytes(result)) / MIB)
@@ -245,6 +253,47 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return  # not glibc: its allocator decides, and the figure may be too small
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, from <malloc.h>
+EAGER, LAZY = 128 << 10, 32 << 20  # bytes; glibc's threshold at its start, and the most that it raises it to
+
+
+class HeapInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc 2.33; ``hblks`` is the number of buffers that are mapped on their own."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks",
+                                                          "fsmblks", "uordblks", "fordblks", "keepcost"))  # fmt: skip
+
+
+@contextmanager
+def exact_heap() -> Iterator[None]:
+    """glibc maps every buffer of 128 KiB or more on its own, and unmaps it when it is freed; other allocators are left
+    as they are. Afterwards the thresholds are those that glibc's own adaptation ends at."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallinfo2.restype = HeapInfo
+        libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+        libc.free.argtypes = [ctypes.c_void_p]
+    except (OSError, AttributeError):
+        yield
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, EAGER)
+    libc.mallopt(M_TRIM_THRESHOLD, EAGER)
+    held, size = [], LAZY
+    while size >= EAGER:  # a hole in the heap would be preferred to a mapping: take all of them, without touching them
+        before = libc.mallinfo2().hblks
+        held.append(libc.malloc(size))
+        if libc.mallinfo2().hblks > before:  # no hole of this size is left
+            libc.free(held.pop())
+            size //= 2
+    try:
+        yield
+    finally:
+        for block in held:
+            libc.free(block)
+        libc.mallopt(M_MMAP_THRESHOLD, LAZY)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LAZY)
 
 
 def watched(call: Call) -> tuple[Result, int]:

@@ -48,13 +48,16 @@ class Row:
     error_of: str = ""
     grad_error: float = NAN
     weight_grad_error: float = NAN
-    extra_mib: float = NAN
+    extra_mib: float = NAN  # median over visits
+    extra_low: float = NAN  # of the visit that took least; absent in files before these columns
+    extra_high: float = NAN
     median_ms: float = NAN
     p20_ms: float = NAN
     p80_ms: float = NAN
     cold_ms: float = NAN
     cold_ratio: float = NAN
     samples: int = 0
+    visits: int = 0  # that these samples are from; 0 in files before this column
     floor: str = ""
     floor_ms: float = NAN
     useful_tflops: float = NAN

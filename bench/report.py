@@ -78,7 +78,7 @@ def table(op: Op, rows: Sequence[Row]) -> Table:
             result.add_row(Text(case_text(row), style="bold cyan"))
         result.add_row(*(cells[index] for cells in kept.values()), style=STATUS_STYLE.get(row.status))
     if any(row.noisy for row in rows):
-        caption.insert(0, "~ noisy: the row's own p80 is more than 10 % above its p20")
+        caption.insert(0, "~ noisy: the row's own p80 is more than 10 % above its p20, or it has fewer than 3 samples")
     result.caption = Text("\n".join(caption)) if caption else None
     return result
 

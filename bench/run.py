@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=Effort().seconds,
-        help="time for each provider on each of two visits to a case, at least 2 samples a visit",
+        help="time for each provider on each visit to a case, at least 2 samples unless a call takes long",
     )
     add(
         "--budget",
@@ -141,8 +141,10 @@ def run(arguments: argparse.Namespace, console: Console) -> list[record.Row]:
             )
             for op, case in in_order(chosen)
         ]
-        for visit in visited if not arguments.quick else ():
-            runner.visit_again(visit, effort, deadline, notify)
+        if not arguments.quick:
+            for again in (visited, sorted(visited, key=lambda visit: visit.cost)):
+                for visit in again:
+                    runner.visit_again(visit, effort, deadline, notify)
     rows = [row for visit in visited for row in visit.rows]
     record.set_against_ours(rows, OURS)
     rows = [about.stamp(row) for row in rows]

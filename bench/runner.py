@@ -1,4 +1,5 @@
-"""A case becomes rows: every provider is checked against fp64 first, then all that passed are timed in turns, twice."""
+"""A case becomes rows: every provider is checked against fp64 first, then all that passed are timed in turns, on two or
+three visits."""
 
 from __future__ import annotations
 
@@ -13,11 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from bench.core import NO_PLAN, Call, Case, Errors, Op, Problem, Provider, Unavailable
-from bench.method import LONG, Clock, Effort, Samples, Spread, clock_for, extra_memory, interleave
+from bench.method import FEW, VERY_LONG, Clock, Effort, Samples, Spread, clock_for, extra_memory, interleave
 from bench.record import Row
 
 Notify = Callable[[str], None]
-SLOW = 4.0  # seconds of a first call beyond which its memory is taken as it is, instead of from a second one
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Checked:
     row: Row
     call: Call | None = None
     seconds: float = 0.0  # of the last call made while checking
+    warm: bool = False  # whether its memory is that of a call after the first
 
 
 class Deadline:
@@ -70,6 +71,20 @@ class Visited:
     work: Sequence[Entry]
     rows: list[Row]
     samples: list[list[Samples]]  # of each entry, a Samples per visit
+    memory: list[list[float]]  # of each entry, the extra MiB of a call at every visit
+
+    @property
+    def cost(self) -> float:
+        """Milliseconds that one more round takes."""
+        return sum(row.median_ms for row in self.rows if row.status == "ok")
+
+    def remember(self, at: int, extra_mib: float) -> None:
+        """One more measurement of an entry's memory, into its row."""
+        if math.isnan(extra_mib):
+            return
+        self.memory[at].append(extra_mib)
+        known, row = self.memory[at], self.rows[at]
+        row.extra_mib, row.extra_low, row.extra_high = Spread.of(known).median, min(known), max(known)
 
 
 def run_case(
@@ -81,7 +96,7 @@ def run_case(
     notify: Notify = lambda text: None,
 ) -> Visited:
     """The first visit to a case: every entry is checked, and timed where it passed."""
-    visited = Visited(op, case, work, [], [[] for _ in work])
+    visited = Visited(op, case, work, [], [[] for _ in work], [[] for _ in work])
     if deadline.passed:
         reason = f"the run's {deadline.seconds:g} s were over; run it with --op {op.name} --budget 0"
         visited.rows = [finished(blank(op, case, entry), "skipped", reason) for entry in work]
@@ -97,6 +112,9 @@ def run_case(
         notify(f"{op.name} {case}: checking {entry.provider.name}")
         checked.append(check(op, problem, entry, deadline))
     visited.rows = [result.row for result in checked]
+    for at, result in enumerate(checked):
+        if result.warm:
+            visited.remember(at, result.row.extra_mib)
     timed = [(at, entry) for at, entry in enumerate(checked) if entry.call is not None]
     if timed:
         notify(f"{op.name} {case}: timing {len(timed)} providers in turns")
@@ -125,11 +143,12 @@ def visit_again(visited: Visited, effort: Effort, deadline: Deadline, notify: No
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 call = entry.provider.prepare(problem, entry.plan)
-                call()
+                if entry.provider.name.endswith("compile"):
+                    call()  # compiles anew, as everything that was compiled is forgotten
                 start = time.perf_counter()
-                if visited.rows[at].median_ms < LONG * 1e3:
-                    call()
+                _, extra = extra_memory(call, case.device)
                 timed.append((at, Checked(visited.rows[at], call, time.perf_counter() - start)))
+                visited.remember(at, extra)
         except Exception as error:
             notify(f"{op.name} {case}: {entry.provider.name} failed the second time: {first_line(error)}")
         if deadline.passed:
@@ -165,8 +184,10 @@ def check(op: Op, problem: Problem, entry: Entry, deadline: Deadline) -> Checked
             start = time.perf_counter()
             result, row.extra_mib = extra_memory(call, case.device)
             seconds = time.perf_counter() - start
-            if seconds < SLOW or provider.name.endswith("compile"):
+            warm = seconds < VERY_LONG or provider.name.endswith("compile")
+            if warm:
                 # The first call also compiles, loads libraries and fills their caches: that is not the call's memory.
+                # That of a very long one is taken at the next visit.
                 del result
                 start = time.perf_counter()
                 result, row.extra_mib = extra_memory(call, case.device)
@@ -183,7 +204,7 @@ def check(op: Op, problem: Problem, entry: Entry, deadline: Deadline) -> Checked
     row.resolved = provider.resolve(problem, entry.plan)
     if math.isinf(deadline.seconds):
         row.detail = provider.detail(problem, entry.plan)
-    return Checked(row, call, seconds)
+    return Checked(row, call, seconds, warm)
 
 
 def is_wrong(errors: Errors, gross: float) -> bool:
@@ -208,8 +229,6 @@ def measure(
         visits = visited.samples[at]
         visits.append(own)
         fill(entry.row, problem, visits)
-        # cut short: too few to know its spread
-        entry.row.noisy |= any(len(visit.seconds) < effort.least for visit in visits)
         entry.row.floor, entry.row.floor_ms = floor.name, Spread.of(bare.seconds).median * 1e3
 
 
@@ -220,6 +239,8 @@ def fill(row: Row, problem: Problem, visits: Sequence[Samples]) -> None:
     row.cold_ms = Spread.over([v.cold for v in visits]).median * 1e3
     row.cold_ratio = Spread.over([v.cold_ratios for v in visits]).median
     row.samples = sum(len(v.seconds) for v in visits)
+    row.visits = len(visits)
+    row.noisy |= row.samples < FEW
     if problem.useful_flops:
         row.useful_tflops = problem.useful_flops / times.median / 1e12
     if problem.useful_bytes:
