@@ -28,6 +28,9 @@ def test_says_what_it_is():
     assert info["torch_target_version"] == "2.11"
     assert info["threads"] == torch.get_num_threads()
     assert f"CPU level {info['cpu_level']}" in _extension.why()
+    # Why a CPU goes without AMX tiles, or that they have multiplied correctly.
+    assert info["amx"].startswith("on: ") == (info["cpu_detected"] == "amx")
+    assert (f"not amx: {info['amx']}" in _extension.why()) == (info["cpu_detected"] == "avx512_bf16")
 
 
 @built

@@ -4,8 +4,8 @@
 // order at the end, row by row in float64. So a row's bits depend on neither the rows beside it nor the number of
 // threads.
 //
-// With AVX-512 BF16 and bf16 inputs, K goes in pairs (bf16_tile.h); everything else is widened to fp32 when it is packed,
-// which is exact.
+// With bf16 inputs K goes in pairs on AMX tiles (amx_logits.h) or with AVX-512 BF16 (bf16_tile.h); everything else is
+// widened to fp32 when it is packed, which is exact.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,6 +15,7 @@
 
 #include "../common/scratch.h"
 #include "../common/tensors.h"
+#include "amx_logits.h"
 #include "bf16_tile.h"
 
 namespace srppo {
@@ -41,12 +42,12 @@ namespace {
 // A matrix of rows of any supported dtype.
 struct Matrix {
   const char* data;
-  std::int64_t width, stride, item;
+  std::int64_t rows, width, stride, item;
   ScalarType type;
 
   Matrix(const Tensor& tensor, const char* name)
-      : data(static_cast<const char*>(tensor.const_data_ptr())), width(tensor.size(1)), stride(tensor.stride(0)),
-        item(tensor.scalar_type() == ScalarType::Float ? 4 : 2), type(tensor.scalar_type()) {
+      : data(static_cast<const char*>(tensor.const_data_ptr())), rows(tensor.size(0)), width(tensor.size(1)),
+        stride(tensor.stride(0)), item(tensor.scalar_type() == ScalarType::Float ? 4 : 2), type(tensor.scalar_type()) {
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && (tensor.stride(1) == 1 || width <= 1),
                     "srppo_native: ", name, " must be a CPU matrix with contiguous rows");
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
@@ -135,6 +136,59 @@ struct Prefetch {
   }
 };
 
+// What an instruction level and the inputs' dtypes choose.
+struct VectorTile {
+  int (*height)(std::int64_t rows);
+  void (*multiply)(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz);
+  void (*pack_panel)(const float* const*, std::int64_t, float*);
+  std::int64_t panel;
+};
+
+// Logits of a block of rows with vector instructions; TileLogits has the same functions.
+class VectorLogits {
+ public:
+  VectorLogits(const Matrix& weight, const Packer& packer, const VectorTile& tile, std::int64_t rows)
+      : weight_(weight), packer_(packer), tile_(tile), rows_(rows * packer.steps), row_(packer.steps),
+        packed_(tile.panel * packer.steps), reader_(weight, packer, tile.pack_panel, tile.panel) {}
+
+  template <class RowAt>
+  void set_rows(const Matrix& x, std::int64_t count, const RowAt& row_at) {
+    const std::int64_t steps = packer_.steps;
+    for (std::int64_t r = 0; r < count;) {
+      const int height = tile_.height(count - r);
+      float* out = rows_.data() + r * steps;
+      for (int i = 0; i < height; ++i) {
+        packer_.row(x, row_at(r + i), row_.data());
+        for (std::int64_t k = 0; k < steps; ++k) out[k * height + i] = row_.data()[k];
+      }
+      r += height;
+    }
+  }
+
+  // z[count][size] of entries [v0, v0 + size); z has room for whole panels.
+  void multiply(std::int64_t count, std::int64_t v0, std::int64_t size, float* z, std::int64_t ldz) {
+    const std::int64_t steps = packer_.steps;
+    const std::int64_t tiles = (count + tile_.height(count) - 1) / tile_.height(count);
+    for (std::int64_t p = 0; p < size; p += tile_.panel) {
+      reader_.read(v0 + p, v0 + size, packed_.data());
+      Prefetch ahead(weight_, v0 + p + tile_.panel, tile_.panel, weight_.rows, tiles);
+      for (std::int64_t r = 0; r < count;) {
+        const int height = tile_.height(count - r);
+        ahead.next();
+        tile_.multiply(height, rows_.data() + r * steps, packed_.data(), steps, z + r * ldz + p, ldz);
+        r += height;
+      }
+    }
+  }
+
+ private:
+  const Matrix& weight_;
+  const Packer& packer_;
+  VectorTile tile_;
+  Scratch<float> rows_, row_, packed_;
+  PanelReader reader_;
+};
+
 Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                            const Tensor& targets, const std::optional<Tensor>& index,
                            const std::optional<Tensor>& row_temperature, double temperature, double logit_scale,
@@ -172,32 +226,32 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
   args.entropy = entropy;
   args.kept_is_bf16 = kept_item == 2;
 
-  auto multiply = SRPPO_AT_LEVEL(multiply);
+  VectorTile tile{SRPPO_AT_LEVEL(tile_height), SRPPO_AT_LEVEL(multiply), SRPPO_AT_LEVEL(pack_panel),
+                  SRPPO_AT_LEVEL(panel_width)()};
   Packer packer{false, width, SRPPO_AT_LEVEL(widen_bf16), SRPPO_AT_LEVEL(widen_fp16)};
+  const bool pairs = x.type == ScalarType::BFloat16 && w.type == ScalarType::BFloat16;
+  const bool on_tiles = pairs && cpu_level() >= CpuLevel::amx;
 #if defined(__x86_64__)
-  if (cpu_level() >= CpuLevel::avx512_bf16 && x.type == ScalarType::BFloat16 && w.type == ScalarType::BFloat16) {
+  if (pairs && cpu_level() >= CpuLevel::avx512_bf16) {
     packer.pairs = true;
     packer.steps = (width + 1) / 2;
-    multiply = [](int rows, const float* a, const float* b, std::int64_t pairs, float* z, std::int64_t ldz) {
+    tile.multiply = [](int rows, const float* a, const float* b, std::int64_t steps, float* z, std::int64_t ldz) {
       const auto bits = [](const float* packed) { return reinterpret_cast<const std::uint32_t*>(packed); };
-      bf16_multiply(rows, bits(a), bits(b), pairs, z, ldz, false);
+      bf16_multiply(rows, bits(a), bits(b), steps, z, ldz, false);
     };
   }
 #endif
-  const auto pack_panel = SRPPO_AT_LEVEL(pack_panel);
-  const auto tile_height = SRPPO_AT_LEVEL(tile_height);
   const auto softmax_row = SRPPO_AT_LEVEL(softmax_row);
-  const std::int64_t panel = SRPPO_AT_LEVEL(panel_width)(), steps = packer.steps;
 
-  const std::int64_t row_blocks = (n + kRowBlock - 1) / kRowBlock;
-  const std::int64_t block = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
+  const std::int64_t most = on_tiles ? kTileRowBlock : kRowBlock, row_blocks = (n + most - 1) / most;
+  const std::int64_t even = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
+  const std::int64_t block = on_tiles ? whole_tiles(even, 2 * kTileRows) : even;
   // Not a multiple of 4096 bytes, where the rows of a tile would share the sets of L1.
-  const std::int64_t ldz = (std::min(group, vocab) + panel - 1) / panel * panel + 16;
+  const std::int64_t ldz = (std::min(group, vocab) + tile.panel - 1) / tile.panel * tile.panel + 16;
   std::vector<Partial> partials(static_cast<std::size_t>(groups * n));
 
-  torch::stable::parallel_for(0, groups * row_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-    Scratch<float> rows(block * steps), row(steps), packed(panel * steps), z(block * ldz);
-    PanelReader reader(w, packer, pack_panel, panel);
+  const auto scan = [&](std::int64_t begin, std::int64_t end, auto& logits) {
+    Scratch<float> z(block * ldz);
     std::int64_t packed_block = -1;
     for (std::int64_t task = begin; task < end; ++task) {
       // Row blocks outermost: a thread then packs its rows once for many groups.
@@ -205,28 +259,10 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
       const std::int64_t first = at * block, count = std::min(block, n - first);
       if (packed_block != at) {
         packed_block = at;
-        for (std::int64_t r = 0; r < count;) {
-          const int height = tile_height(count - r);
-          float* out = rows.data() + r * steps;
-          for (int i = 0; i < height; ++i) {
-            packer.row(x, row_of ? row_of[first + r + i] : first + r + i, row.data());
-            for (std::int64_t k = 0; k < steps; ++k) out[k * height + i] = row.data()[k];
-          }
-          r += height;
-        }
+        logits.set_rows(x, count, [&](std::int64_t r) { return row_of ? row_of[first + r] : first + r; });
       }
       const std::int64_t v0 = g * group, size = std::min(group, vocab - v0);
-      const std::int64_t tiles = (count + tile_height(count) - 1) / tile_height(count);
-      for (std::int64_t p = 0; p < size; p += panel) {
-        reader.read(v0 + p, v0 + size, packed.data());
-        Prefetch ahead(w, v0 + p + panel, panel, vocab, tiles);
-        for (std::int64_t r = 0; r < count;) {
-          const int height = tile_height(count - r);
-          ahead.next();
-          multiply(height, rows.data() + r * steps, packed.data(), steps, z.data() + r * ldz + p, ldz);
-          r += height;
-        }
-      }
+      logits.multiply(count, v0, size, z.data(), ldz);
       for (std::int64_t r = 0; r < count; ++r) {
         const std::int64_t i = first + r, column = target[i] - v0;
         const std::int64_t to = kept_row_of ? kept_row_of[i] : i;
@@ -238,6 +274,16 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
         partials[static_cast<std::size_t>(g * n + i)] = partial;
         if (kept_max) kept_max[to * groups + g] = partial.m;
       }
+    }
+  };
+  torch::stable::parallel_for(0, groups * row_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+    if (on_tiles) {
+      TileLogits logits(reinterpret_cast<const std::uint16_t*>(w.data), w.stride, width, vocab, block, tile.pack_panel);
+      const tiles::InUse in_use;
+      scan(begin, end, logits);
+    } else {
+      VectorLogits logits(w, packer, tile, block);
+      scan(begin, end, logits);
     }
   });
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Measured on a Zen 4: 0.7 times MKL's fp32 GEMM with AVX2 as with AVX-512. Portable code takes 2.2 times that GEMM.
 FASTER_LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
 ROW_BLOCK = 336  # kRowBlock of csrc/linear_logprob/cpu.cpp
+TILE_ROW_BLOCK = 512  # kTileRowBlock of amx_logits.h
 PANEL = 32  # vocabulary entries packed at a time, at most
 
 
@@ -50,10 +51,14 @@ def not_faster() -> str:
 
 def workspace_bytes(rows: int, width: int, vocab: int, group: int) -> int:
     """Of all threads: packed rows, a panel packed and widened, two rows, logits; and four numbers a row and group."""
-    block = min(rows, ROW_BLOCK)
     columns = -(-min(group, vocab) // PANEL) * PANEL + 16
-    scratch = block * width + 2 * (PANEL + 1) * width + block * columns
-    return 4 * scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)
+    block = min(rows, ROW_BLOCK)
+    scratch = 4 * (block * width + 2 * (PANEL + 1) * width + block * columns)
+    if _on_tiles():  # of bf16 inputs: whole tiles of rows and cache lines, 512 of K of a panel, twice where K is odd
+        block = -(-min(rows, TILE_ROW_BLOCK) // PANEL) * PANEL
+        tiles = 2 * block * (width + 64) + 2 * 512 * (2 * PANEL + 1) + 4 * block * columns
+        scratch = max(scratch, tiles)
+    return scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)
 
 
 def product_bytes() -> int:
@@ -66,6 +71,11 @@ def product_bytes() -> int:
 @_extension.constant_when_traced
 def _on_tiles() -> bool:
     return _extension.build_info()["cpu_level"] == "amx"
+
+
+def fp32_product_bytes(width: int) -> int:
+    """Of all threads: a block of A and panels of B, packed (kSteps, kRows and kColumns of cpu_product_fp32.cpp)."""
+    return 4 * 512 * (ROW_BLOCK + min(-(-width // PANEL) * PANEL, 1024)) * _threads()
 
 
 @_extension.constant_when_traced
