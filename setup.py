@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -149,10 +150,15 @@ def extension_arguments():
         def compile_cuda(self):
             folder = Path(self.build_temp) / "cuda"
             folder.mkdir(parents=True, exist_ok=True)
-            for source in cuda_sources:
+            include_dirs = torch_include_dirs()
+
+            def compile_one(source):
                 output = folder / (source.replace("/", "_") + ".o")
-                subprocess.run(nvcc_command(nvcc, source, output, torch_include_dirs()), check=True, cwd=ROOT)
-                self.extensions[0].extra_objects.append(str(output))
+                subprocess.run(nvcc_command(nvcc, source, output, include_dirs), check=True, cwd=ROOT)
+                return str(output)
+
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:  # as torch's build
+                self.extensions[0].extra_objects += pool.map(compile_one, cuda_sources)
             # The runtime is linked statically: the wheel then needs torch's driver and no other CUDA library.
             toolkit = toolkit_of(nvcc)
             self.extensions[0].library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]

@@ -1,29 +1,84 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA GPU, in a checkout: builds, proves, measures. `bench/on_gpu.sh FOLDER [proof|tiles|bench]...`
-# Needs torch (a CUDA build), triton, transformers, nvcc and pytest there, and no network. Files go to FOLDER.
+# On a machine with an NVIDIA GPU, in a checkout: builds, proves, measures, within ten minutes.
+#
+#     bench/on_gpu.sh FOLDER [triton|small|sm90|sanitizer|tiles|bench|alltiles]...
+#
+# Needs torch (a CUDA build, 2.11 or later), triton, pytest, hypothesis, pybind11, ninja and nvcc there, and no network; uses
+# pytest-xdist where it is installed. Nothing is installed: the extension is built in place. Without stages: all but alltiles.
+#
+# Correctness comes first. Every stage writes its own file into FOLDER as it goes, ends at its own limit, and leaves the next
+# its turn, whatever became of it; so a run that is cut off has lost the stages that it did not reach, and no other. The last
+# lines are a line a stage. The exit status is 1 if a stage failed or ran into its limit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?a folder for the results}
 shift
-parts=${*:-proof tiles bench}
-mkdir -p "$out"
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/device.txt"
-python3 -m pip install --quiet --no-build-isolation --no-deps -e . 2>&1 | tee "$out/build.txt" | tail -3
-python3 -m srppo.cli env | tee "$out/env.txt"
-failed=0
-for part in $parts; do
-    case $part in
-        proof)
-            python3 -m pytest -m gpu -q -x --maxfail=10 tests 2>&1 | tee "$out/pytest.txt" | tail -30 || failed=1
-            if command -v compute-sanitizer > /dev/null; then
-                timeout 120 compute-sanitizer --error-exitcode 1 python3 -m pytest -m gpu -q \
-                    tests/linear_logprob/test_linear_logprob_gpu.py -k "ragged_sizes and 257" 2>&1 |
-                    tee "$out/sanitizer.txt" | tail -5 || failed=1
-            fi
-            ;;
-        tiles) python3 bench/tiles.py 2>&1 | tee "$out/tiles.txt" || failed=1 ;;
-        bench) python3 bench/run.py --device cuda --out "$out/results.csv" 2>&1 | tee "$out/bench.txt" || failed=1 ;;
-        *) echo "unknown part '$part': proof, tiles or bench" && exit 2 ;;
+stages=${*:-triton small sm90 sanitizer tiles bench}
+for stage in $stages; do
+    case $stage in
+        triton | small | sm90 | sanitizer | tiles | bench | alltiles) ;;
+        *) echo "unknown stage '$stage': triton, small, sm90, sanitizer, tiles, bench or alltiles" >&2 && exit 2 ;;
     esac
 done
+mkdir -p "$out"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+failed=0
+summary=()
+
+# run STAGE SECONDS COMMAND...: into FOLDER/STAGE.txt.
+run() {
+    local stage=$1 limit=$2 began=$SECONDS status
+    shift 2
+    timeout --kill-after=10 "$limit" "$@" > "$out/$stage.txt" 2>&1
+    status=$?
+    tail -n 6 "$out/$stage.txt"
+    summary+=("$stage: status $status$([ $status = 124 ] && echo " (ran into its $limit s)"), $((SECONDS - began)) s: $(
+        grep -E 'passed|failed|error|rows in' "$out/$stage.txt" | tail -n 1
+    )")
+    echo "${summary[-1]}" | tee -a "$out/device.txt"
+    [ $status = 0 ] || failed=1
+}
+
+# Kernels compile on the CPU while others run: eight processes share the GPU.
+workers=()
+python3 -c 'import xdist' 2> /dev/null && workers=(-n 8)
+prove() { # STAGE SECONDS TESTS...
+    run "$1" "$2" python3 -m pytest -m gpu -q --tb=short --maxfail=40 "${workers[@]}" "${@:3}"
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | tee "$out/device.txt"
+# CUDA C++ compiles in the background; Triton's tests do not need it.
+(timeout 200 python3 setup.py build_ext --inplace > "$out/build.txt" 2>&1; echo "build: status $?" >> "$out/build.txt") &
+build=$!
+built() { # waits for the build, once
+    [ -z "$build" ] && return
+    wait "$build"
+    build=
+    { tail -n 3 "$out/build.txt"; python3 -m srppo.cli env; } >> "$out/device.txt" 2>&1
+    tail -n 1 "$out/build.txt"
+}
+
+for stage in $stages; do
+    [ "$stage" = triton ] || built
+    case $stage in
+        triton) prove triton 170 tests/linear_logprob/test_linear_logprob_gpu.py ;;
+        small)
+            prove small 120 tests/gae/test_gae_gpu.py tests/ppo_loss/test_losses_gpu.py tests/log_ratio/test_reward_gpu.py
+            ;;
+        sm90) prove sm90 60 tests/linear_logprob/test_linear_logprob_sm90.py ;;
+        sanitizer)
+            if command -v compute-sanitizer > /dev/null; then
+                run sanitizer 60 compute-sanitizer --error-exitcode 1 python3 -m pytest -m gpu -q -p no:cacheprovider \
+                    tests/linear_logprob/test_linear_logprob_gpu.py tests/linear_logprob/test_linear_logprob_sm90.py \
+                    tests/ppo_loss/test_losses_gpu.py -k "(ragged_sizes and 129-257) or kept_exponentials or value_loss"
+            fi
+            ;;
+        tiles) run tiles 60 python3 bench/tiles.py --quick ;;
+        bench) run bench 160 python3 bench/run.py --device cuda --budget 120 --no-plot --out "$out/results.csv" ;;
+        alltiles) run alltiles 500 python3 bench/tiles.py ;;
+    esac
+done
+built
+echo "on $(head -n 1 "$out/device.txt"), $SECONDS s in all:"
+printf '%s\n' "${summary[@]}"
 exit $failed

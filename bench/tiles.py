@@ -5,7 +5,8 @@
 
 A configuration is what `triton_tiles.py` would hold for this architecture; each is checked against the one that is
 there before it is timed, in turns with cuBLAS's GEMM of the same shape (bench/method.py). What wins belongs into
-`triton_tiles.py`, with the device's name. Needs a CUDA device.
+`triton_tiles.py`, with the device's name. On Hopper the scan's rows include the CUDA C++ kernel for sm_90a, with and
+without clusters. `--quick` leaves out all but what is there and that kernel. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -27,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.method import Effort, Spread, clock_for, interleave
+from bench.method import Clock, Effort, Spread, clock_for, interleave
 
 KERNELS = ("scan", "dx", "dw")
 SHAPE = (8192, 4096, 151936)
@@ -51,6 +53,20 @@ def variants(tile: object, group: int, band: int) -> Iterator[tuple[str, object,
         yield f"groups of {other_group}", tile, other_group, band
     for other_band in (8, 32, 64):
         yield f"bands of {other_band}", tile, group, other_band
+
+
+def hopper_calls(scan: Callable[[], Tensor]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The scan of `calls`, by the kernel for sm_90a: ``(name, call)`` of each cluster size and vocabulary group."""
+    from srppo_kernels.linear_logprob import sm90, triton_scan
+
+    for cluster in (1, 2):
+        for group in (sm90.GROUP, 2 * sm90.GROUP):
+
+            def call(cluster: int = cluster, group: int = group) -> Tensor:
+                with mock.patch.object(triton_scan, "scan", partial(sm90.scan, cluster=cluster, group=group)):
+                    return scan()
+
+            yield f"sm_90a, clusters of {cluster}, groups of {group}", call
 
 
 def calls(
@@ -91,36 +107,45 @@ def calls(
     return dw, lambda: torch.mm(dz.T, x, out=theirs)
 
 
-def measure(kernel: str, shape: Sequence[int], effort: Effort, device: str = "cuda") -> Iterator[tuple[str, str, str]]:
-    """``(configuration, ratio to cuBLAS, what went wrong or its spread)``."""
-    from srppo_kernels.linear_logprob import triton_products, triton_scan, triton_tiles
+def measure(
+    kernel: str, shape: Sequence[int], effort: Effort, device: str = "cuda", *, quick: bool = False
+) -> Iterator[tuple[str, str, str]]:
+    """``(configuration, ratio to cuBLAS, what went wrong or its spread)``; ``quick``: what is there, and sm_90a's."""
+    from srppo_kernels.linear_logprob import sm90, triton_products, triton_scan, triton_tiles
 
     arch = 90 if device == "cpu" else triton_tiles.architecture(torch.device(device))
     module = triton_scan if kernel == "scan" else triton_products
     table = triton_tiles.SCAN_TILES if kernel == "scan" else triton_tiles.PRODUCT_TILES
     ours, floor = calls(kernel, *shape, device)  # type: ignore[arg-type]
     clock, expected = clock_for(device), ours().clone()
-    for name, tile, group, band in variants(table[arch], triton_tiles.GROUP, triton_tiles.SUPER):
+    tried = list(variants(table[arch], triton_tiles.GROUP, triton_tiles.SUPER))[: 1 if quick else None]
+    for name, tile, group, band in tried:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.dict(table, {arch: tile}))
             stack.enter_context(mock.patch.object(module, "SUPER", band))
             if kernel == "scan":
                 stack.enter_context(mock.patch.object(module, "group_size", lambda device, group=group: group))
-            try:
-                error = ((ours() - expected).float().norm() / expected.float().norm()).item()
-                if not error < 1e-3:
-                    yield name, "-", f"wrong: {error:.1e} from what is there"
-                    continue
-                _, (samples,) = interleave(floor, [ours], effort, clock)
-            except Exception as failure:  # a configuration that does not compile or launch is a finding
-                yield (
-                    name,
-                    "-",
-                    f"{type(failure).__name__}: {str(failure).splitlines()[0][:100] if str(failure) else ''}",
-                )
-                continue
-        spread = Spread.of(samples.ratios)
-        yield name, f"{spread.median:.3f}", f"{spread.p20:.3f} to {spread.p80:.3f}"
+            yield name, *_row(ours, expected, floor, effort, clock)
+    example = torch.empty(shape[0], shape[1], device=device, dtype=torch.bfloat16)
+    if kernel == "scan" and not sm90.obstacle(example, example):
+        for name, call in hopper_calls(ours):
+            yield name, *_row(call, expected, floor, effort, clock)
+
+
+def _row(
+    call: Callable[[], Tensor], expected: Tensor, floor: Callable[[], Tensor], effort: Effort, clock: Clock
+) -> tuple[str, str]:
+    """Ratio to cuBLAS and its spread, or what went wrong."""
+    try:
+        error = ((call() - expected).float().norm() / expected.float().norm()).item()
+        if not error < 1e-3:
+            return "-", f"wrong: {error:.1e} from what is there"
+        _, (samples,) = interleave(floor, [call], effort, clock)
+    except Exception as failure:  # a configuration that does not compile or launch is a finding
+        reason = str(failure).splitlines()[0][:100] if str(failure) else ""
+        return "-", f"{type(failure).__name__}: {reason}"
+    spread = Spread.of(samples.ratios)
+    return f"{spread.median:.3f}", f"{spread.p20:.3f} to {spread.p80:.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/tiles.py", description=__doc__)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--shape", default="x".join(map(str, SHAPE)), help="NxDxV, default %(default)s")
+    parser.add_argument("--quick", action="store_true", help="only what is there, and the sm_90a kernel")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each configuration")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -139,8 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = Table(title=f"{kernel}, {arguments.shape}, bf16, {torch.cuda.get_device_name()}", title_justify="left")
         for column in ("configuration", "time / cuBLAS", "p20 to p80"):
             table.add_column(column)
-        for row in measure(kernel, shape, Effort(seconds=arguments.seconds, least=5)):
+        for row in measure(kernel, shape, Effort(seconds=arguments.seconds, least=5), quick=arguments.quick):
             table.add_row(*row)
+            print(f"{kernel}: {' | '.join(row)}", file=sys.stderr, flush=True)  # should the run be cut off
         console.print(table)
     return 0
 
