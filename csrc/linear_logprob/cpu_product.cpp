@@ -18,8 +18,10 @@
 #include "amx_tile.h"
 #include "bf16_tile.h"
 
+#if defined(__x86_64__)
 #define SRPPO_KERNELS "../linear_logprob/cpu_product_kernels.h"
 #include "../common/each_level.h"
+#endif
 
 namespace srppo {
 namespace {
@@ -27,8 +29,9 @@ namespace {
 #if defined(__x86_64__)
 
 constexpr std::int64_t kPairs = 512;  // of K at a time: a panel of B is 64 KB
-// Of a task, at most. Rows: packing B is then a percent or two of its multiplications with AVX-512, and a tenth with AMX,
-// which is that much faster; a block of A is 0.7 or 1.1 MB and stays in L2. Columns: packing A is a few percent.
+// Of a task, at most. Rows: packing B is then a percent or two of its multiplications with AVX-512; a tenth with AMX, which
+// is that much faster, but for the thread's first task where K is one block. A block of A is 0.7 or 1.1 MB and stays in L2.
+// Columns: packing A is a few percent.
 constexpr std::int64_t kRows = 336, kColumns = 1024;
 constexpr std::int64_t kTileTaskRows = 512, kTileTaskColumns = 2048;
 
@@ -91,18 +94,18 @@ void pack_a(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int64_t 
 
 void product_task(const Bf16Matrix& a, const Bf16Matrix& b, bool transposed, bool add, std::int64_t r0,
                   std::int64_t count, std::int64_t c0, std::int64_t width, float* out, std::int64_t ldo,
-                  std::vector<std::uint32_t>& packed, std::vector<std::uint32_t>& panel) {
+                  std::uint32_t* packed, std::uint32_t* panel) {
   const std::int64_t all = (b.rows + 1) / 2;
   std::vector<float> edge;  // a last panel that is wider than what is left of the result
   for (std::int64_t p0 = 0; p0 < all; p0 += kPairs) {
     const std::int64_t pairs = std::min(all - p0, kPairs);
-    pack_a(a, transposed, r0, count, p0, pairs, packed.data());
+    pack_a(a, transposed, r0, count, p0, pairs, packed);
     for (std::int64_t c = 0; c < width; c += kBf16Panel) {
       const std::int64_t here = std::min(width - c, kBf16Panel);
       for (std::int64_t p = 0; p < pairs; ++p) {
         const std::int64_t k = 2 * (p0 + p);
         const std::uint16_t* next = b.row(k + 1);
-        interleave(b.row(k) + c0 + c, next ? next + c0 + c : nullptr, here, kBf16Panel, panel.data() + p * kBf16Panel);
+        interleave(b.row(k) + c0 + c, next ? next + c0 + c : nullptr, here, kBf16Panel, panel + p * kBf16Panel);
       }
       const bool whole = here == kBf16Panel;
       if (!whole) edge.resize(static_cast<std::size_t>(kRows * kBf16Panel));
@@ -110,7 +113,7 @@ void product_task(const Bf16Matrix& a, const Bf16Matrix& b, bool transposed, boo
         const int height = bf16_tile_height(count - r);
         float* to = out + (r0 + r) * ldo + c0 + c;
         float* z = whole ? to : edge.data() + r * kBf16Panel;
-        bf16_multiply(height, packed.data() + r * pairs, panel.data(), pairs, z, whole ? ldo : kBf16Panel,
+        bf16_multiply(height, packed + r * pairs, panel, pairs, z, whole ? ldo : kBf16Panel,
                       whole && (add || p0 > 0));
         for (int i = 0; !whole && i < height; ++i) {
           for (std::int64_t j = 0; j < here; ++j) {
@@ -143,13 +146,16 @@ void pack_a_rows(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int
   }
 }
 
-// What a task of a thread packs into.
+// What the tasks of a thread pack into. Panels of B stay from one task to the next where all of K is one block.
 struct TileScratch {
   Scratch<std::uint16_t> packed;
-  Scratch<std::uint32_t> panel, pairs;
+  Scratch<std::uint32_t> panels, pairs;
+  bool whole;            // `panels` has room for all of a task's
+  std::int64_t c0 = -1;  // and these columns' are there
 
-  explicit TileScratch(std::int64_t rows)
-      : packed(rows * tile_stride(2 * kPairs)), panel(kPairs * kTilePanel), pairs(kTileDepth / 2 * rows) {
+  TileScratch(std::int64_t rows, std::int64_t columns, bool whole_panels)
+      : packed(rows * tile_stride(2 * kPairs)), panels(kPairs * (whole_panels ? columns : kTilePanel)),
+        pairs(kTileDepth / 2 * rows), whole(whole_panels) {
     std::fill(packed.data(), packed.data() + rows * tile_stride(2 * kPairs), std::uint16_t{0});  // rows beyond the last
   }
 };
@@ -157,14 +163,14 @@ struct TileScratch {
 void product_task_on_tiles(const Bf16Matrix& a, const Bf16Matrix& b, bool transposed, bool add, std::int64_t r0,
                            std::int64_t count, std::int64_t c0, std::int64_t width, float* out, std::int64_t ldo,
                            TileScratch& scratch) {
-  std::uint32_t* panel = scratch.panel.data();
   const std::int64_t stride = tile_stride(2 * kPairs);
   for (std::int64_t k0 = 0; k0 < b.rows; k0 += 2 * kPairs) {
     const std::int64_t depth = whole_tiles(std::min(b.rows - k0, 2 * kPairs), kTileDepth);
     pack_a_rows(a, transposed, r0, count, k0, depth, scratch.packed.data(), stride, scratch.pairs.data());
     for (std::int64_t c = 0; c < width; c += kTilePanel) {
       const std::int64_t here = std::min(width - c, kTilePanel);
-      for (std::int64_t p = 0; p < depth / 2; ++p) {
+      std::uint32_t* panel = scratch.panels.data() + (scratch.whole ? c * kPairs : 0);
+      for (std::int64_t p = 0; p < depth / 2 && scratch.c0 != c0; ++p) {
         const std::uint16_t *row = b.row(k0 + 2 * p), *next = b.row(k0 + 2 * p + 1);
         const auto at = [&](const std::uint16_t* from) { return from ? from + c0 + c : nullptr; };
         interleave(at(row), at(next), here, kTilePanel, panel + p * kTilePanel);
@@ -173,6 +179,7 @@ void product_task_on_tiles(const Bf16Matrix& a, const Bf16Matrix& b, bool transp
       tile_multiply(count, here, scratch.packed.data(), stride, panel, depth, to, ldo, add || k0 > 0);
     }
   }
+  if (scratch.whole) scratch.c0 = c0;
 }
 
 void product(const Tensor& left, const Tensor& right, bool transposed, bool add, Tensor result) {
@@ -202,24 +209,25 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
   const std::int64_t rows = even(m, row_blocks, on_tiles ? kTileRows : 14), columns = even(n, column_blocks, kBf16Panel);
   const auto tasks = [&](std::int64_t begin, std::int64_t end, const auto& task) {
     for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t r0 = i / column_blocks * rows, c0 = i % column_blocks * columns;
+      // On tiles the same columns one after another, for the panels' sake; else the same rows.
+      const std::int64_t r = on_tiles ? i % row_blocks : i / column_blocks, c = on_tiles ? i / row_blocks : i % column_blocks;
+      const std::int64_t r0 = r * rows, c0 = c * columns;
       const std::int64_t count = std::min(rows, m - r0), width = std::min(columns, n - c0);
       if (count > 0 && width > 0) task(r0, count, c0, width);
     }
   };
   torch::stable::parallel_for(0, row_blocks * column_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     if (on_tiles) {
-      TileScratch scratch(rows);
+      TileScratch scratch(rows, columns, b.rows <= 2 * kPairs);
       const tiles::InUse in_use;
       tasks(begin, end, [&](std::int64_t r0, std::int64_t count, std::int64_t c0, std::int64_t width) {
         product_task_on_tiles(a, b, transposed, add, r0, count, c0, width, out, ldo, scratch);
       });
       return;
     }
-    std::vector<std::uint32_t> packed(static_cast<std::size_t>(rows * kPairs)),
-        panel(static_cast<std::size_t>(kBf16Panel * kPairs));
+    Scratch<std::uint32_t> packed(rows * kPairs), panel(kBf16Panel * kPairs);
     tasks(begin, end, [&](std::int64_t r0, std::int64_t count, std::int64_t c0, std::int64_t width) {
-      product_task(a, b, transposed, add, r0, count, c0, width, out, ldo, packed, panel);
+      product_task(a, b, transposed, add, r0, count, c0, width, out, ldo, packed.data(), panel.data());
     });
   });
 }

@@ -61,10 +61,11 @@ def workspace_bytes(rows: int, width: int, vocab: int, group: int) -> int:
     return scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)
 
 
-def product_bytes() -> int:
-    """Of all threads: a block of A and a panel of B, packed (kRows or kTileTaskRows, kPairs of cpu_product.cpp)."""
-    if _on_tiles():  # A by rows, an odd number of cache lines each; pairs of A^T on their way there
-        return (512 * (2 * 1056 + 4 * 16) + 4 * 512 * PANEL) * _threads()
+def product_bytes(width: int) -> int:
+    """Of all threads: a block of A and panels of B, packed (kRows or kTileTaskRows, kPairs, of cpu_product.cpp)."""
+    if _on_tiles():  # A by rows, an odd number of cache lines each; pairs of A^T on their way there; B of all columns
+        columns = min(-(-width // PANEL) * PANEL, 2048)
+        return (512 * (2 * 1056 + 4 * 16) + 4 * 512 * columns) * _threads()
     return 4 * 512 * (ROW_BLOCK + PANEL) * _threads()
 
 

@@ -48,7 +48,7 @@ def workspace_bytes(
     rows: int, width: int, vocab: int, item: int, *, in_place: bool, weight: bool, dz_bytes: int = 0
 ) -> int:
     """Beyond exponentials that are kept: dz, a chunk's rows, dhidden in fp32, a chunk's dweight, packed operands."""
-    packed = native.product_bytes() if item == 2 else 0
+    packed = native.product_bytes(width) if item == 2 else 0
     if in_place:
         return 2 * rows * width * item + packed + 32 * rows
     step, entries = chunk_shape(rows, vocab, item, dz_bytes)

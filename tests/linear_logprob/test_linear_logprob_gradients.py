@@ -123,7 +123,9 @@ def test_dz_in_place_drops_rows():
 
 @pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="needs AVX-512 BF16")
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (257, 700, 70), (1100, 37, 33), (300, 29, 1100), (0, 4, 5)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 5, 7), (257, 700, 70), (1100, 37, 33), (300, 29, 1100), (40, 600, 2100), (0, 4, 5)]
+)
 def test_a_product_with_an_unrounded_result(shape, transposed):
     """Depth, rows and columns that are multiples of nothing; added or written over; any number of threads."""
     k, m, n = shape
