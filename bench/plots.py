@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,12 @@ PICTURES = (
 )  # fmt: skip
 
 
-def draw(rows: Sequence[Row], folder: Path, stem: str = "") -> list[Path]:
-    """``<stem><op>-<picture>.png`` for every op and picture that has at least two values; returns the files."""
+def draw(rows: Sequence[Row], folder: Path, stem: str = "", titles: Mapping[str, str] | None = None) -> list[Path]:
+    """``<stem><op>-<picture>.png`` for every op and picture that has at least two values; returns the files.
+
+    Args:
+        titles: of ops, in place of their names.
+    """
     written = []
     for op in dict.fromkeys(row.op for row in rows):
         own = [row for row in rows if row.op == op and row.status == "ok"]
@@ -60,12 +64,12 @@ def draw(rows: Sequence[Row], folder: Path, stem: str = "") -> list[Path]:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{stem}{op}-{picture.name}.png"
-            draw_one(op, shown, picture, path)
+            draw_one((titles or {}).get(op, op), shown, picture, path)
             written.append(path)
     return written
 
 
-def draw_one(op: str, rows: Sequence[Row], picture: Picture, path: Path) -> None:
+def draw_one(title: str, rows: Sequence[Row], picture: Picture, path: Path) -> None:
     """Horizontal bars, a group for each case, the provider's name and the figure beside its bar."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -92,7 +96,8 @@ def draw_one(op: str, rows: Sequence[Row], picture: Picture, path: Path) -> None
             axes.barh(position, value, height=0.78, color=colour, xerr=error_bar(row, value, picture),
                       error_kw={"elinewidth": 0.8, "ecolor": "#555555"})  # fmt: skip
             end = picture.spread(row)[1] if picture.spread else value
-            axes.annotate(figure_text(picture.value(row)), (max(end, value), position), xytext=(3, 0),
+            noisy = "~" if picture.spread and row.noisy else ""
+            axes.annotate(noisy + figure_text(picture.value(row)), (max(end, value), position), xytext=(3, 0),
                           textcoords="offset points", va="center", fontsize=7)  # fmt: skip
             ticks.append((position, name))
             position += 1
@@ -103,17 +108,34 @@ def draw_one(op: str, rows: Sequence[Row], picture: Picture, path: Path) -> None
         axes.set_xscale("log")
         lows = [picture.spread(row)[0] for row in rows] if picture.spread else values
         axes.set_xlim(min(*lows, *values) / 2, max(values) * 2.5)
+        label_decades(axes)
     else:
-        axes.set_xlim(0, max(values) * 1.18)
+        highs = [picture.spread(row)[1] for row in rows] if picture.spread else values
+        axes.set_xlim(0, max(*highs, *values) * 1.18)
     if picture.line_at is not None:
         axes.axvline(picture.line_at, color="#444444", linewidth=0.9, linestyle="--")
-    decorate(axes, op, picture.label(rows[0]) + (", logarithmic" if logarithmic else ""))
+    remarks = (", logarithmic" if logarithmic else "") + (
+        "; ~ noisy" if picture.spread and any(row.noisy for row in rows) else ""
+    )
+    decorate(axes, title, picture.label(rows[0]) + remarks)
     figure.savefig(path, dpi=130)
 
 
-def decorate(axes: Any, op: str, label: str) -> None:
+def label_decades(axes: Any) -> None:
+    """1, 2, 5, 10, 20, ... where an axis has few decades, which powers of ten alone would leave without figures."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_xlim()
+    if low < 1e-3:
+        return
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,), numticks=20))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def decorate(axes: Any, title: str, label: str) -> None:
     axes.set_xlabel(label, fontsize=8.5)
-    axes.set_title(op, fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left")
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.3)
@@ -131,4 +153,4 @@ def error_bar(row: Row, value: float, picture: Picture) -> list[list[float]] | N
 def figure_text(value: float) -> str:
     if value == 0:
         return "0"
-    return f"{value:.1e}" if abs(value) < 1e-2 else number(value)
+    return f"{value:.1e}" if abs(value) < 1e-3 else number(value)

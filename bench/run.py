@@ -153,7 +153,8 @@ def run(arguments: argparse.Namespace, console: Console) -> list[record.Row]:
     record.write(rows, path)
     console.print(f"{len(rows)} rows in {path}", markup=False, highlight=False, soft_wrap=True)
     if not arguments.no_plot:
-        drawn = plots.draw(rows, arguments.plot or path.parent, "" if arguments.plot else f"{path.stem}-")
+        titles = {op.name: f"{op.name}: {op.title} ({' x '.join(op.shape_names)})" for op in OPS}
+        drawn = plots.draw(rows, arguments.plot or path.parent, "" if arguments.plot else f"{path.stem}-", titles)
         console.print(f"{len(drawn)} plots in {arguments.plot or path.parent}", markup=False, soft_wrap=True)
     return rows
 
