@@ -20,8 +20,8 @@
 namespace srppo {
 namespace {
 
-constexpr std::int64_t kSteps = 256;    // of K at a time: a panel of B is then 32 KB
-constexpr std::int64_t kRows = 336;     // of a task at most: a block of A is 344 KB, which stays in L2
+constexpr std::int64_t kSteps = 512;     // of K at a time: a panel of B is then 64 KB
+constexpr std::int64_t kRows = 336;      // of a task at most: a block of A is 690 KB, which stays in L2
 constexpr std::int64_t kColumns = 1024;  // of a task at most: packing A is a percent or two
 
 static_assert(kSteps % kDepth == 0, "a sum's blocks of K must not depend on kSteps");
@@ -67,6 +67,7 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
   const std::int64_t columns = blocks_of(blocks_of(n, column_blocks), panel) * panel;
   torch::stable::parallel_for(0, row_blocks * column_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     Scratch<float> packed(rows * kSteps), panels(columns * kSteps), edge(tile * panel);
+    std::int64_t panels_c0 = -1, panels_k0 = -1;  // what `panels` holds: all of B, for many tasks, where it is small
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t r0 = task / column_blocks * rows, c0 = task % column_blocks * columns;
       const std::int64_t count = std::min(rows, m - r0), width = std::min(columns, n - c0);
@@ -76,7 +77,10 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
         const std::int64_t steps = std::min(depth - k0, kSteps);
         const bool sum = add || k0 > 0;
         pack_a(a.data + (transposed ? k0 * a.stride + r0 : r0 * a.stride + k0), a.stride, count, steps, packed.data());
-        pack_b(b.data + k0 * b.stride + c0, b.stride, width, steps, panels.data());
+        if (panels_c0 != c0 || panels_k0 != k0) {
+          pack_b(b.data + k0 * b.stride + c0, b.stride, width, steps, panels.data());
+          panels_c0 = c0, panels_k0 = k0;
+        }
         for (std::int64_t c = 0; c < width; c += panel) {
           const bool whole = c + panel <= width;
           for (std::int64_t r = 0; r < count;) {

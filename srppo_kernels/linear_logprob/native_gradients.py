@@ -4,7 +4,8 @@ A native kernel turns a vocabulary chunk's kept exponentials into dz, formed in 
 once, in the memory of the exponentials where nobody needs them again. Then ``dX = dz W`` and ``dW = dz^T X`` are one
 GEMM each, with fp32 accumulators: in bf16 torch's returns what is rounded once, to the dtype that the gradient has
 anyway. Where several chunks add up, or a caller's fp32 buffer is added to, a native GEMM adds unrounded
-(csrc/linear_logprob/cpu_product.cpp). Without kept exponentials the forward's scan makes a chunk's anew.
+(csrc/linear_logprob/cpu_product.cpp). In fp32 a native GEMM (cpu_product_fp32.cpp) takes both where MKL's is slower.
+Without kept exponentials the forward's scan makes a chunk's anew.
 """
 
 from dataclasses import replace
@@ -37,6 +38,14 @@ def _serves_bf16() -> bool:
     return fast and has_product and torch.backends.mkldnn.is_available()
 
 
+@_extension.constant_when_traced
+def fp32_product_is_native() -> bool:
+    """Whether fp32 GEMMs 2 and 3 are the native product: where it was measured to be faster than MKL's."""
+    return hasattr(torch.ops.srppo_native, "linear_logprob_product_fp32") and bool(
+        torch.ops.srppo_native.linear_logprob_product_fp32_is_faster()
+    )
+
+
 def chunk_shape(rows: int, vocab: int, item: int, dz_bytes: int = 0) -> tuple[int, int]:
     """Rows and vocabulary entries of a dz that is not formed in place, of ``dz_bytes`` (0: CHUNK_BYTES)."""
     dz_bytes = dz_bytes or CHUNK_BYTES
@@ -48,7 +57,7 @@ def workspace_bytes(
     rows: int, width: int, vocab: int, item: int, *, in_place: bool, weight: bool, dz_bytes: int = 0
 ) -> int:
     """Beyond exponentials that are kept: dz, a chunk's rows, dhidden in fp32, a chunk's dweight, packed operands."""
-    packed = native.product_bytes(width) if item == 2 else 0
+    packed = native.product_bytes(width) if item == 2 else native.fp32_product_bytes(width)
     if in_place:
         return 2 * rows * width * item + packed + 32 * rows
     step, entries = chunk_shape(rows, vocab, item, dz_bytes)
@@ -104,19 +113,15 @@ def over_vocabulary(
             _form_dz(hidden, head, y, rows, row_scalars, temperature, residual, kept_rows, r, v, dz)
             if bias_out is not None:
                 _add(bias_out[v], torch.sum(dz, 0, dtype=torch.float32), accumulate[1] or r.start > 0)
-            if dhidden is not None and entries < vocab:
-                _product(dhidden[r], dz, weight, transposed=False, add=True)
-            elif dhidden is not None:
-                torch.mm(dz, weight, out=dhidden[r])
+            if dhidden is not None:
+                _product(dhidden[r], dz, weight, transposed=False, add=entries < vocab)
             if weight_out is None:
                 continue
             x = rows.block(hidden, r.start, r.stop, hidden.dtype)
             if sums is not None:
                 _product(sums, dz, x, transposed=True, add=True)
-            elif accumulate[0] or weight_out.dtype != dz.dtype:
-                _product(weight_out[v], dz, x, transposed=True, add=accumulate[0])
             else:
-                torch.mm(dz.T, x, out=weight_out[v])
+                _product(weight_out[v], dz, x, transposed=True, add=accumulate[0])
         if weight_out is not None and sums is not None:
             _add(weight_out[v], sums, accumulate[0])
     return dhidden
@@ -166,11 +171,16 @@ def _add(destination: Tensor, part: Tensor, accumulate: bool) -> None:
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool, add: bool) -> None:
-    """``out (+)= a @ b`` (``a.T @ b``), unrounded; out is float32, or float64 for a caller's buffer of that."""
-    if a.dtype == torch.bfloat16 and out.dtype == torch.float32 and out.stride(1) == 1:
+    """``out (+)= a @ b`` (``a.T @ b``), unrounded: where out is wider than a, as a caller's buffer may be."""
+    rows_are_contiguous = out.stride(1) == b.stride(1) == 1
+    if a.dtype == torch.bfloat16 and out.dtype == torch.float32 and rows_are_contiguous:
         torch.ops.srppo_native.linear_logprob_product(a, b, transposed, add, out)
+    elif a.dtype == out.dtype == torch.float32 and rows_are_contiguous and fp32_product_is_native():
+        torch.ops.srppo_native.linear_logprob_product_fp32(a, b, transposed, add, out)
+    elif a.dtype == out.dtype and add:
+        out.addmm_(a.T if transposed else a, b)
     elif a.dtype == out.dtype:
-        out.addmm_(a.T if transposed else a, b, beta=float(add))
+        torch.mm(a.T if transposed else a, b, out=out)
     else:
         whole = torch.zeros(out.shape, dtype=torch.float32)
         _product(whole, a, b, transposed=transposed, add=False)

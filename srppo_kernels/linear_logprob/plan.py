@@ -232,7 +232,9 @@ def _how(problem: Problem, backend: str) -> str:
     if problem.device.type != "cpu" or backend == "triton" or not problem.needs_any:
         return ""
     if problem.native_gradients:
-        return f"; gradients by a native pass and GEMMs in {str(problem.hidden_dtype).removeprefix('torch.')}"
+        own = problem.hidden_dtype == torch.float32 and native_gradients.fp32_product_is_native()
+        why = ", native ones, which beat MKL on this CPU" if own else ""
+        return f"; gradients by a native pass and GEMMs in {str(problem.hidden_dtype).removeprefix('torch.')}{why}"
     return f"; gradients by torch in {'float64' if problem.accumulator_bytes == 8 else 'float32'}, block by block"
 
 
