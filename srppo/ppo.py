@@ -99,9 +99,10 @@ def logprobs(
 def score_role(role: Role, rollout: Rollout, temperature: float, micro_batches: Sequence[Tensor]) -> Tensor:
     """Log-probs under one role, ``[B, T]``, a micro-batch at a time; 0 where masked."""
     result = torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device)
-    for rows in micro_batches:
-        part = logprobs(role, rollout.select(rows), temperature=temperature)[0]
-        result[rows, : part.shape[1]] = part
+    with role.active():
+        for rows in micro_batches:
+            part = logprobs(role, rollout.select(rows), temperature=temperature)[0]
+            result[rows, : part.shape[1]] = part
     return result
 
 
@@ -119,9 +120,8 @@ def score(
     rollout: Rollout,
     args: SRPPOConfig,
     micro_batches: Sequence[Tensor] | None = None,
-    on_batch: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Log-probs of a rollout under policy, SFT and base, and the critic's values, a micro-batch at a time.
+    """Log-probs of a rollout under policy, SFT and base, and the critic's values, role by role in micro-batches.
 
     Args:
         micro_batches: row indices of each micro-batch; :func:`update` must get the same for a first ratio of exactly 1.
@@ -131,12 +131,14 @@ def score(
         micro_batches = split_micro_batches(torch.arange(len(rollout)), rollout, args, roles.policy)
     names = Scores.__dataclass_fields__
     results = {name: torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device) for name in names}
-    for rows in micro_batches:
-        part = rollout.select(rows)
-        for name, value in score_part(roles, part, args).items():
-            results[name][rows, : value.shape[1]] = value
-        if on_batch is not None:
-            on_batch(len(part))
+    parts = [(rows, rollout.select(rows)) for rows in micro_batches]
+    # Base and SFT as one mixed batch of peft's (adapter_names) have the same bits as apart, and take 8 % more CPU time
+    # (2.18 s to 2.01 s for 8 x 96 tokens through 12 layers of SmolLM2-135M's width, one thread) and twice the memory.
+    for role in roles:
+        with role.active():
+            for rows, part in parts:
+                for name, value in score_part(role, part, args).items():
+                    results[name][rows, : value.shape[1]] = value
     return Scores(**results)
 
 
@@ -148,25 +150,20 @@ def gather_scores(scores: Scores) -> Scores:
     return Scores(*distributed.summed(torch.stack([getattr(scores, name) for name in names])).unbind())
 
 
-def score_part(roles: Roles, part: Rollout, args: SRPPOConfig) -> dict[str, Tensor]:
-    # Base and SFT as one mixed batch of peft's (adapter_names) have the same bits as apart, and take 8 % more CPU time
-    # (2.18 s to 2.01 s for 8 x 96 tokens through 12 layers of SmolLM2-135M's width, one thread) and twice the memory.
-    same_temperature = args.score_temperature == args.temperature
-    frozen = {}
-    with roles.policy.active():
-        policy, entropy = head_logprobs(roles.policy, roles.policy.hidden(part), part, args.temperature, entropy=True)
-    for role in (roles.sft, roles.base):
-        with role.active():
-            hidden = role.hidden(part)
-            frozen[role.name] = head_logprobs(role, hidden, part, args.score_temperature)[0]
-            if role.name == args.kl_reference:
-                frozen["reference"] = (
-                    frozen[role.name] if same_temperature else head_logprobs(role, hidden, part, args.temperature)[0]
-                )
-    with roles.critic.active():
-        values = part.in_place(roles.critic.values(part))
-    assert entropy is not None
-    return {"policy": policy, "entropy": entropy, "values": values, **frozen}
+def score_part(role: Role, part: Rollout, args: SRPPOConfig) -> dict[str, Tensor]:
+    """What a micro-batch gets from one role, by the names of :class:`Scores`. Call it inside ``role.active()``."""
+    if role.name == "critic":
+        return {"values": part.in_place(role.values(part))}
+    hidden = role.hidden(part)
+    if role.name == "policy":
+        logp, entropy = head_logprobs(role, hidden, part, args.temperature, entropy=True)
+        assert entropy is not None
+        return {"policy": logp, "entropy": entropy}
+    found = {role.name: head_logprobs(role, hidden, part, args.score_temperature)[0]}
+    if role.name == args.kl_reference:
+        same = args.score_temperature == args.temperature
+        found["reference"] = found[role.name] if same else head_logprobs(role, hidden, part, args.temperature)[0]
+    return found
 
 
 @torch.no_grad()
@@ -281,7 +278,6 @@ def update(
     *,
     generator: torch.Generator | None = None,
     train_policy: bool = True,
-    on_batch: Callable[[int], None] | None = None,
 ) -> UpdateResult:
     """The epochs of clipped updates on one rollout.
 
@@ -301,26 +297,25 @@ def update(
             mini_batches = split_rows(own, rollout, args, role=policy.role, generator=generator)
         for mini_batch in mini_batches:
             count = distributed.summed(rollout.completion_mask[torch.cat(mini_batch)].sum())
-            mini_stats, loss = [], [0.0, 0.0]
-            for rows in mini_batch:
-                part = rollout.select(rows)
-                cut = lambda x, rows=rows, part=part: part.of_tokens(x[rows])  # noqa: E731
-                with torch.set_grad_enabled(train_policy):
-                    policy_part, stats = policy_backward(
-                        policy.role, part, cut(scores.policy), cut(targets.advantages), count, args
-                    )
-                mini_stats.append(stats)
-                value_part, critic_stats = value_backward(
-                    critic.role, part, cut(scores.values), cut(targets.returns), count, args
-                )
-                value_stats.append(critic_stats)
-                loss = [loss[0] + policy_part, loss[1] + value_part]
-                if on_batch is not None:
-                    on_batch(len(part))
-            losses.append(loss)
+            parts = [(rollout.select(rows), rows) for rows in mini_batch]
+            with policy.role.active(), torch.set_grad_enabled(train_policy):
+                of_policy = [
+                    policy_backward(policy.role, part, part.of_tokens(scores.policy[rows]),
+                                    part.of_tokens(targets.advantages[rows]), count, args)
+                    for part, rows in parts
+                ]  # fmt: skip
+            with critic.role.active():
+                of_critic = [
+                    value_backward(critic.role, part, part.of_tokens(scores.values[rows]),
+                                   part.of_tokens(targets.returns[rows]), count, args)
+                    for part, rows in parts
+                ]  # fmt: skip
+            losses.append([sum(loss for loss, _ in of_policy), sum(loss for loss, _ in of_critic)])
             norms.append((policy.step(args.max_grad_norm), critic.step(args.max_grad_norm)))
+            mini_stats = [stats for _, stats in of_policy]
             first = first or merged(PPOStats, mini_stats)
             epoch_stats += mini_stats
+            value_stats += [stats for _, stats in of_critic]
         policy_stats += epoch_stats
         if args.target_kl is not None and merged(PPOStats, epoch_stats).approx_kl.item() > args.target_kl:
             break

@@ -79,14 +79,24 @@ class Role:
 
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
-        """The transformers model with this role's adapter on; the one that was on before comes back at the end."""
+        """The transformers model with this role's adapter on; what was on before comes back at the end.
+
+        A loop over micro-batches is entered once, and entering the same role again inside costs nothing: peft switches
+        an adapter layer by layer, 15 to 60 ms of CPU time for the 210 layers of SmolLM2-135M.
+        """
         if not is_peft(self.model):
             try:
                 yield self.causal_lm
             finally:
                 sharding.release(self.causal_lm)
             return
-        before = self.model.active_adapter
+        on = self.adapter, self.trainable
+        outer, before = getattr(self.model, "role_on", None), self.model.active_adapter
+        if on == outer:
+            yield self.causal_lm
+            return
+        assert outer is None or outer[0] is not None, "adapters are off here, and this role's would stay off"
+        self.model.role_on = on  # type: ignore[assignment]
         try:
             if self.adapter is None:
                 with self.model.disable_adapter():  # type: ignore[operator]
@@ -95,7 +105,8 @@ class Role:
                 self.model.set_adapter(self.adapter, inference_mode=not self.trainable)  # type: ignore[operator]
                 yield self.causal_lm
         finally:
-            self.model.set_adapter(before, inference_mode=True)  # type: ignore[operator]
+            self.model.role_on = outer  # type: ignore[assignment]
+            self.model.set_adapter(before, inference_mode=not (outer and outer[1]))  # type: ignore[operator]
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This role's own parameters, by name: its adapter's, or all of a model that it has to itself, and its value

@@ -174,7 +174,7 @@ def test_micro_batches_by_tokens_take_what_fits_and_forwards_get_no_more(tmp_pat
     roles = full_roles(args)
     sizes.clear()
     one_update(roles, args, given)
-    assert sizes == [15] * 4 + [6] * 4 + [15, 15, 6, 6] * 2
+    assert sizes == [15, 6] * 4 + [15, 6, 15, 6] * 2
 
 
 @pytest.mark.parametrize("kind", ["sft", "adapter"])

@@ -218,6 +218,10 @@ def test_advantages_are_whitened_over_the_whole_batch_and_only_over_its_tokens(t
     raw = ppo.advantages(given, scores, config(tmp_path, whiten_advantages=False)).advantages
     white = ppo.advantages(given, scores, config(tmp_path)).advantages
     tokens = raw[given.completion_mask].double()
+    returns = [
+        ppo.advantages(given, scores, config(tmp_path, whiten_advantages=whiten)).returns for whiten in (False, True)
+    ]
+    assert torch.equal(*returns), "the critic learns returns in nats"
     expected = (tokens - tokens.mean()) / tokens.std()
     torch.testing.assert_close(white[given.completion_mask].double(), expected, atol=1e-5, rtol=1e-5)
     assert white[given.completion_mask].var().item() == pytest.approx(1, abs=1e-5)
@@ -418,6 +422,16 @@ def test_split_rows_is_a_partition_into_mini_batches_of_micro_batches(tmp_path):
     assert not torch.equal(torch.cat(parts[0]), torch.cat(split(1, torch.arange(12))[0]))
     part = split(0, torch.arange(3, 9))
     assert sorted(torch.cat([rows for mini in part for rows in mini]).tolist()) == list(range(3, 9))
+
+
+def test_every_epoch_draws_mini_batches_of_its_own(tmp_path, monkeypatch):
+    args = config(tmp_path, num_ppo_epochs=6, num_mini_batches=2, gradient_accumulation_steps=1)
+    backward, seen = ppo.policy_backward, []
+    monkeypatch.setattr(ppo, "policy_backward", lambda *a: seen.append(a[1].lengths.tolist()) or backward(*a))
+    one_update(full_roles(args), args, rollout())  # completions of 3, 1, 4 and 2 tokens
+    epochs = [(sorted(first), sorted(second)) for first, second in zip(seen[::2], seen[1::2], strict=True)]
+    assert len(epochs) == 6 and all(sorted(first + second) == [1, 2, 3, 4] for first, second in epochs)
+    assert len({str(epoch) for epoch in epochs}) > 2
 
 
 def test_loss_is_divided_by_the_mini_batchs_tokens_and_not_by_its_sequences(tmp_path):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from ppo_steps import one_update
 from tiny import save, tiny_model, tiny_tokenizer
 from tiny_runs import (
     QUIET,
@@ -233,6 +234,38 @@ def test_active_adapter_comes_back_after_an_error(tiny_models, tmp_path):
     given = rollout()
     assert torch.equal(ppo.logprobs(roles.policy, given)[0], ppo.logprobs(roles.sft, given)[0])
     assert not torch.equal(ppo.logprobs(roles.base, given)[0], ppo.logprobs(roles.sft, given)[0])
+
+
+def test_a_role_inside_another_leaves_the_outer_one_as_it_was(tiny_models, tmp_path):
+    """peft freezes the adapters that are not on: the policy would come back with nothing to learn."""
+    roles, given = build_roles(config(tmp_path, use_peft=True), tiny_models.base, tiny_models.adapter), rollout()
+    with roles.policy.active():
+        expected = ppo.head_logprobs(roles.policy, roles.policy.hidden(given), given, 1.0)[0]
+        for inner in (roles.sft, roles.base, roles.critic, roles.policy):
+            ppo.score_role(inner, given, 1.0, [torch.arange(4)])
+            assert roles.policy.model.active_adapter == "policy"
+            assert all(p.requires_grad for _, p in roles.policy.parameters())
+        logp = ppo.head_logprobs(roles.policy, roles.policy.hidden(given), given, 1.0)[0]
+        assert torch.equal(logp, expected)
+        logp.sum().backward()
+    assert all(p.grad is not None for _, p in roles.policy.parameters())
+    assert not any(p.requires_grad for _, p in [*roles.policy.parameters(), *roles.sft.parameters()])
+    with roles.base.active(), pytest.raises(AssertionError, match="would stay off"), roles.sft.active():
+        pass
+    assert torch.equal(ppo.logprobs(roles.sft, given)[0], expected)
+
+
+def test_adapters_are_switched_for_a_mini_batch_and_not_for_each_micro_batch(tiny_models, tmp_path, monkeypatch):
+    """A switch goes through every layer in Python: as long as a forward of a small micro-batch on a GPU."""
+    args = config(
+        tmp_path, use_peft=True, per_device_train_batch_size=1, gradient_accumulation_steps=4, num_ppo_epochs=3
+    )
+    roles, switched = build_roles(args, tiny_models.base, tiny_models.adapter), []
+    switch = roles.policy.model.set_adapter
+    monkeypatch.setattr(roles.policy.model, "set_adapter", lambda name, **k: switched.append(name) or switch(name, **k))
+    one_update(roles, args, rollout())
+    on = [name for name in switched if name != "sft"]  # the one that is on outside
+    assert on == ["policy", "value"] * 4  # scores, and three epochs of one mini-batch
 
 
 def test_base_with_adapters_off_equals_the_plain_base_bit_for_bit(tiny_models, tmp_path):
