@@ -8,10 +8,9 @@
 Each run is a process of its own: it loads its models from a folder, as a user's does, and trains one iteration with
 :class:`srppo.SRPPOTrainer`, rollout included. Its figures are the largest resident set that the kernel saw (on a GPU:
 the most that torch had allocated), of the whole process, and beyond what it held after importing everything and
-training a tiny model. Peaks of each phase are kept too. ``shared / this`` is the quotient of the trainer as shipped and
-the row. Sampling, losses and values of a set's runs agree, which the CSV file shows: they do the same work.
-
-What no row counts is the memory of a second iteration, as it is that of the first.
+training a tiny model. Peaks of each phase are kept too; weights that a model maps from its file count once they are
+read. ``shared / this`` is the quotient of the trainer as shipped and the row. The roles' runs give the same scores and
+losses, to the last bit where a model each is a copy, and the heads' up to rounding: the CSV file has them.
 """
 
 from __future__ import annotations

@@ -128,19 +128,26 @@ def configuration(setting: Setting, folder: Path) -> Any:
 
 
 def separate_roles(args: Any, base: str, sft: str, peft_config: Any = None) -> Any:
-    """What :func:`srppo.roles.build_roles` gives, with a copy of the base model under each adapter."""
+    """What :func:`srppo.roles.build_roles` gives, with a copy of the base model under each adapter.
+
+    Models of one folder and its dtype would share the pages of its file; models of four folders would not, and a GPU
+    has no such pages. So each copy's weights are its own.
+    """
     from srppo.models import attach_adapter, disable_dropout, freeze, load_model
     from srppo.roles import Role, Roles, new_value_head, packed_alike, settle
 
-    def model(adapter: str) -> Any:
-        copy = load_model(base, args)
-        freeze(copy)
-        disable_dropout(copy)
-        return attach_adapter(copy, sft, adapter)
+    def copy() -> Any:
+        model = load_model(base, args)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        freeze(model)
+        disable_dropout(model)
+        return model
 
-    plain = load_model(base, args)
-    freeze(plain)
-    pair = packed_alike(Role("base", plain), Role("sft", model("sft"), "sft"))
+    def model(adapter: str) -> Any:
+        return attach_adapter(copy(), sft, adapter)
+
+    pair = packed_alike(Role("base", copy()), Role("sft", model("sft"), "sft"))
     packs = pair[0].packs
     policy = Role("policy", model("policy"), "policy", trainable=True, packs=packs)
     critic = Role("critic", model("value"), "value", trainable=True, packs=packs,
