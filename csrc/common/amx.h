@@ -2,8 +2,8 @@
 //
 // Written as inline assembly and not with the compiler's intrinsics: GCC 12's _tile_loadd does not say that it reads
 // memory and its _tile_loadconfig says so of 8 bytes of 64, so stores that pack an operand may be moved behind them.
-// Nothing here needs a target option, and templates and lambdas can call it. Compilers know nothing of what is in a tile,
-// and do not use one by themselves.
+// Nothing here needs a target option, and templates and lambdas can call it. Compilers know nothing of what is in a
+// tile, and do not use one by themselves.
 //
 // A test exchanges all of it for an emulator with the same names: SRPPO_TILES names the header.
 #pragma once
@@ -49,8 +49,8 @@ inline constexpr Configuration kWhole = whole_registers();
 
 namespace srppo::tiles {
 
-// Why this process may not use the registers; nullptr if it may. Asks for them: Linux hands them out on request only, to
-// the whole process, and allocates a thread's at its first use.
+// Why this process may not use the registers; nullptr if it may. Asks for them: Linux hands them out on request only,
+// to the whole process, and allocates a thread's at its first use.
 inline const char* obstacle() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;

@@ -2,9 +2,10 @@
 // another order of loops.
 //
 // kTileChunk columns at a time, K in blocks of kTileBlock, and within these a panel of 32 columns over all rows. What a
-// panel's multiplications read and write is then 1 KB of each row and 1 KB of its logits, whatever the width: 1 MB at 512
-// rows, half of an L2 cache, so that a task can have many rows. Packing a panel costs about a tenth of its multiplications
-// with 512 rows and a quarter with 256: tiles are that fast, and a head is read from memory once for each block of rows.
+// panel's multiplications read and write is then 1 KB of each row and 1 KB of its logits, whatever the width: 1 MB at
+// 512 rows, half of an L2 cache, so that a task can have many rows. Packing a panel costs about a tenth of its
+// multiplications with 512 rows and a quarter with 256: tiles are that fast, and a head is read from memory once for
+// each block of rows.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +26,8 @@ class TileLogits {
   using Pack = void (*)(const float* const* sources, std::int64_t steps, float* panel);
 
   // `weight` is [vocab][stride], `width` of each row.
-  TileLogits(const std::uint16_t* weight, std::int64_t stride, std::int64_t width, std::int64_t vocab, std::int64_t rows,
-             Pack pack)
+  TileLogits(const std::uint16_t* weight, std::int64_t stride, std::int64_t width, std::int64_t vocab,
+             std::int64_t rows, Pack pack)
       : weight_(weight), weight_stride_(stride), width_(width), vocab_(vocab), pack_(pack), stride_(tile_stride(width)),
         rows_(whole_tiles(rows, kTileRows) * stride_), panel_(kTileBlock / 2 * kTilePanel),
         ends_(width % 2 ? kTilePanel * kTileBlock / 2 : 0), zeros_(kTileBlock / 2) {
@@ -50,9 +51,9 @@ class TileLogits {
         const std::int64_t k = i / panels * kTileBlock, p = c + i % panels * kTilePanel;
         const std::int64_t depth = whole_tiles(std::min(width_ - k, kTileBlock), kTileDepth);
         read(v0 + p, v0 + size, k);
-        const bool last = i + 1 == depths * panels;
-        ahead(v0 + (last ? c + kTileChunk : c + (i + 1) % panels * kTilePanel), last ? 0 : (i + 1) / panels * kTileBlock,
-              (count + 2 * kTileRows - 1) / (2 * kTileRows));
+        const std::int64_t shares = (count + 2 * kTileRows - 1) / (2 * kTileRows);
+        if (i + 1 == depths * panels) ahead(v0 + c + kTileChunk, 0, shares);
+        else ahead(v0 + c + (i + 1) % panels * kTilePanel, (i + 1) / panels * kTileBlock, shares);
         tile_multiply(count, kTilePanel, rows_.data() + k, stride_, panel_.data(), depth, z + p, ldz, k > 0,
                       [this] { fetch(); });
       }

@@ -3,15 +3,15 @@
 //   C00 C01   +=   A0   [B0 B1]      A: 16 rows x 32 of K, B: 16 pairs of K x 16 columns, C: 16 rows x 16 columns
 //   C10 C11        A1
 //
-// x is bf16 row by row, [rows][stride], rows and K padded with zeros to whole tiles; the panel of columns is [pairs][32]
-// as in bf16_tile.h, two consecutive steps of K in 32 bits, and is read as it is. A last block of 16 rows leaves A1 and
-// its sums away.
+// x is bf16 row by row, [rows][stride], rows and K padded with zeros to whole tiles; the panel of columns is
+// [pairs][32] as in bf16_tile.h, two consecutive steps of K in 32 bits, and is read as it is. A last block of 16 rows
+// leaves A1 and its sums away.
 //
 // TDPBF16PS adds, for each element of C, the products of the 16 even and of the 16 odd steps in two chains of fused
 // multiply-adds from 0, their sum, and C. Subnormal inputs count as 0, and subnormal sums become 0. C takes kTileBlock
-// steps of K from 0; blocks are added up in z, in order. That is as close to float64 as the code without tiles, or closer,
-// which C over all of K would not be. And an element sees the same operations in the same order whatever its row and the
-// number of rows.
+// steps of K from 0; blocks are added up in z, in order. That is as close to float64 as the code without tiles, or
+// closer, which C over all of K would not be. And an element sees the same operations in the same order whatever its
+// row and the number of rows.
 //
 // Four products of 16 cycles run under four loads of 8: 64 cycles for 2 KB of x, which stream from L2, and 2 KB of the
 // panel, whose block of 32 KB stays in L1.
@@ -30,14 +30,14 @@ constexpr std::int64_t kTileDepth = 32;   // steps of K of a tile
 constexpr std::int64_t kTilePanel = 32;   // columns of a panel
 constexpr std::int64_t kTileBlock = 512;  // steps of K at a time: 32 KB of a panel
 
-inline constexpr std::int64_t whole_tiles(std::int64_t size, std::int64_t tile) { return (size + tile - 1) / tile * tile; }
+constexpr std::int64_t whole_tiles(std::int64_t size, std::int64_t tile) { return (size + tile - 1) / tile * tile; }
 
-// Bytes between rows of at least `bytes`: whole cache lines, and an odd number of them, so that the 16 rows of a tile lie in
-// 16 sets of the L1 cache. A power of two would put them all in one.
-inline constexpr std::int64_t tile_stride_bytes(std::int64_t bytes) { return (whole_tiles(bytes, 64) / 64 | 1) * 64; }
+// Bytes between rows of at least `bytes`: whole cache lines, and an odd number of them, so that the 16 rows of a tile
+// lie in 16 sets of the L1 cache. A power of two would put them all in one.
+constexpr std::int64_t tile_stride_bytes(std::int64_t bytes) { return (whole_tiles(bytes, 64) / 64 | 1) * 64; }
 
 // Elements between rows of x, K's padding included.
-inline constexpr std::int64_t tile_stride(std::int64_t depth) {
+constexpr std::int64_t tile_stride(std::int64_t depth) {
   return tile_stride_bytes(2 * whole_tiles(depth, kTileDepth)) / 2;
 }
 
@@ -105,9 +105,9 @@ SRPPO_BESIDE_TILES inline void add_block(const float* sums, std::int64_t rows, s
   }
 }
 
-// z[rows][columns <= 32], written or added to, of x [whole tiles of rows][stride] and panel [depth / 2][32], depth in steps
-// of 32; x and panel on cache lines, as a tile's row of 64 bytes would touch two of them. `between` is called before every
-// block. The caller holds tiles::InUse.
+// z[rows][columns <= 32], written or added to, of x [whole tiles of rows][stride] and panel [depth / 2][32], depth in
+// steps of 32; x and panel on cache lines, as a tile's row of 64 bytes would touch two of them. `between` is called
+// before every block. The caller holds tiles::InUse.
 template <class Between>
 inline void tile_multiply(std::int64_t rows, std::int64_t columns, const std::uint16_t* x, std::int64_t stride,
                           const std::uint32_t* panel, std::int64_t depth, float* z, std::int64_t ldz, bool add,

@@ -79,7 +79,7 @@ struct Packer {
   }
 };
 
-constexpr std::int64_t kRowBlock = 336;   // rows a task: packing a panel is then a percent or two of its multiplications
+constexpr std::int64_t kRowBlock = 336;    // rows a task: packing a panel is then 1 or 2 % of its multiplications
 constexpr std::int64_t kWidestPanel = 32;  // vocabulary entries, at AVX-512
 
 // Rows of the head a panel at a time, packed for the tiles.

@@ -1,9 +1,9 @@
 // out (+)= A B with bf16 factors and an fp32 result: what a CPU's BLAS rounds to bf16, and so cannot add up exactly.
 //
-// GEMMs 2 and 3 of srppo_kernels/linear_logprob where parts of them are added: dhidden over vocabulary chunks, dweight over
-// chunks of rows or into a caller's buffer. A comes as [M, K] (dZ of dX = dZ W) or as [K, M] (dZ of dW = dZ^T X), B as
-// [K, N]; K goes in pairs (bf16_tile.h), so packing B is interleaving two of its rows. AMX tiles (amx_tile.h) read the same
-// panels of B, and A by rows.
+// GEMMs 2 and 3 of srppo_kernels/linear_logprob where parts of them are added: dhidden over vocabulary chunks, dweight
+// over chunks of rows or into a caller's buffer. A comes as [M, K] (dZ of dX = dZ W) or as [K, M] (dZ of dW = dZ^T X),
+// B as [K, N]; K goes in pairs (bf16_tile.h), so packing B is interleaving two of its rows. AMX tiles (amx_tile.h) read
+// the same panels of B, and A by rows.
 //
 // A task is a block of rows of the result and a block of its columns, over all of K in order: bits do not depend on the
 // number of threads, nor on how the result is cut.
@@ -29,14 +29,14 @@ namespace {
 #if defined(__x86_64__)
 
 constexpr std::int64_t kPairs = 512;  // of K at a time: a panel of B is 64 KB
-// Of a task, at most. Rows: packing B is then a percent or two of its multiplications with AVX-512; a tenth with AMX, which
-// is that much faster, but for the thread's first task where K is one block. A block of A is 0.7 or 1.1 MB and stays in L2.
-// Columns: packing A is a few percent.
+// Of a task, at most. Rows: packing B is then a percent or two of its multiplications with AVX-512, and a tenth with
+// AMX, which is that much faster; where K is one block, a thread does it once. A block of A is 0.7 or 1.1 MB and stays
+// in L2. Columns: packing A is a few percent.
 constexpr std::int64_t kRows = 336, kColumns = 1024;
 constexpr std::int64_t kTileTaskRows = 512, kTileTaskColumns = 2048;
 
-// Two rows of bf16, element by element: `out[i] = first[i] | second[i] << 16`; 0 beyond `n` up to `room`, and for a row that
-// is not there.
+// Two rows of bf16, element by element: `out[i] = first[i] | second[i] << 16`; 0 beyond `n` up to `room`, and for a row
+// that is not there.
 SRPPO_BF16 void interleave(const std::uint16_t* first, const std::uint16_t* second, std::int64_t n, std::int64_t room,
                            std::uint32_t* out) {
   for (std::int64_t i = 0; i < room; i += 16) {
@@ -137,7 +137,8 @@ void pack_a_rows(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int
       const std::uint16_t *row = a.row(k0 + k + 2 * i), *next = a.row(k0 + k + 2 * i + 1);
       interleave(row ? row + r0 : nullptr, next ? next + r0 : nullptr, count, width, scratch + i * width);
     }
-    transpose_words(reinterpret_cast<const float*>(scratch), width, count, reinterpret_cast<float*>(out + k), stride / 2);
+    transpose_words(reinterpret_cast<const float*>(scratch), width, count, reinterpret_cast<float*>(out + k),
+                    stride / 2);
   }
   const std::int64_t here = std::min(depth, a.columns - k0);
   for (std::int64_t r = 0; !transposed && r < count; ++r) {
@@ -197,7 +198,8 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
   }
   if (m == 0 || n == 0) return;
   const bool on_tiles = cpu_level() >= CpuLevel::amx;
-  const std::int64_t most_rows = on_tiles ? kTileTaskRows : kRows, most_columns = on_tiles ? kTileTaskColumns : kColumns;
+  const std::int64_t most_rows = on_tiles ? kTileTaskRows : kRows;
+  const std::int64_t most_columns = on_tiles ? kTileTaskColumns : kColumns;
   // Blocks of equal size, of whole tiles and panels; a small result is cut by columns until every thread has one.
   const std::int64_t threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
   const std::int64_t row_blocks = (m + most_rows - 1) / most_rows;
@@ -206,12 +208,13 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
   const auto even = [](std::int64_t size, std::int64_t blocks, std::int64_t unit) {
     return whole_tiles((size + blocks - 1) / blocks, unit);
   };
-  const std::int64_t rows = even(m, row_blocks, on_tiles ? kTileRows : 14), columns = even(n, column_blocks, kBf16Panel);
+  const std::int64_t rows = even(m, row_blocks, on_tiles ? kTileRows : 14);
+  const std::int64_t columns = even(n, column_blocks, kBf16Panel);
   const auto tasks = [&](std::int64_t begin, std::int64_t end, const auto& task) {
     for (std::int64_t i = begin; i < end; ++i) {
       // On tiles the same columns one after another, for the panels' sake; else the same rows.
-      const std::int64_t r = on_tiles ? i % row_blocks : i / column_blocks, c = on_tiles ? i / row_blocks : i % column_blocks;
-      const std::int64_t r0 = r * rows, c0 = c * columns;
+      const std::int64_t r0 = (on_tiles ? i % row_blocks : i / column_blocks) * rows;
+      const std::int64_t c0 = (on_tiles ? i / row_blocks : i % column_blocks) * columns;
       const std::int64_t count = std::min(rows, m - r0), width = std::min(columns, n - c0);
       if (count > 0 && width > 0) task(r0, count, c0, width);
     }

@@ -1,5 +1,5 @@
-// The tile registers of csrc/common/amx.h in plain C++, for machines without AMX: what the instructions do, bit by bit, and
-// every rule that the hardware enforces with #UD or #GP.
+// The tile registers of csrc/common/amx.h in plain C++, for machines without AMX: what the instructions do, bit by bit,
+// and every rule that the hardware enforces with #UD or #GP.
 //
 // A breach is noted, with the instruction, and execution goes on; a test asks for the first one. Stricter than the
 // hardware: registers hold NaN after LDTILECFG until something is loaded, a configuration that another library left
@@ -82,7 +82,8 @@ __attribute__((target("avx2,fma"))) inline __m256 half_of(const std::uint8_t* pa
 }
 
 // Whole registers, eight columns at a time; MXCSR has DAZ, FTZ and rounding to nearest.
-__attribute__((noinline, target("avx2,fma"))) inline void dot_of_whole(Register& c, const Register& a, const Register& b) {
+__attribute__((noinline, target("avx2,fma"))) inline void dot_of_whole(Register& c, const Register& a,
+                                                                       const Register& b) {
   for (int m = 0; m < kRows; ++m)
     for (int n = 0; n < kRowBytes; n += 32) {
       __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
@@ -186,17 +187,19 @@ inline void store(void* to, std::int64_t stride) {
 template <int kTile>
 inline void zero() {
   static_assert(kTile >= 0 && kTile < kCount);
-  if (emulated::valid("TILEZERO", kTile)) std::memset(&emulated::thread.registers[kTile], 0, sizeof(emulated::Register));
+  if (!emulated::valid("TILEZERO", kTile)) return;
+  std::memset(&emulated::thread.registers[kTile], 0, sizeof(emulated::Register));
 }
 
-// Two chains of fused multiply-adds from 0 for each element, over even and over odd steps of K; their sum; that and C. DAZ,
-// FTZ and rounding to nearest, whatever MXCSR says.
+// Two chains of fused multiply-adds from 0 for each element, over even and over odd steps of K; their sum; that and C.
+// DAZ, FTZ and rounding to nearest, whatever MXCSR says.
 template <int kC, int kA, int kB>
 inline void dot_bf16() {
   static_assert(kC >= 0 && kC < kCount && kA >= 0 && kA < kCount && kB >= 0 && kB < kCount);
   using emulated::thread;
   if (kC == kA || kC == kB || kA == kB) emulated::breach("TDPBF16PS: #UD: one register twice");
-  if (!emulated::valid("TDPBF16PS", kC) || !emulated::valid("TDPBF16PS", kA) || !emulated::valid("TDPBF16PS", kB)) return;
+  for (const int tile : {kC, kA, kB})
+    if (!emulated::valid("TDPBF16PS", tile)) return;
   const auto& c = thread.configuration;
   if (c.row_bytes[kC] % 4 || c.row_bytes[kA] % 4 || c.row_bytes[kB] % 4) {
     emulated::breach("TDPBF16PS: #UD: rows that are not whole pairs");
