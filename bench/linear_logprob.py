@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import srppo_kernels
-from bench.core import PLANS, ROWS, Call, Case, Errors, Floor, Op, Provider, Result
+from bench.core import PLANS, ROWS, Call, Case, Errors, Floor, Op, Provider, Result, Unavailable
 from bench.head import (
     CLIP,
     HeadInputs,
@@ -32,6 +32,7 @@ from bench.head import (
     problem_inputs,
 )
 from bench.peers import FUSED_MEAN, FUSED_PPO, PER_TOKEN, Forward, Peer, torch_mean
+from srppo_kernels.linear_logprob import sm90
 
 SHAPE = ("N", "D", "V")
 GROSS = 0.25  # nats: sixteen-bit logits of these sizes are off by a tenth of that
@@ -169,6 +170,9 @@ COMPILED = Provider("torch-compile", "torch.compile of logits, log_softmax, gath
 def ours(backend: str) -> Callable[[HeadProblem, str], Call]:
     def prepare(problem: HeadProblem, plan: str) -> Call:
         x = problem.inputs
+        reason = sm90.obstacle(x.hidden, x.weight) if backend == "sm90" else ""
+        if reason:
+            raise Unavailable(reason)
         options: dict[str, Any] = {"mask": x.mask, "plan": plan, "backend": backend}
         if problem.kind == "linear_logprob":
             return score_call(x, lambda h, w: srppo_kernels.linear_logprob(h, w, x.targets, **options).logprob)
@@ -223,6 +227,8 @@ def srppo_providers(plans: tuple[str, ...] = ("auto",)) -> tuple[Provider, ...]:
     others = tuple(plan for plan in PLANS if plan not in plans)
     return (
         Provider("srppo", "this library", ours("auto"), plans, others, resolve=explained("auto")),
+        Provider("srppo-sm90", "this library with GEMM 1 in CUDA C++ for Hopper", ours("sm90"), ("auto",), PLANS[1:],
+                 applies=lambda case: case.device != "cpu" and case.dtype == "bfloat16", resolve=explained("sm90")),
         Provider("srppo-torch", "this library without its native kernels", ours("torch"), ("auto",), PLANS[1:],
                  default=False, resolve=explained("torch")),
         Provider("srppo-reference", "this library's reference, logits in full", ours("reference"), ("auto",),

@@ -125,7 +125,7 @@ def gradients(
     default.
     """
     acc = accumulation_dtype(hidden)
-    if backend == "triton":
+    if backend in gpu.FAMILY:
         assert rows.live is not None  # compaction is left to the kernels
         nonzero = upstream.nonzero(rows) & rows.live
         scalars = RowScalars.of(rows, upstream, acc)
@@ -270,7 +270,7 @@ def context(
     one, zero = torch.ones_like(outputs.logprob), torch.zeros_like(outputs.logprob)
     scalars = RowScalars(one, None, zero, outputs.row_max, outputs.log_sum)
     into = Destination(True, None, None)
-    if backend == "triton":
+    if backend in gpu.FAMILY:
         assert rows.live is not None
         result = _on_triton(hidden, head, targets, rows, rows.live, scalars, into, residual, True)
     else:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srppo_kernels.linear_logprob import gpu, native, vocab_parallel
+from srppo_kernels.linear_logprob import gpu, native, sm90, vocab_parallel
 from srppo_kernels.linear_logprob.rows import Rows
 
 GROUP = 2048  # vocabulary entries a group: fp32 weight copy of 32 MB at D = 4096
@@ -95,7 +95,7 @@ def kept_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def maxima_of(vocab: int, backend: str) -> int:
     """How many maxima a row of kept exponentials has."""
-    return gpu.maxima(vocab) if backend == "triton" else -(-vocab // GROUP)
+    return gpu.maxima(vocab) if backend in gpu.FAMILY else -(-vocab // GROUP)
 
 
 def mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,7 +177,7 @@ def forward(
     acc = accumulation_dtype(hidden)
     y = rows.take(targets).long()
     temperature = None if head.row_temperature is None else rows.take(head.row_temperature, 1.0).to(acc)
-    scan = {"native": native.scan, "triton": gpu.scan}.get(backend, _scan)
+    scan = {"native": native.scan, "triton": gpu.scan, "sm90": sm90.scan}.get(backend, _scan)
     state = scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     m, s, t, zy = vocab_parallel.merge_ranks(state, group)
     d = zy - m

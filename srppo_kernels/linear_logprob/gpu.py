@@ -5,6 +5,8 @@
     triton_gradients.py   dZ, from kept exponentials or from logits computed anew
     triton_products.py    GEMMs 2 and 3 over rows that only the device can count
 
+Backend "sm90" is the same with GEMM 1 in CUDA C++ (sm90.py).
+
 Compiled for sm_80, sm_90 and sm_100 (`bench/compile.py`) and interpreted against the reference on small shapes; not yet
 run on a device.
 """
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.chunked import Head, Residual
     from srppo_kernels.linear_logprob.rows import Rows
 
+# Forward scans that these kernels' gradients follow: rows compacted on the device, exponentials kept by position.
+FAMILY = ("triton", "sm90")
 GROUP = 2048  # vocabulary entries that one program scans, in order, whatever the number of rows
 PART = 32  # columns of an accumulator tile that an epilogue takes at a time, and that share a kept maximum
 CHUNK_GROUPS = 8  # vocabulary groups of a dZ that is not formed in place: K = 16384 in GEMM 2
@@ -77,9 +81,9 @@ def over_vocabulary(
     )  # fmt: skip
 
 
-def scan_bytes(rows: int, width: int, vocab: int, item: int) -> int:
+def scan_bytes(rows: int, width: int, vocab: int, item: int, group: int = GROUP) -> int:
     """Rows gathered, three numbers a row and group, and what lists the rows."""
-    return rows * (width * item + 12 * -(-vocab // GROUP) + 48)
+    return rows * (width * item + 12 * -(-vocab // group) + 48)
 
 
 def chunk_entries(rows: int, vocab: int, item: int, dz_bytes: int, group: int = GROUP) -> int:

@@ -282,7 +282,8 @@ def linear_logprob(
         plan: ``"auto"``, ``"score"`` (no gradient), ``"precompute"``, ``"cache"`` or ``"recompute"``: see plan.py.
         workspace_bytes: bound on the exponentials that ``cache`` keeps, by default the size of an fp32 dweight; and on
             what ``recompute`` holds at a time, down to what its smallest blocks take.
-        backend: ``"auto"``, ``"native"`` (C++, CPU), ``"triton"`` (GPU), ``"torch"``, or ``"reference"`` (all logits).
+        backend: ``"auto"``, ``"native"`` (C++, CPU), ``"triton"`` (GPU), ``"sm90"`` (``"triton"`` with GEMM 1 in CUDA
+            C++, bf16 on Hopper; not yet run on a device), ``"torch"``, or ``"reference"`` (all logits).
         group: process group over which the vocabulary is cut in rank order; ``weight`` and ``bias`` are then this
             rank's shard (sizes may differ), all else is the same on every rank, and so are the results and dhidden.
         grad_weight_out: float32 ``[V, D]`` to which dweight is added in place of ``weight.grad``.

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srppo_kernels.linear_logprob import gpu, native, native_gradients
+from srppo_kernels.linear_logprob import gpu, native, native_gradients, sm90
 from srppo_kernels.linear_logprob.chunked import BACKWARD_ELEMENTS, GROUP, row_block
 
 OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
 PLANS = ("auto", "score", "precompute", "cache", "recompute")
-BACKENDS = ("auto", "reference", "torch", "native", "triton")
+BACKENDS = ("auto", "reference", "torch", "native", "triton", "sm90")
 CPU_CHUNK_BYTES = 64 << 20  # exponentials of a row chunk by default: hundreds of rows, which is enough for a CPU's GEMM
 
 
@@ -98,6 +98,11 @@ def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
     dtypes = (problem.hidden_dtype, problem.weight_dtype)
     if backend == "triton" or (backend == "auto" and problem.device.type == "cuda"):
         obstacle = gpu.obstacle(problem.device, dtypes, explicit=backend == "triton")
+    if backend == "sm90":
+        obstacle = sm90.call_obstacle(problem.device, dtypes, problem.width)
+        if obstacle:
+            raise ValueError(f"{problem.op}: backend='sm90' cannot run: {obstacle}; pass backend='auto' or 'torch'")
+        return "sm90", "backend='sm90' was asked for"
         if not obstacle:
             return "triton", "backend='triton' was asked for" if backend == "triton" else "the Triton kernels are there"
         if backend == "triton":
@@ -219,7 +224,7 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
 def _recompute_bytes(problem: Problem, backend: str, dz_bytes: int) -> int:
     """Of plan recompute: the forward's scan, or the backward, which scans again beside dz."""
     size = max(_backward_bytes(problem, backend, dz_bytes=dz_bytes), _scan_bytes(problem, backend))
-    if backend != "triton" and problem.native_gradients:
+    if backend not in gpu.FAMILY and problem.native_gradients:
         again = native_gradients.scan_bytes(
             problem.rows, problem.width, problem.vocab, problem.kept_bytes, dz_bytes
         )  # fmt: skip
@@ -229,7 +234,7 @@ def _recompute_bytes(problem: Problem, backend: str, dz_bytes: int) -> int:
 
 def _how(problem: Problem, backend: str) -> str:
     """How GEMMs 2 and 3 run, for a reason's end."""
-    if problem.device.type != "cpu" or backend == "triton" or not problem.needs_any:
+    if problem.device.type != "cpu" or backend in gpu.FAMILY or not problem.needs_any:
         return ""
     if problem.native_gradients:
         own = problem.hidden_dtype == torch.float32 and native_gradients.fp32_product_is_native()
@@ -247,8 +252,9 @@ def _weight_copy_bytes(problem: Problem) -> int:
 
 def _scan_bytes(problem: Problem, backend: str) -> int:
     """Blocks of the forward: logits and exponentials, the rows, the weight copy, and four numbers a row."""
-    if backend == "triton":
-        return gpu.scan_bytes(problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize)
+    if backend in gpu.FAMILY:
+        group = sm90.GROUP if backend == "sm90" else gpu.GROUP
+        return gpu.scan_bytes(problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize, group)
     if backend == "native":
         return native.workspace_bytes(problem.rows, problem.width, problem.vocab, GROUP)
     block, group = row_block(problem.device), min(GROUP, problem.vocab)
@@ -261,7 +267,7 @@ def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0, dz_b
 
     ``in_place_rows``: of a chunk whose exponentials may be overwritten; 0: they may not, or are none.
     """
-    if backend == "triton":
+    if backend in gpu.FAMILY:
         return gpu.backward_bytes(
             in_place_rows or problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize,
             problem.kept_bytes, in_place=in_place_rows > 0, dz_bytes=dz_bytes,

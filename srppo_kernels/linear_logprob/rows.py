@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from srppo_kernels.linear_logprob import gpu
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -31,7 +33,7 @@ class Rows:
     def of(live: Tensor, *, backend: str = "", dense: bool = False) -> "Rows":
         """The rows where ``live``; compacted here where that needs no wait, by the Triton kernels on the device."""
         n = live.shape[0]
-        if live.device.type != "cpu" or backend == "triton":
+        if live.device.type != "cpu" or backend in gpu.FAMILY:
             return Rows(0, n, live=live, dense=dense)
         index = live.nonzero()[:, 0]
         return Rows(0, n) if index.shape[0] == n else Rows(0, n, index=index)

@@ -4,8 +4,9 @@ It takes the same row lists, fills the same residual (maxima of 32 columns, by p
 the same merge, so that the Triton backend's gradients follow it. Its vocabulary groups are smaller, so its bits are its
 own: scan and train with one of the two.
 
-Compiled, and run on the host under an emulator (tests/linear_logprob/test_sm90_host.py); not yet run on a device, and
-so chosen by no backend. tests/linear_logprob/test_linear_logprob_sm90.py is for a device to run.
+It runs where backend="sm90" asks for it. Compiled, and run on the host under an emulator
+(tests/linear_logprob/test_sm90_host.py); not yet run on a device, and so not what "auto" takes.
+tests/linear_logprob/test_linear_logprob_sm90.py is for a device to run, bench/tiles.py times it beside Triton's.
 """
 
 from typing import TYPE_CHECKING
@@ -26,18 +27,34 @@ CLUSTER = 2  # blocks that share the loads of X; 1 is there to be measured
 LARGEST = 2**31 - 8 * GROUP  # rows, and vocabulary entries, that the kernel counts in 32 bits
 
 
+@_extension.constant_when_traced  # a compiler that traces the public functions need not look into the extension
+def call_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> str:
+    """Why backend="sm90" cannot serve such a call; empty if it can, strides and alignment aside."""
+    return _device_obstacle(device) or _dtype_obstacle(*dtypes) or _width_obstacle(width)
+
+
 def obstacle(hidden: Tensor, weight: Tensor, *, keep: bool = False) -> str:
     """Why the scan cannot run on these; empty if it can. ``keep``: exponentials are kept for the gradients."""
     return _device_obstacle(hidden.device) or operand_obstacle(hidden, weight, keep=keep)
 
 
+def _dtype_obstacle(hidden: torch.dtype, weight: torch.dtype) -> str:
+    if hidden == weight == torch.bfloat16:
+        return ""
+    return f"it multiplies bfloat16, and the inputs are {hidden} and {weight}"
+
+
+def _width_obstacle(width: int) -> str:
+    if width > 0 and width % 8 == 0:
+        return ""
+    return f"TMA reads rows at multiples of 16 bytes, and a hidden size of {width} is none of 8 elements"
+
+
 def operand_obstacle(hidden: Tensor, weight: Tensor, *, keep: bool = False) -> str:
     """What is in the way of TMA, or of the kernel's own limits, whatever the device."""
-    if hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
-        return f"it multiplies bfloat16, and the inputs are {hidden.dtype} and {weight.dtype}"
-    width = weight.shape[1]
-    if width == 0 or width % 8:
-        return f"TMA reads rows at multiples of 16 bytes, and a hidden size of {width} is none of 8 elements"
+    reason = _dtype_obstacle(hidden.dtype, weight.dtype) or _width_obstacle(weight.shape[1])
+    if reason:
+        return reason
     if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
         return "TMA reads rows that are contiguous and start at multiples of 16 bytes, and the weight's do not"
     if keep and weight.shape[0] % 2:
@@ -75,11 +92,17 @@ def scan(
     """The online state ``(m, s, t, z_y)``, ``[4, count]``; chunked._scan has the meaning of the arguments.
 
     t is there whether ``entropy`` asks for it or not: it hides under the other consumer's GEMM.
+
+    Raises:
+        ValueError: operands that TMA or the kernel cannot take, by what is in the way.
     """
     from srppo_kernels.linear_logprob.triton_scan import MERGED_ROWS, merge_kernel
     from srppo_kernels.linear_logprob.triton_tiles import LOWEST, gather_rows, row_list
 
     assert rows.index is None and kept_rows is None, "on this backend rows are compacted on the device"
+    reason = operand_obstacle(hidden, head.weight, keep=residual is not None)
+    if reason:
+        raise ValueError(f"linear_logprob: backend='sm90' cannot run: {reason}; pass backend='auto'")
     n, vocab = rows.count, head.weight.shape[0]
     hidden = hidden[rows.start : rows.stop]
     out = hidden.new_zeros(4, n, dtype=torch.float32)

@@ -5,9 +5,11 @@ What can be shown without a device is in test_sm90_host.py.
 
 import pytest
 import torch
-from linear_logprob.head_problems import KINDS, Problem, make, value_bound
+from backends import needs_triton
+from linear_logprob.head_problems import KINDS, Problem, make, relative, value_bound
 from torch import Tensor
 
+from srppo_kernels import explain, linear_logprob, linear_ppo_loss
 from srppo_kernels.linear_logprob import gpu, sm90
 from srppo_kernels.linear_logprob.chunked import Head, Residual
 from srppo_kernels.linear_logprob.rows import Rows
@@ -170,6 +172,71 @@ def test_in_a_graph(hopper):
     call.live[::5] = True
     graph.replay()
     assert torch.equal(captured, call.run())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["score", "recompute", "cache", "precompute"])
+def test_as_a_backend(hopper, plan):
+    """Values and gradients of every plan; the scan is this one, the gradients follow Triton's."""
+    p = problem(n=600, d=72)
+    leaves = [p.hidden, p.weight][: {"score": 0, "precompute": 1}.get(plan, 2)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    twin, live = p.double(), p.live()
+    got = p.run(plan=plan, workspace_bytes=1 << 30, backend="sm90").logprob
+    want = twin.oracle()[0]
+    assert (got - want)[live].abs().max() <= value_bound(p)
+    if leaves:
+        upstream = torch.linspace(0, 1, 600, device="cuda")
+        exact = torch.autograd.grad((want * upstream).sum(), [twin.hidden, twin.weight][: len(leaves)])
+        for a, b in zip(torch.autograd.grad((got * upstream).sum(), leaves), exact, strict=True):
+            assert relative(a, b) < 8e-3
+
+
+@pytest.mark.gpu
+def test_an_unchanged_model_as_a_backend(hopper):
+    """Scored and trained have the same bits: the ratio is 1, exactly."""
+    p = problem(mask=None)
+    old = p.run(plan="score", backend="sm90").logprob
+    ones = torch.ones(N, device="cuda")
+    arguments = (p.hidden.requires_grad_(), p.weight.requires_grad_(), p.targets, old, ones, ones.bool())
+    loss, stats = linear_ppo_loss(*arguments, backend="sm90")
+    loss.backward()
+    assert stats.ratio_max == 1 and stats.approx_kl == 0
+    assert p.weight.grad.isfinite().all()
+
+
+@needs_triton
+@pytest.mark.parametrize("plan", ["score", "recompute", "cache", "precompute"])
+def test_the_backend_is_tritons_with_another_scan(plan, monkeypatch):
+    """Its scan replaced by Triton's, interpreted: all else is the Triton backend, bit for bit."""
+    monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
+    scans = []
+    monkeypatch.setattr(sm90, "scan", lambda *arguments: (scans.append(1), gpu.scan(*arguments))[1])
+    made = {}
+    for backend in ("triton", "sm90"):
+        p = make("random", n=40, d=16, v=200, mask=torch.arange(40) % 3 > 0, grad=(True, plan != "precompute"))
+        got = p.run(entropy=plan != "precompute", plan=plan, workspace_bytes=1 << 30, backend=backend)
+        made[backend] = [got.logprob.detach()]
+        if plan != "score":
+            made[backend] += torch.autograd.grad(got.logprob.sum(), p.inputs())
+        torch.manual_seed(0)
+    assert scans and all(torch.equal(a, b) for a, b in zip(made["triton"], made["sm90"], strict=True))
+
+
+def test_elsewhere_the_backend_is_refused_in_words(monkeypatch):
+    x, w, y = torch.zeros(4, 64).bfloat16(), torch.zeros(10, 64).bfloat16(), torch.zeros(4, dtype=torch.int64)
+    for call in (linear_logprob, explain):
+        with pytest.raises(ValueError, match=r"backend='sm90' cannot run: it is for CUDA devices of .*; pass backend"):
+            call(x, w, y, backend="sm90")
+    monkeypatch.setattr(sm90, "_device_obstacle", lambda device: "")
+    assert explain(x, w, y, backend="sm90").backend == "sm90"
+    with pytest.raises(ValueError, match=r"it multiplies bfloat16, and the inputs are torch\.float32"):
+        explain(x.float(), w, y, backend="sm90")
+    with pytest.raises(ValueError, match="a hidden size of 60 is none of 8 elements"):
+        explain(x[:, :60], w[:, :60], y, backend="sm90")
+    with pytest.raises(ValueError, match=r"backend='sm90' cannot run: TMA reads rows that are contiguous"):
+        linear_logprob(x, torch.zeros(64, 10).bfloat16().T, y, backend="sm90")
 
 
 @pytest.mark.parametrize(
