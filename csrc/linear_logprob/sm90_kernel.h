@@ -1,6 +1,6 @@
 // GEMM 1 of srppo_kernels/linear_logprob on sm_90a with the softmax's state in its epilogue: what triton_scan.py's scan
 // computes, by TMA and WGMMA. Compiled, and run on the host under an emulator (tests/linear_logprob/test_sm90_host.py); not run
-// on a device, as none was at hand, and so chosen by no backend. README.md in this folder has the budgets, ptxas's figures and
+// on a device, as none was at hand, and so only where backend="sm90" asks for it. README.md in this folder has the budgets, ptxas's figures and
 // what is left for a device to show.
 //
 //     z = softcap(scale (x W^T + bias)) / temperature            m, s, t of a row and vocabulary group; z_y where it is met

@@ -134,6 +134,7 @@ def operand(matrix: Tensor, rows: int, columns: int, tma: bool) -> tuple[Any, bo
     aligned = (
         tma
         and matrix.stride(1) == 1
+        and matrix.stride(0) >= matrix.shape[1]  # not an expanded row
         and matrix.data_ptr() % 16 == 0
         and matrix.stride(0) * matrix.element_size() % 16 == 0
     )
