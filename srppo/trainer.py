@@ -206,10 +206,8 @@ class SRPPOTrainer:
         sampled = time.perf_counter()
 
         progress.status("scoring")
-        mini_batches = ppo.split_rows(
-            torch.arange(len(rollout)).chunk(distributed.size())[distributed.rank()], rollout, args,
-            role=self.roles.policy, generator=self.generator,
-        )  # fmt: skip
+        own = torch.arange(len(rollout)).chunk(distributed.size())[distributed.rank()]  # of the ranks' rows
+        mini_batches = ppo.split_rows(own, rollout, args, role=self.roles.policy, generator=self.generator)
         micro_batches = [rows for mini_batch in mini_batches for rows in mini_batch]
         scores = ppo.gather_scores(ppo.score(self.roles, rollout, args, micro_batches))
         if self.step == 0:

@@ -20,7 +20,7 @@ from srppo.console import Console
 from srppo.metrics import peak_memory_gib
 from srppo.roles import build_roles
 
-FACTOR, SLACK = 1.5, 64 * 2**20  # of a run's memory against its estimate, and what allocators take however small it is
+FACTOR, SLACK = 1.5, 16 * 2**20  # of a run's memory against its estimate, and what allocators take however small it is
 
 
 def held(roles) -> int:
@@ -69,6 +69,22 @@ def test_more_tokens_and_less_checkpointing_take_more(tiny_models, tmp_path):
     assert peak(per_device_train_batch_size=8) > peak(per_device_train_batch_size=4) > peak(gradient_checkpointing=True)
 
 
+def test_adapters_in_float32_keep_inputs_of_their_own_beside_16_bit_weights(tiny_models, tmp_path):
+    def activations(dtype: str, sft: str, **settings) -> int:
+        args = config(tmp_path, dtype=dtype, **settings)
+        return memory.estimate(args, tiny_models.base, sft, longest_prompt=100).activations
+
+    hidden, mlp, layers = 32, 64, 2  # of the tiny model
+    full = activations("bfloat16", tiny_models.sft, use_peft=False)
+    lora = activations("bfloat16", tiny_models.adapter, use_peft=True)
+    assert lora / full == pytest.approx(1 + 4 * (6 * hidden + mlp) / (2 * (10 * hidden + 4 * mlp)))
+    assert 2 * full == activations("float32", tiny_models.adapter, use_peft=True)
+    args = config(tmp_path, dtype="bfloat16", use_peft=True, gradient_checkpointing=True)
+    tokens = args.per_device_train_batch_size * (100 + args.max_completion_length)
+    checkpointed = activations("bfloat16", tiny_models.adapter, use_peft=True, gradient_checkpointing=True)
+    assert checkpointed == lora / layers + tokens * layers * hidden * 2
+
+
 def test_the_estimate_is_said_before_the_models_are_loaded_and_the_peak_after(tiny_models, tmp_path, monkeypatch):
     said, console = io.StringIO(), Console()
     console.rich = RichConsole(file=said, width=250)
@@ -103,7 +119,7 @@ def test_a_process_is_not_charged_with_the_memory_of_the_one_that_started_it():
 
 @pytest.mark.parametrize(
     ("size", "kind"),
-    [("tiny", "lora"), ("tiny", "full"), pytest.param("smollm2", "lora", marks=pytest.mark.slow)],
+    [("small", "lora"), ("small", "full"), pytest.param("smollm2", "lora", marks=pytest.mark.slow)],
 )
 def test_a_run_takes_its_estimate_within_the_stated_factor(tmp_path, size, kind):
     root = Path(srppo.__file__).parents[1]

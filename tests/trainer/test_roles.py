@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from ppo_steps import one_update
+from ppo_steps import one_update, trained_head
 from tiny import save, tiny_model, tiny_tokenizer
 from tiny_runs import (
     QUIET,
@@ -553,6 +553,29 @@ def test_an_adapter_that_would_learn_for_two_roles_is_refused(tiny_models, tmp_p
     monkeypatch.setattr(Role, "parameters", more)
     with pytest.raises(AssertionError, match="a weight has two roles"):
         build(tmp_path, tiny_models.base, getattr(tiny_models, kind), use_peft=True)
+
+
+@pytest.mark.parametrize("name", ["policy", "critic"])
+def test_a_role_with_nothing_to_learn_is_refused(tiny_models, tmp_path, monkeypatch, name):
+    own = Role.parameters
+    monkeypatch.setattr(Role, "parameters", lambda self: [] if self.name == name else own(self))
+    with pytest.raises(UserError, match=f"the {name} has no trainable parameters: check lora_target_modules"):
+        build(tmp_path, tiny_models.base, tiny_models.adapter, use_peft=True)
+
+
+def test_old_values_are_those_of_the_critics_own_adapter(tiny_models, tmp_path):
+    args, given = config(tmp_path, use_peft=True), rollout()
+    roles = trained_head(build_roles(args, tiny_models.base, tiny_models.adapter))
+    with torch.no_grad():
+        for _, p in roles.critic.parameters():
+            p.mul_(1.5)
+    found = {}
+    for r in (roles.policy, roles.critic):
+        with torch.no_grad(), r.active():
+            found[r.name] = given.in_place(roles.critic.values(given))
+    assert (found["critic"] - found["policy"]).abs().max() > 1e-2
+    values = ppo.score(roles, given, args, [torch.arange(4)]).values
+    torch.testing.assert_close(values, found["critic"], atol=1e-5, rtol=1e-5)
 
 
 def test_a_policy_that_is_the_sft_model_itself_is_refused(tiny_models, tmp_path, monkeypatch):
