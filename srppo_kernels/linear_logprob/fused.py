@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from srppo_kernels.linear_logprob import backward as grads
+from srppo_kernels.linear_logprob import spare
 from srppo_kernels.linear_logprob.chunked import Head, accumulation_dtype, forward
 from srppo_kernels.linear_logprob.op import new_residual
 from srppo_kernels.linear_logprob.rows import Rows
@@ -113,6 +114,8 @@ def run(
             )  # fmt: skip
             if dhidden is not None:
                 rows_with_gradient.put(formed.hidden, dhidden)
+    if residual is not None:
+        spare.give_back(residual.kept)
     for destination, total in zip((formed.weight, formed.bias), sums, strict=True):
         if destination is not total:
             destination.copy_(total)

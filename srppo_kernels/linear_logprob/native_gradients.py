@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from srppo_kernels import _extension
-from srppo_kernels.linear_logprob import native
+from srppo_kernels.linear_logprob import native, spare
 from srppo_kernels.linear_logprob.chunked import GROUP, Head, Residual
 from srppo_kernels.linear_logprob.rows import Rows
 
@@ -96,7 +96,10 @@ def over_vocabulary(
     in_place = residual is not None and consume
     step, entries = (n, vocab) if in_place else chunk_shape(n, vocab, item, dz_bytes)
     blocks = [slice(a, min(a + step, n)) for a in range(0, n, step)]
-    buffer = residual.kept if residual is not None and consume else hidden.new_empty(step * entries)
+    if residual is not None and consume:
+        buffer = residual.kept
+    else:
+        buffer = spare.take(hidden, 1, step * entries, hidden.dtype)[0]
     dhidden = None
     if want_hidden and entries < vocab:
         dhidden = hidden.new_zeros(n, hidden.shape[1], dtype=torch.float32)
@@ -124,6 +127,8 @@ def over_vocabulary(
                 _product(weight_out[v], dz, x, transposed=True, add=accumulate[0])
         if weight_out is not None and sums is not None:
             _add(weight_out[v], sums, accumulate[0])
+    if not in_place:
+        spare.give_back(buffer)
     return dhidden
 
 

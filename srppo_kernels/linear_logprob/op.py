@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from srppo_kernels.linear_logprob import backward as grads
-from srppo_kernels.linear_logprob import vocab_parallel
+from srppo_kernels.linear_logprob import spare, vocab_parallel
 from srppo_kernels.linear_logprob.checks import check_head, check_targets
 from srppo_kernels.linear_logprob.chunked import (
     Head,
@@ -91,6 +91,7 @@ def _linear_logprob(
                 part.put(kept, grads.context(x, head, y, part, result, residual, backend))
                 for whole, values in zip([*outputs, *norm], result, strict=True):
                     part.put(whole, values)
+            spare.give_back(residual.kept)
         else:
             cache = Residual(kept, group_max) if plan == "cache" else None
             result = forward(
@@ -120,10 +121,10 @@ def _kept_like(hidden: Tensor, weight: Tensor, plan: str, backend: str) -> tuple
 
 
 def new_residual(hidden: Tensor, weight: Tensor, rows: int, backend: str) -> Residual:
-    """Room for a chunk's exponentials."""
+    """Room for a chunk's exponentials, for whoever returns ``kept`` to :func:`spare.give_back`."""
     vocab = weight.shape[0]
     return Residual(
-        hidden.new_empty(rows, vocab, dtype=kept_dtype(hidden, weight)),
+        spare.take(hidden, rows, vocab, kept_dtype(hidden, weight)),
         hidden.new_empty(rows, maxima_of(vocab, backend), dtype=accumulation_dtype(hidden)),
     )
 

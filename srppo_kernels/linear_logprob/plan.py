@@ -9,6 +9,8 @@ precompute   2      linear_logprob, frozen head, no entropy wanted: dhidden   N 
 cache        3      linear_logprob, and exp(z) of all rows fits in            N x V, 2 bytes (4 for fp32 inputs)
                     workspace_bytes; 2 with a frozen head
 recompute    4      else; 3 with a frozen head                                blocks only, 32 MiB of dz or less
+
+On a CPU the memory of a chunk's exponentials or dz, up to 64 MiB, stays with the process for the next call (spare.py).
 """
 
 from collections.abc import Sequence
