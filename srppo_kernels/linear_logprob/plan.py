@@ -98,13 +98,13 @@ def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
     if backend in ("reference", "torch"):
         return backend, f"backend={backend!r} was asked for"
     dtypes = (problem.hidden_dtype, problem.weight_dtype)
-    if backend == "triton" or (backend == "auto" and problem.device.type == "cuda"):
-        obstacle = gpu.obstacle(problem.device, dtypes, explicit=backend == "triton")
     if backend == "sm90":
         obstacle = sm90.call_obstacle(problem.device, dtypes, problem.width)
         if obstacle:
             raise ValueError(f"{problem.op}: backend='sm90' cannot run: {obstacle}; pass backend='auto' or 'torch'")
         return "sm90", "backend='sm90' was asked for"
+    if backend == "triton" or (backend == "auto" and problem.device.type == "cuda"):
+        obstacle = gpu.obstacle(problem.device, dtypes, explicit=backend == "triton")
         if not obstacle:
             return "triton", "backend='triton' was asked for" if backend == "triton" else "the Triton kernels are there"
         if backend == "triton":

@@ -145,7 +145,7 @@ def scan_kernel(
                 at_max = kept_max + r.to(tl.int64) * stride_max + v0 // H + part
                 tl.store(at_max, m, mask=r < live)
     at = state + group.to(tl.int64) * n + r
-    plane = groups.to(tl.int64) * n
+    plane = tl.cast(groups, tl.int64) * n  # a size of 1 is a constant here, which has no .to
     tl.store(at, m, mask=r < live)
     tl.store(at + plane, s, mask=r < live)
     tl.store(at + 2 * plane, t, mask=r < live)
@@ -168,7 +168,7 @@ def merge_kernel(
     m = tl.full((BM,), LOWEST, tl.float32)
     s = tl.zeros((BM,), tl.float32)
     t = tl.zeros((BM,), tl.float32)
-    plane = groups.to(tl.int64) * n
+    plane = tl.cast(groups, tl.int64) * n  # a size of 1 is a constant here, which has no .to
     at = state + r
     for _ in range(groups):
         m_group = tl.load(at, mask=here, other=0.0)
@@ -182,7 +182,7 @@ def merge_kernel(
         m = m_new
         at += n
     row = tl.load(index + r, mask=here, other=0)
-    n = n.to(tl.int64)
+    n = tl.cast(n, tl.int64)
     tl.store(out + row, m, mask=here)
     tl.store(out + n + row, s, mask=here)
     tl.store(out + 2 * n + row, t, mask=here)
@@ -283,16 +283,26 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
                 if on.get("KEEP") and on.get("ENTROPY"):
                     yield _case(f"{name}, fp32", arch, for_width(tile, 4), "fp32", on)
     yield _case("transposed head, bf16", 90, SCAN_TILES[90], "bf16", {"ENTROPY": True}, transposed=True)
+    yield _case("one row, one group, bf16", 90, SCAN_TILES[90], "bf16", {"ENTROPY": True}, sizes={"n": 1, "groups": 1})
+    types = {
+        "state": "*fp32", "target_logits": "*fp32", "index": "*i64", "count": "*i32", "out": "*fp32", "n": "i32",
+        "groups": "i32",
+    }  # fmt: skip
+    yield _triton.CompileCase("merge", merge_kernel, types, {"BM": MERGED_ROWS})
     yield _triton.CompileCase(
-        "merge", merge_kernel,
-        {"state": "*fp32", "target_logits": "*fp32", "index": "*i64", "count": "*i32", "out": "*fp32", "n": "i32",
-         "groups": "i32"},
-        {"BM": MERGED_ROWS},
-    )  # fmt: skip
+        "merge: one row, one group", merge_kernel, types, {"BM": MERGED_ROWS, "n": 1, "groups": 1}
+    )
 
 
 def _case(
-    name: str, arch: int, tile: Tile, dtype: str, on: dict[str, bool], *, transposed: bool = False
+    name: str,
+    arch: int,
+    tile: Tile,
+    dtype: str,
+    on: dict[str, bool],
+    *,
+    transposed: bool = False,
+    sizes: dict[str, int] | None = None,  # that a launch takes for constants, as it does a 1
 ) -> _triton.CompileCase:
     kept = "bf16" if dtype == "bf16" else "fp32"
     signature = {
@@ -310,6 +320,7 @@ def _case(
         one: 1, "GROUP": GROUP, "SUPER": SUPER, "PARTS": tile.parts, "FLAT": tile.flat, "TMA_X": tile.tma,
         "TMA_W": tile.tma and not transposed, "WIDEN": False, "PRECISION": "tf32" if dtype == "bf16" else "tf32x3",
         **dict.fromkeys(("BIAS", "SOFTCAP", "ROW_TEMPERATURE", "ENTROPY", "KEEP"), False), **on, **tile.blocks,
+        **(sizes or {}),
     }  # fmt: skip
     return _triton.CompileCase(
         f"scan: {name}", scan_kernel, signature, constants, tile.warps, tile.stages, gemm=True, architectures=(arch,),
