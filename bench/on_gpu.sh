@@ -44,18 +44,22 @@ workers=()
 python3 -c 'import xdist' 2> /dev/null && workers=(-n 8)
 prove() { # STAGE SECONDS TESTS...
     run "$1" "$2" python3 -m pytest -m gpu -q --tb=short --maxfail=40 "${workers[@]}" "${@:3}"
+    grep -q ' passed' "$out/$1.txt" || failed=1 # all skipped is no proof
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | tee "$out/device.txt"
 # CUDA C++ compiles in the background; Triton's tests do not need it.
-(timeout 200 python3 setup.py build_ext --inplace > "$out/build.txt" 2>&1; echo "build: status $?" >> "$out/build.txt") &
+log=$(mktemp)
+timeout 200 python3 setup.py build_ext --inplace > "$log" 2>&1 &
 build=$!
 built() { # waits for the build, once
     [ -z "$build" ] && return
     wait "$build"
+    local status=$?
     build=
-    { tail -n 3 "$out/build.txt"; python3 -m srppo.cli env; } >> "$out/device.txt" 2>&1
-    tail -n 1 "$out/build.txt"
+    [ $status = 0 ] && python3 -c 'from srppo_kernels import _extension as e; exit(not e.build_info().get("cuda"))' || failed=1
+    { tail -n 30 "$log"; echo "build: status $status"; python3 -m srppo.cli env; } >> "$out/device.txt" 2>&1
+    echo "build: status $status"
 }
 
 for stage in $stages; do
@@ -70,7 +74,7 @@ for stage in $stages; do
             if command -v compute-sanitizer > /dev/null; then
                 run sanitizer 60 compute-sanitizer --error-exitcode 1 python3 -m pytest -m gpu -q -p no:cacheprovider \
                     tests/linear_logprob/test_linear_logprob_gpu.py tests/linear_logprob/test_linear_logprob_sm90.py \
-                    tests/ppo_loss/test_losses_gpu.py -k "(ragged_sizes and 129-257) or kept_exponentials or value_loss"
+                    tests/ppo_loss/test_losses_gpu.py -k "(ragged_sizes and 129-257) or kept_exponentials or test_value_loss"
             fi
             ;;
         tiles) run tiles 60 python3 bench/tiles.py --quick ;;
