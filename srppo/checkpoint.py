@@ -63,9 +63,9 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     or with ``replace`` what was there goes."""
     with temporary_folder(target.parent) as folder, temporary_folder(target.parent) as old:
         yield folder
-        for path in folder.rglob("*"):
-            sync(path)
         os.chmod(folder, 0o755)
+        for path in [*folder.rglob("*"), folder]:
+            sync(path)
         if replace and target.is_dir():
             os.replace(target, old / target.name)
         os.replace(folder, target)

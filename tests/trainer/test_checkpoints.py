@@ -328,6 +328,39 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.fixture
+def events(monkeypatch) -> list[tuple[str, str]]:
+    """What is synced and what is renamed, in order, by name."""
+    seen: list[tuple[str, str]] = []
+    sync, replace = checkpoint.sync, os.replace
+    monkeypatch.setattr(checkpoint, "sync", lambda path: seen.append(("sync", Path(path).name)) or sync(path))
+    monkeypatch.setattr(os, "replace", lambda old, new: seen.append(("rename", Path(new).name)) or replace(old, new))
+    return seen
+
+
+def test_a_folder_is_on_the_disk_before_it_gets_its_name_and_the_name_is_after(tmp_path, events):
+    """What a power cut could otherwise leave: a checkpoint of the right name with empty files in it."""
+    with checkpoint.atomic_folder(tmp_path / "model") as folder:
+        (folder / "inner").mkdir()
+        for name in ("weights", "inner/state"):
+            (folder / name).write_text("x")
+    assert set(events[:3]) == {("sync", "weights"), ("sync", "inner"), ("sync", "state")}
+    assert events[3:] == [("sync", folder.name), ("rename", "model"), ("sync", tmp_path.name)]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name_and_a_models_configuration_comes_last(tmp_path, events):
+    checkpoint.write_text(tmp_path / "state.json", "x")
+    assert events == [("sync", "state.json"), ("rename", "state.json")]
+    events.clear()
+    made = tmp_path / "made"
+    made.mkdir()
+    for name in ("config.json", "a.safetensors", "z.json"):
+        (made / name).write_text("x")
+    checkpoint.publish(made, tmp_path / "model")
+    order = ("a.safetensors", "z.json", "config.json")
+    assert events == [*((how, name) for name in order for how in ("sync", "rename")), ("sync", "model")]
+
+
 def test_a_text_file_is_replaced_all_at_once(tmp_path, monkeypatch):
     path = tmp_path / "state.json"
     checkpoint.write_text(path, "old")

@@ -178,6 +178,8 @@ def test_collate_keeps_every_token_and_marks_the_rest_as_padding():
         assert given.position_ids[row][given.attention_mask[row].bool()].tolist() == list(
             range(len(prompt) + len(completion))
         )
+    ended = collate([[1]] * 4, [[5, 0], [0, 5], [5], []], pad_token_id=0, stop_token_ids=[0])
+    assert ended.truncated.tolist() == [False, True, True, True]  # the last token decides
     with pytest.raises(UserError, match="2 prompts and 1 completions: each prompt needs one"):
         collate([[1], [2]], [[3]], pad_token_id=0, stop_token_ids=[0])
 
