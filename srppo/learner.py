@@ -48,6 +48,20 @@ class Learner:
         for group, own, peak, rate in zip(self.optimizer.param_groups, betas, rates, now, strict=True):
             group.update(betas=own, initial_lr=peak, lr=rate)
 
+    def make_gradients(self) -> None:
+        """An adapter's gradients, as zeros, before the backward that adds to them.
+
+        Made one by one amid that backward, small buffers that stay split what the activations leave behind, and a heap
+        grows for want of holes that fit: by 653 MiB in an update where 298 do (SmolLM2-135M in bf16, checkpointing, 4
+        sequences of 96 tokens, on a CPU with glibc). A full model's gradients are as large as what they would keep
+        whole, and are left to the backward.
+        """
+        if self.role.adapter is None:
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def step(self, max_grad_norm: float | None) -> float:
         """Clips and steps; a gradient that is not finite is dropped. Returns the norm before clipping.
 

@@ -298,6 +298,8 @@ def update(
         for mini_batch in mini_batches:
             count = distributed.summed(rollout.completion_mask[torch.cat(mini_batch)].sum())
             parts = [(rollout.select(rows), rows) for rows in mini_batch]
+            for learner in (policy, critic) if train_policy else (critic,):
+                learner.make_gradients()
             with policy.role.active(), torch.set_grad_enabled(train_policy):
                 of_policy = [
                     policy_backward(policy.role, part, part.of_tokens(scores.policy[rows]),
