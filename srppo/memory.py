@@ -4,16 +4,18 @@ With ``N`` weights of a model, ``n`` of an adapter, ``s`` bytes of a frozen weig
 
     weights       s N for each model that is held, 4 n for each adapter
     learning      12 bytes for each weight that is trained: its gradient and AdamW's two moments, in fp32
-    activations   tokens * layers * (10 H + 4 I) * s    of hidden size H and MLP size I
-                  with checkpointing tokens * (layers H + 10 H + 4 I) * s
+    activations   tokens * layers * a                   a = (10 H + 4 I) s of hidden size H and MLP size I
+                  with checkpointing tokens * (layers H s + a)
     head          what srppo_kernels.explain says of the policy's loss on a micro-batch
     sampling      key-value cache of all sequences of a rollout, and a few rows of logits each
     peak          weights + learning + max(activations + head, sampling)
 
 10 H + 4 I is what a Llama layer saves for its backward, 0.85 to 1.04 of it as counted with saved-tensor hooks, LoRA or
-not, with attention that does not hold its scores (sdpa, flash). What Python, torch and the allocator's slack take comes
-on top: some hundred MiB. A run with SmolLM2-135M's shapes took 1.22 times its estimate with LoRA, and 0.88 times with
-full fine-tuning (one iteration of 6 sequences of 64 tokens on a CPU, growth of the process).
+not, with attention that does not hold its scores (sdpa, flash). Adapters are float32: beside 16-bit weights each of a
+layer's seven keeps an input of its own in that precision, 4 (6 H + I) bytes more in a. A bf16 model with LoRA held 0.84
+of that sum. What Python, torch and the allocator's slack take comes on top: some hundred MiB. A run with SmolLM2-135M's
+shapes took 1.22 times its estimate with LoRA, and 0.88 times with full fine-tuning (one iteration of 6 sequences of 64
+tokens on a CPU, growth of the process).
 """
 
 from __future__ import annotations
@@ -112,8 +114,8 @@ def estimate(
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
     length = longest_prompt + args.max_completion_length
     tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * length
-    layer = 10 * hidden + 4 * mlp
-    saved = layers * hidden + layer if args.gradient_checkpointing else layers * layer
+    layer = (10 * hidden + 4 * mlp) * size + 4 * (6 * hidden + mlp) * (args.use_peft and size < 4)
+    saved = layers * hidden * size + layer if args.gradient_checkpointing else layers * layer
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or hidden // heads
     cache = 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size * size * length
@@ -122,7 +124,7 @@ def estimate(
     return Estimate(
         weights=weights,
         learning=12 * trained,
-        activations=tokens * saved * size,
+        activations=tokens * saved,
         head=head_workspace(rows, hidden, config.vocab_size, dtype, device),
         sampling=0 if args.rollout_engine == "vllm" else args.batch_size * (cache + logits),
     )
