@@ -10,6 +10,7 @@
     linear_logprob.py   log-probs and losses from hidden states; head.py has their inputs and fp64 oracle,
                         peers.py the adapters to other libraries
     gae.py  ppo_loss.py  log_ratio.py  training_step.py     the other ops
+    memory.py           peak memory of whole training runs, each a process of its own (memory_run.py)
     test_bench.py       the same ops through pytest-benchmark
 
 Nothing here claims an absolute speed: the figure that counts is the ratio to bare GEMMs (or to a bare copy of the bytes
