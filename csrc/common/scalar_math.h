@@ -8,8 +8,8 @@ struct ExpReduced {
   Vf n, r, tail;  // e^x = 2^n (1 + (r + tail)), n whole
 };
 
-// x = n ln 2 + r, e^r = 1 + r + r^2 q(r) with |r| <= 0.35; Taylor's q to r^5 leaves 5e-9 relative. ln 2 in two parts, the
-// first with 9 bits so that n times it is exact.
+// x = n ln 2 + r, e^r = 1 + r + r^2 q(r) with |r| <= 0.35; Taylor's q to r^5 leaves 5e-9 relative. ln 2 in two parts,
+// the first with 9 bits so that n times it is exact.
 SRPPO_INLINE ExpReduced exp_reduced(Vf x) {
   const Vf n = nearest(x * set(1.44269504089f));
   Vf r = fma(n, set(-0.693359375f), x);

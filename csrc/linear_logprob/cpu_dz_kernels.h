@@ -29,7 +29,8 @@ static void dz_block(const DzRow& row, const void* kept, std::int64_t n, void* o
     std::memcpy(p, kept, sizeof(float) * static_cast<std::size_t>(n));
   }
   if (row.has_h || row.softcap != 0.0f) {
-    // Loops of one step each: the compiler vectorises none that has both the log and comparisons, which took 5 times as long.
+    // Loops of one step each: the compiler vectorises none that has both the log and comparisons, and that took 5 times
+    // as long.
     for (std::int64_t i = 0; i < n; ++i) factor[i] = p[i] < 1.17549435e-38f ? 1.17549435e-38f : p[i];
     for (std::int64_t i = 0; i < n; ++i) factor[i] = log_of(factor[i]) + row.shift;
     // A ruled-out entry (bias -inf): p is 0, and h * log p must not overflow to make 0 * inf.

@@ -98,8 +98,8 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
   });
 }
 
-// Whether this product was measured to be faster than torch's, which is MKL's: on AMD's Zen 4 it was, with AVX-512 tiles
-// as with AVX2 ones. On Intel nobody measured it, and MKL is at home there.
+// Whether this product was measured to be faster than torch's, which is MKL's: on AMD's Zen 4 it was, with tiles of
+// AVX-512 as with those of AVX2. On Intel nobody measured it, and MKL is at home there.
 bool linear_logprob_product_fp32_is_faster() {
 #if defined(__x86_64__)
   unsigned level = 0, b = 0, c = 0, d = 0;

@@ -1,8 +1,8 @@
 // A tile of z = x y^T in fp32 of one instruction level, W lanes wide; included by way of each_level.h.
 //
-// A panel of 2 W columns is packed as [K][2 W] and multiplied with a block of rows, packed as [K][rows] a tile at a time.
-// A sum is an accumulator that runs over kDepth steps of K, added up block by block in order: its bits depend on neither
-// the tile's height nor the row's place in it, and blocks keep the error of a long sum down.
+// A panel of 2 W columns is packed as [K][2 W] and multiplied with a block of rows, packed as [K][rows] a tile at a
+// time. A sum is an accumulator that runs over kDepth steps of K, added up block by block in order: its bits depend on
+// neither the tile's height nor the row's place in it, and blocks keep the error of a long sum down.
 
 constexpr int kPanel = 2 * W;            // vocabulary entries a panel
 constexpr int kTile = W >= 16 ? 14 : 6;  // rows a tile: 2 kTile accumulators and two vectors fill the registers
@@ -40,8 +40,8 @@ SRPPO_INLINE void tile(const int rows, const float* x, const float* panel, std::
 }
 
 // z[rows][2 W] of `steps` steps, for a height that tile_height gives; added to what is there if `add`.
-static void multiply_or_add(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz,
-                            bool add) {
+static void multiply_or_add(int rows, const float* x, const float* panel, std::int64_t steps, float* z,
+                            std::int64_t ldz, bool add) {
   std::int64_t k = 0;
   do {
     const std::int64_t depth = steps - k < kDepth ? steps - k : kDepth;
