@@ -27,7 +27,7 @@ from torch import Tensor
 
 from srppo_kernels._triton import CompileCase, finish_counter, interpreted, on_device
 from srppo_kernels._triton_language import arrived_last
-from srppo_kernels.gae.triton_whiten import leave_moments, merge_moments
+from srppo_kernels.gae.triton_whiten import join_moments, leave_moments, merge_moments, row_moments, tile_moments_of
 
 __all__ = [
     "clear",
@@ -159,25 +159,6 @@ def leftmost(x, TILE: tl.constexpr):
 
 
 @triton.jit
-def _tile_moments(x, valid):
-    """Count, mean and squared deviations of a tile, in two passes over registers."""
-    x = x.to(tl.float64)
-    n = tl.sum(valid.to(tl.float64), 0)
-    mean = tl.sum(x, 0) / tl.maximum(n, 1.0)
-    off = tl.where(valid, x - mean, 0.0)
-    return n, mean, tl.sum(off * off, 0)
-
-
-@triton.jit
-def _join_moments(count, mean, squares, n, tile_mean, tile_squares):
-    """Chan's merge of a row's moments so far with those of a tile; a tile without tokens changes nothing."""
-    both = tl.maximum(count + n, 1.0)
-    shift = tl.where(n > 0, tile_mean - mean, 0.0)
-    squares += tile_squares + shift * shift * (count * n / both)
-    return count + n, mean + shift * (n / both), squares
-
-
-@triton.jit
 def gae_rows(
     rewards,  # [B, T], or packed [total]; any float dtype
     values,  # the same
@@ -222,8 +203,8 @@ def gae_rows(
         if CARRY:
             next_value = leftmost(following, TILE)
         if moments is not None:
-            n, tile_mean, tile_squares = _tile_moments(advantage, valid)
-            count, mean, squares = _join_moments(count, mean, squares, n, tile_mean, tile_squares)
+            n, tile_mean, tile_squares = tile_moments_of(advantage, valid)
+            count, mean, squares = join_moments(count, mean, squares, n, tile_mean, tile_squares)
         right -= TILE
     if moments is not None:
         leave_moments(partials, tl.program_id(0), tl.num_programs(0), count, mean, squares)
@@ -322,26 +303,10 @@ def tile_outputs(
     carried = tl.load(carries + place)
     _, advantage = _store_tile(advantages + begin, returns + begin, at, inside, valid, value, a, b, carried)
     if tile_moments is not None:
-        n, mean, squares = _tile_moments(advantage, valid)
+        n, mean, squares = tile_moments_of(advantage, valid)
         tl.store(tile_moments + 3 * place, n)
         tl.store(tile_moments + 3 * place + 1, mean)
         tl.store(tile_moments + 3 * place + 2, squares)
-
-
-@triton.jit
-def row_moments(tile_moments, ends, tiles, partials, finished, moments, TILE: tl.constexpr):
-    """Joins a row's tiles, right to left, as `gae_rows` does; the last program merges the rows."""
-    row = tl.program_id(0).to(tl.int64)
-    count = tl.zeros([], tl.float64)
-    mean = tl.zeros([], tl.float64)
-    squares = tl.zeros([], tl.float64)
-    for tile in range(tl.cdiv(tl.load(ends + row), TILE)):
-        place = tile_moments + 3 * (row * tiles + tile)
-        n = tl.load(place)
-        count, mean, squares = _join_moments(count, mean, squares, n, tl.load(place + 1), tl.load(place + 2))
-    leave_moments(partials, tl.program_id(0), tl.num_programs(0), count, mean, squares)
-    if arrived_last(finished):
-        merge_moments(partials, moments, tl.num_programs(0), TILE)
 
 
 def gae_triton(

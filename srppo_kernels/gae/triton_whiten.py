@@ -22,7 +22,16 @@ from torch import Tensor
 from srppo_kernels._triton import CompileCase, finish_counter, on_device
 from srppo_kernels._triton_language import TOKENS, arrived_last, blocks_of, grid_sum, row_tokens
 
-__all__ = ["compile_cases", "leave_moments", "merge_moments", "whiten_apply_triton", "whiten_moments_triton"]
+__all__ = [
+    "compile_cases",
+    "join_moments",
+    "leave_moments",
+    "merge_moments",
+    "row_moments",
+    "tile_moments_of",
+    "whiten_apply_triton",
+    "whiten_moments_triton",
+]
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -57,6 +66,41 @@ def merge_moments(partials, moments, programs, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def tile_moments_of(x, valid):
+    """Count, mean and squared deviations of a tile, in two passes over registers."""
+    x = x.to(tl.float64)
+    n = tl.sum(valid.to(tl.float64), 0)
+    mean = tl.sum(x, 0) / tl.maximum(n, 1.0)
+    off = tl.where(valid, x - mean, 0.0)
+    return n, mean, tl.sum(off * off, 0)
+
+
+@triton.jit
+def join_moments(count, mean, squares, n, tile_mean, tile_squares):
+    """Chan's merge of a row's moments so far with those of a tile; a tile without tokens changes nothing."""
+    both = tl.maximum(count + n, 1.0)
+    shift = tl.where(n > 0, tile_mean - mean, 0.0)
+    squares += tile_squares + shift * shift * (count * n / both)
+    return count + n, mean + shift * (n / both), squares
+
+
+@triton.jit
+def row_moments(tile_moments, ends, tiles, partials, finished, moments, TILE: tl.constexpr):
+    """Joins a row's tiles, right to left, as `triton_scan.gae_rows` does; the last program merges the rows."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.zeros([], tl.float64)
+    mean = tl.zeros([], tl.float64)
+    squares = tl.zeros([], tl.float64)
+    for tile in range(tl.cdiv(tl.load(ends + row), TILE)):
+        place = tile_moments + 3 * (row * tiles + tile)
+        n = tl.load(place)
+        count, mean, squares = join_moments(count, mean, squares, n, tl.load(place + 1), tl.load(place + 2))
+    leave_moments(partials, tl.program_id(0), tl.num_programs(0), count, mean, squares)
+    if arrived_last(finished):
+        merge_moments(partials, moments, tl.num_programs(0), TILE)
+
+
+@triton.jit
 def whiten_moments(
     x,  # [rows, steps], any float dtype
     mask,  # bool
@@ -68,13 +112,11 @@ def whiten_moments(
     TOKENS: tl.constexpr,
 ):
     _, at, _, valid = row_tokens(mask, rows, steps, TOKENS)
-    x = tl.load(x + at, mask=valid, other=0.0).to(tl.float64)
+    x = tl.load(x + at, mask=valid, other=0.0)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    count = tl.sum(valid.to(tl.float64), 0)
-    mean = tl.sum(x, 0) / tl.maximum(count, 1.0)
-    deviation = tl.where(valid, x - mean, 0.0)
-    leave_moments(partials, program, programs, count, mean, tl.sum(deviation * deviation, 0))
+    count, mean, squares = tile_moments_of(x, valid)
+    leave_moments(partials, program, programs, count, mean, squares)
     if arrived_last(finished):
         merge_moments(partials, moments, programs, TOKENS)
 
