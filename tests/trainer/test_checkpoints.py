@@ -218,11 +218,19 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.parametrize("with_its_checksum", [True, False])
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_a_checkpoint_that_would_run_code_is_refused_by_name_and_runs_none(tiny_models, tmp_path, straight, writer):
+def test_a_checkpoint_that_would_run_code_is_refused_by_name_and_runs_none(
+    tiny_models, tmp_path, straight, writer, with_its_checksum
+):
+    """Checksums are for accidents: who puts code in writes a checksum that fits."""
     bad = copied(straight, tmp_path / "run")
     with (bad / checkpoint.STATE_FILE).open("wb") as file:
         (torch.save if writer == "torch" else pickle.dump)({"policy": Payload(tmp_path / "pwned")}, file)
+    if with_its_checksum:
+        digests = json.loads((bad / checkpoint.CHECKSUMS).read_text())
+        digests[checkpoint.STATE_FILE] = checkpoint.file_digest(bad / checkpoint.STATE_FILE)
+        (bad / checkpoint.CHECKSUMS).write_text(json.dumps(digests))
     with pytest.raises(UserError, match=r"checkpoint .*checkpoint-4 is refused: .* would run code \(posix\.mkdir\)"):
         resume(tiny_models, tmp_path, Path("latest"), straight[0]).train()
     assert not (tmp_path / "pwned").exists()

@@ -357,4 +357,4 @@ def test_the_sampler_resumes_in_the_middle_of_a_pass():
     second.load_state_dict(first.state_dict())
     for _ in range(5):
         assert first.next() == second.next()
-    assert [torch.is_tensor(v) for v in first.state_dict().values()] == [False, True]
+    assert [name for name, value in first.state_dict().items() if torch.is_tensor(value)] == ["generator"]

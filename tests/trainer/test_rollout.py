@@ -190,6 +190,7 @@ def test_selecting_rows_drops_columns_that_are_padding_in_all_of_them():
     assert part.completions.tolist() == [[0, 1], [36, 0]]
     assert part.completion_mask.tolist() == [[True, False], [True, True]]
     assert part.truncated.tolist() == [False, False]
+    assert rollout().select([3, 2]).truncated.tolist() == [False, True]
 
 
 # -- extrapolated decoding --------------------------------------------------------------------------------------------
