@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console as RichConsole
-from tiny_runs import QUIET, ROWS, config, examples, full_roles, trainer
+from tiny_runs import QUIET, ROWS, config, examples, full_roles, rollout, trainer
 from transformers import AutoModelForCausalLM
 
 from srppo import SRPPOTrainer, ppo, run_sft
@@ -20,7 +20,7 @@ from srppo.data import Example, filler_token
 from srppo.demo import run as demo
 from srppo.demo import world
 from srppo.demo.model import ModelSize, Pretraining
-from srppo.guard import LOST_LIKELIHOOD, Guard, HeldOut, KLController, Look
+from srppo.guard import LOST_LIKELIHOOD, Guard, HeldOut, KLController, Look, look_at
 from srppo.models import load_model, load_tokenizer
 from srppo.roles import Role
 
@@ -155,6 +155,16 @@ def test_a_look_costs_no_more_sequences_than_an_iteration_has(tmp_path):
     assert [len(part) for part in held_out.parts] == [2]
 
 
+@pytest.mark.parametrize(("reference", "compared"), [("sft", "reference"), ("base", "sft")])
+def test_the_kl_that_is_watched_is_to_sft_whatever_the_penalty_pulls_towards(tmp_path, reference, compared):
+    given, generator = rollout(), torch.Generator().manual_seed(0)
+    draw = lambda: -torch.rand(given.completion_mask.shape, generator=generator) * given.completion_mask  # noqa: E731
+    scores = ppo.Scores(*(draw() for _ in ppo.Scores.__dataclass_fields__))
+    args = config(tmp_path, kl_reference=reference)
+    seen = look_at(scores, ppo.advantages(given, scores, args), given, args)
+    assert seen.kl == pytest.approx((scores.policy - getattr(scores, compared)).sum(-1).mean().item())
+
+
 # -- beta -------------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +216,8 @@ def test_what_the_guard_watches_is_said_at_the_start(tiny_models, tmp_path, with
     assert f"guard: KL to SFT, length{' only' if not with_demonstrations else ''}" in said.getvalue()
     assert expected in said.getvalue()
     assert ("guard/demonstrations_logp" in run.history[0]) == with_demonstrations
+    if run.held_out is not None:  # looked at before the update, as what the iteration sampled is
+        assert run.history[0]["guard/demonstrations_logp"] == run.held_out.look(run.roles.sft)[0]
     best = json.loads((tmp_path / "run" / "best" / "trainer_state.json").read_text())
     assert best["step"] == 0
 

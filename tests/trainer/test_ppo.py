@@ -419,6 +419,7 @@ def test_split_rows_is_a_partition_into_mini_batches_of_micro_batches(tmp_path):
     parts = split(0, torch.arange(12))
     assert [[len(rows) for rows in mini] for mini in parts] == [[2, 2, 2], [2, 2, 2]]
     assert sorted(torch.cat([rows for mini in parts for rows in mini]).tolist()) == list(range(12))
+    assert torch.equal(torch.cat(parts[0]), torch.cat(split(0, torch.arange(12))[0]))
     assert not torch.equal(torch.cat(parts[0]), torch.cat(split(1, torch.arange(12))[0]))
     part = split(0, torch.arange(3, 9))
     assert sorted(torch.cat([rows for mini in part for rows in mini]).tolist()) == list(range(3, 9))
