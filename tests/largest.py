@@ -9,16 +9,20 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from srppo_kernels.linear_logprob import spare
+
 
 class LargestTensor(TorchDispatchMode):
     """``numel`` is that of the largest storage of any operator's output inside the block, backward passes included.
 
     A mode is off while it handles a call, so a custom op would hide what its Python code allocates; that code is
-    therefore run with the mode on, in place of the op.
+    therefore run with the mode on, in place of the op. Memory that an earlier call left for the next one is dropped, as
+    it may be larger than what this block needs.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        spare.drop()
         self.numel, self.by, self.custom_ops = 0, "", set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

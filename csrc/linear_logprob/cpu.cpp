@@ -80,6 +80,7 @@ struct Packer {
 };
 
 constexpr std::int64_t kRowBlock = 336;    // rows a task: packing a panel is then 1 or 2 % of its multiplications
+constexpr std::int64_t kRowBytes = 48 << 20;  // of a block's rows and logits, all threads together: many take fewer rows
 constexpr std::int64_t kWidestPanel = 32;  // vocabulary entries, at AVX-512
 
 // Rows of the head a panel at a time, packed for the tiles.
@@ -243,11 +244,13 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
 #endif
   const auto softmax_row = SRPPO_AT_LEVEL(softmax_row);
 
-  const std::int64_t most = on_tiles ? kTileRowBlock : kRowBlock, row_blocks = (n + most - 1) / most;
-  const std::int64_t even = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
-  const std::int64_t block = on_tiles ? whole_tiles(even, 2 * kTileRows) : even;
   // Not a multiple of 4096 bytes, where the rows of a tile would share the sets of L1.
   const std::int64_t ldz = (std::min(group, vocab) + tile.panel - 1) / tile.panel * tile.panel + 16;
+  const std::int64_t threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
+  const std::int64_t room = std::max<std::int64_t>(1, kRowBytes / (threads * 4 * (ldz + width) * 64)) * 64;
+  const std::int64_t most = std::min(on_tiles ? kTileRowBlock : kRowBlock, room), row_blocks = (n + most - 1) / most;
+  const std::int64_t even = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
+  const std::int64_t block = on_tiles ? whole_tiles(even, 2 * kTileRows) : even;
   std::vector<Partial> partials(static_cast<std::size_t>(groups * n));
 
   const auto scan = [&](std::int64_t begin, std::int64_t end, auto& logits) {

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FASTER_LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
 ROW_BLOCK = 336  # kRowBlock of csrc/linear_logprob/cpu.cpp
 TILE_ROW_BLOCK = 512  # kTileRowBlock of amx_logits.h
+ROW_BYTES = 48 << 20  # kRowBytes of cpu.cpp
 PANEL = 32  # vocabulary entries packed at a time, at most
 
 
@@ -52,10 +53,11 @@ def not_faster() -> str:
 def workspace_bytes(rows: int, width: int, vocab: int, group: int) -> int:
     """Of all threads: packed rows, a panel packed and widened, two rows, logits; and four numbers a row and group."""
     columns = -(-min(group, vocab) // PANEL) * PANEL + 16
-    block = min(rows, ROW_BLOCK)
+    room = max(1, ROW_BYTES // (_threads() * 4 * (columns + width) * 64)) * 64
+    block = min(rows, ROW_BLOCK, room)
     scratch = 4 * (block * width + 2 * (PANEL + 1) * width + block * columns)
     if _on_tiles():  # of bf16 inputs: whole tiles of rows and cache lines, 512 of K of a panel, twice where K is odd
-        block = -(-min(rows, TILE_ROW_BLOCK) // PANEL) * PANEL
+        block = -(-min(rows, TILE_ROW_BLOCK, room) // PANEL) * PANEL
         tiles = 2 * block * (width + 64) + 2 * 512 * (2 * PANEL + 1) + 4 * block * columns
         scratch = max(scratch, tiles)
     return scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)

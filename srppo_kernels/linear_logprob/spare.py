@@ -33,6 +33,11 @@ def give_back(block: Tensor) -> None:
         _spare[:] = [block.untyped_storage()]
 
 
+def drop() -> None:
+    """Returns the spare block to the system."""
+    _spare.clear()
+
+
 def _is_memory(tensor: Tensor) -> bool:
     """Whether it is a CPU tensor, and not one of a trace's."""
     return tensor.device.type == "cpu" and type(tensor.detach()) is Tensor

@@ -113,3 +113,16 @@ def test_auto_takes_it_where_it_was_measured():
     assert "float64" in explain(double.hidden, double.weight, p.targets).reason
     with pytest.raises(ValueError, match=r"backend='native' cannot run: .*float64"):
         linear_logprob(double.hidden, double.weight, p.targets, backend="native")
+
+
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_many_threads_share_a_bounded_workspace(level):
+    """Blocks of rows shrink with the number of threads: no more than 64 MiB at 32 of them, and the same bits."""
+    p = make("random", n=200, d=2048, v=2100, dtype=torch.bfloat16, grad=(False, False))
+    head = torch.empty(128256, 1, dtype=torch.bfloat16).expand(128256, 2048)
+    hidden, targets = torch.empty(4096, 2048, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.int64)
+    with _extension.cpu_level(level):
+        want = p.run(plan="score", backend="native").logprob
+        with threads(32):
+            assert explain(hidden, head, targets, plan="score", backend="native").workspace_bytes <= 64 << 20
+            assert torch.equal(p.run(plan="score", backend="native").logprob, want)
