@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -203,7 +204,7 @@ def generate(
     width = max(map(len, prompts))
     completions: list[list[int]] = []
     stops = torch.tensor(list(stop_token_ids))
-    with role.active() as model, sharding.whole(model):
+    with role.active() as model, sharding.whole(model), contiguous_rows_into_head(model):
         own_config, training = model.generation_config, model.training
         model.generation_config = GenerationConfig()  # what is unset above must not come from the checkpoint
         model.eval()
@@ -231,6 +232,23 @@ def generate(
             model.generation_config = own_config
             model.train(training)
     return collate(prompts, completions, pad_token_id=pad_token_id, stop_token_ids=stop_token_ids, device=role.device)
+
+
+@contextmanager
+def contiguous_rows_into_head(model: PreTrainedModel) -> Iterator[None]:
+    """The head gets contiguous rows while this holds.
+
+    ``generate`` passes it the last position of each prompt, a strided view. For a frozen weight torch's ``linear`` then
+    takes a batched product, and on a CPU that copies the weight once for each sequence: 2.1 GiB for 8 prompts and
+    Qwen2.5-0.5B's head in bf16, where all of the model is 0.9.
+    """
+    head = model.get_output_embeddings()
+    assert head is not None
+    hook = head.register_forward_pre_hook(lambda _, rows: tuple(row.contiguous() for row in rows))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def until_stop(tokens: Tensor, stops: Tensor) -> list[int]:

@@ -139,6 +139,17 @@ def test_log_probs_of_a_rollout_are_those_of_the_sampler():
 # -- stopping ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_head_gets_contiguous_rows():
+    """Under a strided view of the last positions a frozen head was copied once a sequence, inside torch's product."""
+    model = tiny_model().requires_grad_(False)
+    head, seen = model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _, rows, __: seen.append(rows[0]))
+    sample(model, [[3, 4, 5]] * 4, length=2)
+    assert [rows.shape for rows in seen] == [(4, 1, 32)] * 2
+    assert all(rows.is_contiguous() for rows in seen)
+    assert not head._forward_pre_hooks  # as it was
+
+
 def test_a_completion_ends_with_the_first_of_several_stop_tokens():
     model = tiny_model(vocab_size=V, hidden=16)
     drawn = sample(model, [PROMPT] * 200, length=6, stops=(0, 4))
