@@ -115,7 +115,7 @@ def _scaled(grad: Tensor, weight: Tensor, first: Tensor, second: Tensor, backend
     """One launch on a GPU; on a CPU, where a product costs less than an op, two products."""
     if weight.numel() or backend == "triton" or first.device.type == "cuda":
         return torch.ops.srppo.scaled_gradients(grad, weight, first, second, backend)
-    return grad * first, grad * second
+    return grad * first, grad * second if second.numel() else second
 
 
 def _ppo_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
