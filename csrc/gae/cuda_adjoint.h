@@ -60,10 +60,7 @@ __global__ void __launch_bounds__(kThreads) gae_adjoint_rows(GaeAdjointParams p)
     }
     state = gae_apply(all, state);
   }
-  if (threadIdx.x == 0) {
-    const double gamma = p.gamma_rows ? static_cast<double>(p.gamma_rows[row]) : p.gamma;
-    p.d_bootstrap[row] = static_cast<float>(gamma) * gae_return(state);
-  }
+  if (threadIdx.x == 0) p.d_bootstrap[row] = static_cast<float>(gamma_of(p, row)) * gae_return(state);
 }
 
 }  // namespace srppo::scalar

@@ -52,8 +52,13 @@ __device__ __forceinline__ GaeMap shuffle_up(GaeMap map, int by) {
 }
 
 template <class Params>
+__device__ __forceinline__ double gamma_of(const Params& p, int64_t row) {
+  return p.gamma_rows ? static_cast<double>(p.gamma_rows[row]) : p.gamma;
+}
+
+template <class Params>
 __device__ __forceinline__ GaeCoefficients coefficients(const Params& p, int64_t row) {
-  const double gamma = p.gamma_rows ? static_cast<double>(p.gamma_rows[row]) : p.gamma;
+  const double gamma = gamma_of(p, row);
   const double lam = p.lam_rows ? static_cast<double>(p.lam_rows[row]) : p.lam;
   return {static_cast<float>(gamma * (1.0 - lam)), static_cast<float>(gamma * lam)};
 }

@@ -5,6 +5,8 @@ the first write to each: about 2 us a page [measured, README.md], or 5 to 10 % o
 fp32. So one block of at most ``LIMIT`` bytes, what a chunk of rows takes by default, stays with the process.
 """
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,12 @@ _spare: list[torch.UntypedStorage] = []  # at most one
 def take(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised ``[rows, columns]`` on like's device, of the spare block if that is there and large enough."""
     size = rows * columns * dtype.itemsize
-    if not 0 < size <= LIMIT or not _is_memory(like):
-        return like.new_empty(rows, columns, dtype=dtype)
-    try:
-        storage = _spare.pop()
-    except IndexError:  # the first call, or another thread has it
-        return like.new_empty(rows, columns, dtype=dtype)
-    if storage.nbytes() < size:
-        return like.new_empty(rows, columns, dtype=dtype)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, (rows, columns), (columns, 1))
+    if 0 < size <= LIMIT and _is_memory(like):
+        with suppress(IndexError):  # the first call, or another thread has it
+            storage = _spare.pop()
+            if storage.nbytes() >= size:
+                return torch.empty(0, dtype=dtype).set_(storage, 0, (rows, columns), (columns, 1))
+    return like.new_empty(rows, columns, dtype=dtype)
 
 
 def give_back(block: Tensor) -> None:
