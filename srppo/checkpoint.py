@@ -120,9 +120,14 @@ def require_new_folder(path: Path, option: str = "output_dir") -> None:
     require_writable(path, option)
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the closest folder above it that is there."""
+    return next(p for p in (path, *path.resolve().parents) if p.exists())
+
+
 def require_writable(path: Path, option: str) -> None:
     """Stops before anything is computed if nothing could be written to ``path`` in the end."""
-    place = next(p for p in (path, *path.resolve().parents) if p.exists())
+    place = nearest_existing(path)
     try:
         tempfile.TemporaryDirectory(prefix=".writing-", dir=place).cleanup()
     except OSError as error:
@@ -167,8 +172,7 @@ def remove_folder(path: Path) -> None:
 def require_space(path: Path, needed: int) -> None:
     """Stops before training if the result would not fit on the disk, or must not be written there."""
     require_writable(path, "output_dir")
-    place = next(p for p in (path, *path.resolve().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(nearest_existing(path)).free
     if free < needed:
         raise UserError(
             f"output_dir {path}: the run writes about {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free: "

@@ -159,14 +159,13 @@ def score(args: PipelineConfig, options: argparse.Namespace) -> None:
         raise UserError(f"{missing.where}: there is no completion to score")
     base, sft_model = frozen_roles(args, args.base_model_name_or_path, args.sft_model_name_or_path)
     check_positions(base.causal_lm, max(len(r.prompt_ids) + len(r.completion_ids or ()) for r in rows))
-    check_tokens(base.causal_lm, rows, [*stops, filler_token(tokenizer, stops)])
+    pad = filler_token(tokenizer, stops)
+    check_tokens(base.causal_lm, rows, [*stops, pad])
     results: list[dict[str, Any]] = []
     with console.progress("scoring", len(rows)) as progress:
         for start in range(0, len(rows), args.per_device_train_batch_size):
             part = rows[start : start + args.per_device_train_batch_size]
-            rollout = collate_demonstrations(
-                part, pad_token_id=filler_token(tokenizer, stops), stop_token_ids=stops, device=base.device
-            )
+            rollout = collate_demonstrations(part, pad_token_id=pad, stop_token_ids=stops, device=base.device)
             pair = [logprobs(role, rollout, temperature=args.score_temperature)[0].cpu() for role in (sft_model, base)]
             for row, example in enumerate(part):
                 assert example.completion_ids is not None

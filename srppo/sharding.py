@@ -44,7 +44,7 @@ def shard_roles(roles: Roles) -> None:
     """
     if distributed.size() == 1:
         raise UserError("fsdp cuts weights over processes, and there is one: launch with torchrun, or leave it out")
-    models = [role.causal_lm for role in (roles.base, roles.sft, roles.policy, roles.critic)]
+    models = [role.causal_lm for role in roles]
     if len({id(model) for model in models}) < len(models) or any(hasattr(r.model, "peft_config") for r in (roles.sft,)):
         raise UserError("fsdp is for full fine-tuning (use_peft=false): with LoRA all roles share one frozen model")
     for model in models:
