@@ -55,6 +55,14 @@ HEAPS = {"default": "glibc as it is", "mapped": "MALLOC_MMAP_THRESHOLD_=131072: 
 EPOCHS = 2
 
 
+def shape_of(name: str) -> dict[str, Any]:
+    """Everything that a configuration of transformers needs to know of one of MODELS."""
+    return {
+        **MODELS[name], "tie_word_embeddings": True, "max_position_embeddings": 8192, "bos_token_id": 0,
+        "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One configuration of a run. A micro-batch is the whole batch unless ``micro_batch`` says otherwise."""
@@ -102,9 +110,7 @@ def prepare(setting: Setting, folder: Path) -> None:
     from srppo.models import lora_config
 
     torch.manual_seed(0)
-    shape = {"tie_word_embeddings": True, "max_position_embeddings": 8192, "bos_token_id": 0, "eos_token_id": 0,
-             "pad_token_id": 0, **MODELS[setting.model]}  # fmt: skip
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape_of(setting.model)), dtype=torch.bfloat16)
     model.save_pretrained(folder / "base")
     tuned = get_peft_model(model, lora_config(configuration(setting, folder), model))
     for name, parameter in tuned.named_parameters():

@@ -28,15 +28,12 @@ from torch import Tensor
 
 from bench.core import Call, Case, Errors, Floor, Op, Provider, Result, Unavailable
 from bench.head import naive_logprob, ppo_of
+from bench.memory_run import shape_of
 from bench.method import extra_memory
 from srppo_kernels import LinearLogprob, PPOStats
 
-# The architecture of SmolLM2-135M (hidden 576, vocabulary 49152, head tied to the embedding), 0.13 B parameters.
-ARCHITECTURE = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
+# Hidden 576, vocabulary 49152, head tied to the embedding: 0.13 B parameters of a Llama.
+ARCHITECTURE = {name: value for name, value in shape_of("smollm2-135m").items() if name != "model_type"}
 MEMORY_GIB = {"cpu": 8.0, "cuda": 80.0}  # of a laptop; of the GPU that the other shapes are meant for
 GIB = float(1 << 30)
 
@@ -130,8 +127,7 @@ class StepProblem:
 
     def held_bytes(self) -> int:
         """Weights of all roles, each once, and the optimizers' state."""
-        roles = (self.roles.base, self.roles.sft, self.roles.policy, self.roles.critic)
-        tensors = {p.data_ptr(): p.numel() * p.element_size() for role in roles for p in role.model.parameters()}
+        tensors = {p.data_ptr(): p.numel() * p.element_size() for role in self.roles for p in role.model.parameters()}
         states = [s for learner in (self.policy, self.critic) for s in learner.optimizer.state.values()]
         extra = sum(t.numel() * t.element_size() for s in states for t in s.values() if isinstance(t, Tensor))
         return sum(tensors.values()) + extra

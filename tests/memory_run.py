@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
-import resource
 import sys
-from pathlib import Path
 
 import torch
 from tiny import tiny_tokenizer
 from tiny_runs import QUIET
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.method import reset_resident_peak, resident
 from srppo import SRPPOConfig, SRPPOTrainer
 from srppo.data import Example
 from srppo.memory import estimate
@@ -28,10 +26,6 @@ SIZES = {
                 "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
 }  # fmt: skip
 PROMPT, COMPLETION, BATCH = 48, 16, 6
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def iteration(size: str, args: SRPPOConfig) -> int:
@@ -54,9 +48,8 @@ def main(size: str, use_peft: bool, folder: str) -> None:
     )  # fmt: skip
     iteration("tiny", args)  # what imports and first uses take is no part of a run, and depends on what is cached
     gc.collect()
-    before = resident()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is resident now
+    before = resident("VmRSS")
+    reset_resident_peak()  # it starts again from what is resident now
     estimated = iteration(size, args)
     taken = int(peak_memory_gib() * 2**30) - before
     print(json.dumps({"estimated": estimated, "taken": taken}))
