@@ -30,6 +30,19 @@ inline std::int64_t end_of_valid(const bool* mask, std::int64_t begin, std::int6
   return end;
 }
 
+// A bool is a byte of 0 or 1: eight of them are added by one product, whose top byte is their sum. Widened one by one,
+// 32768 tokens took a fifth of a policy loss.
+inline std::int64_t count_valid(const bool* mask, std::int64_t begin, std::int64_t end) {
+  std::int64_t count = 0;
+  for (; end - begin >= 8; begin += 8) {
+    std::uint64_t eight;
+    std::memcpy(&eight, mask + begin, 8);
+    count += static_cast<std::int64_t>((eight * 0x0101010101010101u) >> 56);
+  }
+  for (; begin < end; ++begin) count += mask[begin];
+  return count;
+}
+
 // The least that is worth a thread: 30 us of work or so. Waking one costs 10 us, and far more on a busy machine.
 constexpr std::int64_t kTokensPerThread = 16384;
 
@@ -52,8 +65,7 @@ struct Blocks {
       const std::int64_t row_begin = row * steps, row_end = row_begin + steps;
       const std::int64_t first = begin_of_valid(mask, row_begin, row_end);
       const std::int64_t last = end_of_valid(mask, first, row_end);
-      std::int64_t length = 0;
-      for (std::int64_t t = first; t < last; ++t) length += mask[t];
+      const std::int64_t length = count_valid(mask, first, last);
       lengths[static_cast<std::size_t>(row)] = length;
       valid += length;
       rows_with_tokens += length > 0;

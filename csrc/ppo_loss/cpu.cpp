@@ -188,9 +188,11 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Tensor
     all.valid += part.valid;
   }
   const double n = static_cast<double>(std::max<std::int64_t>(all.valid, 1));
+  const double of_targets = variance(all.target, all.target_square, n);
+  const double of_errors = variance(all.error, all.error_square, n);
   Tensor stats =
       vector_of(values, {static_cast<double>(all.clipped) / n, all.error_square / n, all.value / n, all.target / n,
-                         variance(all.target, all.target_square, n), variance(all.error, all.error_square, n),
+                         of_targets, of_errors, of_targets > 0.0 ? 1.0 - of_errors / of_targets : 0.0,
                          static_cast<double>(all.valid)});
   return {scalar_of(values, all.loss), d_values, stats};
 }

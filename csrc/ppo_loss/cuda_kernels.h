@@ -156,7 +156,7 @@ struct ValueParams {
   unsigned* finished;
 };
 
-constexpr int kValueStats = 8;  // those of reference.py, and the explained variance
+constexpr int kValueStats = 8;  // those of reference.py
 constexpr int kValueSums = 9;   // loss, error, its square, value, return, its square, clipped, valid, (no maximum)
 
 __global__ void __launch_bounds__(kThreads) value_kernel(ValueParams p, Divisor divisor) {
@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kThreads) value_kernel(ValueParams p, Divisor 
   const double n = sums[7] > 0 ? sums[7] : 1.0;
   store_loss(divisor, p.loss, sums[0], sums[7]);
   const double of_targets = variance(sums[4], sums[5], n), of_errors = variance(sums[1], sums[2], n);
-  const double stats[kValueStats] = {sums[6] / n, sums[2] / n, sums[3] / n, sums[4] / n, of_targets, of_errors, sums[7],
-                                     of_targets > 0.0 ? 1.0 - of_errors / of_targets : 0.0};
+  const double stats[kValueStats] = {sums[6] / n, sums[2] / n, sums[3] / n, sums[4] / n, of_targets, of_errors,
+                                     of_targets > 0.0 ? 1.0 - of_errors / of_targets : 0.0, sums[7]};
   for (int i = 0; i < kValueStats; ++i) p.stats[i] = static_cast<float>(stats[i]);
 }
 

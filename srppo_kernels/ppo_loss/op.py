@@ -24,17 +24,12 @@ __all__ = ["PPOTerms", "ppo_loss", "ppo_terms", "value_loss"]
 BACKENDS = ("native", "triton", "reference")
 
 
-def _on_gpu(chosen: str, device: torch.device) -> bool:
-    """Whether the kernel is one of the GPU's, which know the count and form every statistic at their end."""
-    return chosen == "triton" or (chosen == "native" and device.type == "cuda")
-
-
 def _waits(
     chosen: str, device: torch.device, reduction: str, divisor: float | None, divisor_tensor: Tensor | None
 ) -> bool:
-    """Whether gradients come undivided, with a weight."""
+    """Whether gradients come undivided, with a weight: a GPU's kernel knows the count at its end."""
     counted = reduction in ("token_mean", "sequence_mean") and divisor is None and divisor_tensor is None
-    return counted and _on_gpu(chosen, device)
+    return counted and (chosen == "triton" or (chosen == "native" and device.type == "cuda"))
 
 
 def _run_ppo_loss(
@@ -184,7 +179,7 @@ def _(values, old_values, returns, mask, clip, divisor, divisor_tensor, backend)
     return (
         values.new_empty((), dtype=dtype),
         values.new_empty(values.shape, dtype=dtype),
-        values.new_empty((len(reference.VALUE_STATS) + _on_gpu(chosen, values.device),), dtype=torch.float32),
+        values.new_empty((len(reference.VALUE_STATS),), dtype=torch.float32),
         values.new_empty(() if waits else (0,), dtype=torch.float32),
     )
 

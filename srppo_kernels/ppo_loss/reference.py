@@ -32,6 +32,7 @@ __all__ = [
     "POLICY_STATS",
     "REDUCTIONS",
     "VALUE_STATS",
+    "explained_variance",
     "ppo_loss_reference",
     "value_loss_reference",
 ]
@@ -51,7 +52,16 @@ POLICY_STATS = (
     "entropy",
     "count",
 )
-VALUE_STATS = ("clipfrac", "error", "value_mean", "return_mean", "return_var", "residual_var", "count")
+VALUE_STATS = (
+    "clipfrac",
+    "error",
+    "value_mean",
+    "return_mean",
+    "return_var",
+    "residual_var",
+    "explained_variance",
+    "count",
+)
 
 
 def token_weights(
@@ -80,6 +90,12 @@ def token_weights(
 def _mean_and_variance(x: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.where(mask, x, 0).sum() / count
     return mean, torch.where(mask, (x - mean) ** 2, 0).sum() / count
+
+
+def explained_variance(return_var: Tensor, residual_var: Tensor) -> Tensor:
+    """`1 - Var(V - R) / Var(R)`, and 0 where the returns do not vary."""
+    varies = return_var > 0
+    return torch.where(varies, 1 - residual_var / torch.where(varies, return_var, 1), 0)
 
 
 def ppo_loss_reference(
@@ -161,7 +177,7 @@ def value_loss_reference(
         return_mean, return_var = _mean_and_variance(returns, mask, safe)
         _, residual_var = _mean_and_variance(error, mask, safe)
         sums = [worse.sum(dtype=torch.float64) / safe, (error * error).sum() / safe, values.sum() / safe]
-        sums += [return_mean, return_var, residual_var, count]
+        sums += [return_mean, return_var, residual_var, explained_variance(return_var, residual_var), count]
     return loss, d_values, torch.stack(sums).float()
 
 

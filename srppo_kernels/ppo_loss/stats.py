@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from srppo_kernels.ppo_loss.reference import explained_variance
+
 __all__ = ["PPOStats", "ValueStats"]
 
 
@@ -47,10 +49,8 @@ class PPOStats(NamedTuple):
     @classmethod
     def from_vector(cls, vector: Tensor, has_entropy: bool) -> "PPOStats":
         """From what the kernels return, in the order of `reference.POLICY_STATS`."""
-        fields: dict[str, Tensor | None] = dict(zip(cls._fields, vector.detach().unbind(), strict=True))
-        if not has_entropy:
-            fields["entropy"] = None
-        return cls(**fields)  # type: ignore[arg-type]
+        stats = cls(*vector.detach().unbind())
+        return stats if has_entropy else stats._replace(entropy=None)
 
     @classmethod
     def merge(cls, stats: Sequence["PPOStats"]) -> "PPOStats":
@@ -82,13 +82,8 @@ class ValueStats(NamedTuple):
 
     @classmethod
     def from_vector(cls, vector: Tensor) -> "ValueStats":
-        """From what the kernels return, in the order of `reference.VALUE_STATS`.
-
-        A GPU's kernel forms the explained variance as well: five operators here would be five launches.
-        """
-        clipfrac, error, value_mean, return_mean, return_var, residual_var, count, *given = vector.detach().unbind()
-        explained = given[0] if given else _explained(return_var, residual_var)
-        return cls(clipfrac, error, value_mean, return_mean, return_var, residual_var, explained, count)
+        """From what the kernels return, in the order of `reference.VALUE_STATS`."""
+        return cls(*vector.detach().unbind())
 
     @classmethod
     def merge(cls, stats: Sequence["ValueStats"]) -> "ValueStats":
@@ -103,11 +98,6 @@ class ValueStats(NamedTuple):
         residual_means = columns["value_mean"] - columns["return_mean"]
         merged["return_var"] = _pooled_variance(weights, columns["return_mean"], columns["return_var"])
         merged["residual_var"] = _pooled_variance(weights, residual_means, columns["residual_var"])
-        merged["explained_variance"] = _explained(merged["return_var"], merged["residual_var"])
+        merged["explained_variance"] = explained_variance(merged["return_var"], merged["residual_var"])
         merged["count"] = columns["count"].sum()
         return cls(**{name: value.float() for name, value in merged.items()})
-
-
-def _explained(return_var: Tensor, residual_var: Tensor) -> Tensor:
-    varies = return_var > 0
-    return torch.where(varies, 1 - residual_var / torch.where(varies, return_var, 1), 0)

@@ -191,7 +191,7 @@ def value_loss(
     finished,
     loss,
     weight,
-    stats,  # float32, in the order of VALUE_STATS, and 1 - Var(V - R) / Var(R)
+    stats,  # float32, in the order of VALUE_STATS
     FROM: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -242,8 +242,8 @@ def value_loss(
         explained = tl.where(varies, 1.0 - of_errors / tl.where(varies, of_targets, 1.0), 0.0)
         tl.store(stats + 4, of_targets.to(tl.float32))
         tl.store(stats + 5, of_errors.to(tl.float32))
-        tl.store(stats + 6, count.to(tl.float32))
-        tl.store(stats + 7, explained.to(tl.float32))
+        tl.store(stats + 6, explained.to(tl.float32))
+        tl.store(stats + 7, count.to(tl.float32))
 
 
 @triton.jit
@@ -341,7 +341,7 @@ def value_loss_triton(
     tokens = [x.contiguous() for x in (values, old_values, returns, mask)]
     d_values = torch.empty(values.shape, dtype=torch.float32, device=values.device)
     with on_device(values):
-        launch = _Launch(tokens[3], "token_mean", divisor, divisor_tensor, VALUE_SUMS, len(VALUE_STATS) + 1)
+        launch = _Launch(tokens[3], "token_mean", divisor, divisor_tensor, VALUE_SUMS, len(VALUE_STATS))
         value_loss[(launch.programs,)](
             *tokens, math.inf if clip is None else clip, *launch.divisor, launch.rows, launch.steps, d_values,
             *launch.scratch, launch.loss, launch.weight, launch.stats, FROM=launch.source, TOKENS=TOKENS, **OPTIONS,
