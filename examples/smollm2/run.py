@@ -42,7 +42,8 @@ def run(work_dir: Path, options: Sequence[str], results: Path | None) -> None:
     from prepare import prepare
 
     output = work_dir / "run"
-    require_new_folder(output, "the run's folder")
+    if not given("--resume_from_checkpoint", options):
+        require_new_folder(output, "the run's folder")
     prepare(work_dir)
     paths = ["--base_model_name_or_path", str(work_dir / "model"), "--dataset_name", str(work_dir / "data"),
              "--output_dir", str(output)]  # fmt: skip
@@ -53,6 +54,10 @@ def run(work_dir: Path, options: Sequence[str], results: Path | None) -> None:
     print(table)
     if results is not None:
         collect(output, results)
+
+
+def given(name: str, options: Sequence[str]) -> bool:
+    return any(option.split("=", 1)[0] == name for option in options)
 
 
 def command(*arguments: str) -> None:
@@ -162,7 +167,7 @@ def main() -> int:
     known, options = parser.parse_known_args()
     try:
         for option in ("--base_model_name_or_path", "--dataset_name", "--output_dir"):
-            if any(given.split("=", 1)[0] == option for given in options):
+            if given(option, options):
                 raise UserError(f"{option} is set by this script, to a folder in --work_dir")
         run(known.work_dir, options, known.results)
     except UserError as error:

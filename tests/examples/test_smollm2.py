@@ -324,6 +324,28 @@ def test_configuration_and_questions_are_valid() -> None:
     assert all(row["prompt"][0]["role"] == "user" for row in rows)
 
 
+def test_an_interrupted_run_goes_on_only_when_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import run
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    commands: list[tuple[str, ...]] = []
+
+    def srppo(arguments: tuple[str, ...]) -> int:
+        commands.append(arguments)
+        return 1
+
+    monkeypatch.setattr(run, "srppo", srppo)
+    monkeypatch.setattr(prepare, "prepare", lambda folder: None)
+    with pytest.raises(UserError, match="the run's folder"):
+        run.run(tmp_path, ["--save_steps", "8"], None)
+    assert not commands
+    for resume in (["--resume_from_checkpoint", "latest"], ["--resume_from_checkpoint=latest"]):
+        with pytest.raises(SystemExit):  # of the command that was to go on
+            run.run(tmp_path, resume, None)
+        assert commands.pop()[-len(resume) :] == tuple(resume)
+
+
 def test_table_shows_each_model_and_the_course_of_the_run() -> None:
     import run
 
