@@ -227,6 +227,22 @@ def test_advantages_are_whitened_over_the_whole_batch_and_only_over_its_tokens(t
     assert white[given.completion_mask].var().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_whitened_rewards_keep_their_mean(tmp_path):
+    """A reward that is positive on average says that the answer was good, and a shifted one would not."""
+    given = widened(rollout(), 0, 5)
+    scores = made_up_scores(given)
+
+    def rewards(whiten: bool) -> Tensor:
+        args = config(tmp_path, whiten_rewards=whiten, whiten_advantages=False, gamma=1.0, lam=1.0)
+        returns = ppo.advantages(given, scores, args).returns.double()  # sums from here to the end
+        following = torch.nn.functional.pad(returns[:, 1:], (0, 1))
+        return (returns - following)[given.completion_mask]
+
+    raw, white = rewards(False), rewards(True)
+    torch.testing.assert_close(white, (raw - raw.mean()) / raw.std() + raw.mean(), atol=1e-5, rtol=1e-5)
+    assert abs(raw.mean()) > 0.01
+
+
 def test_missing_eos_penalty_hits_the_cut_completion_alone(tmp_path):
     given = rollout()
     assert given.truncated.tolist() == [False, False, True, False]
