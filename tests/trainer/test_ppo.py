@@ -336,6 +336,18 @@ def test_target_kl_ends_the_epochs(tmp_path):
     assert result.policy.approx_kl > 0
 
 
+def test_target_kl_looks_at_the_epoch_that_ended_and_not_at_the_mean_of_all(tmp_path):
+    def run(epochs: int, target: float | None = None):
+        args = config(tmp_path, num_ppo_epochs=epochs, learning_rate=1e-2, target_kl=target)
+        return one_update(full_roles(args), args, rollout())[2]
+
+    of_two = run(2).policy.approx_kl.item()
+    of_second = 2 * of_two  # the first epoch's is 0: nothing has moved
+    assert of_two > 1e-6
+    assert run(3, target=(of_two + of_second) / 2).epochs == 2
+    assert run(3, target=1.1 * of_second).epochs == 3
+
+
 def test_gradient_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_on(tiny_models, tmp_path, monkeypatch):
     run = trainer(tiny_models, tmp_path, max_steps=3, num_ppo_epochs=1)
     backward, policies = ppo.policy_backward, []
