@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 Check = Callable[[int, int], None]
+PATIENCE = timedelta(minutes=3)  # with a rank that never comes: a failure, and not gloo's half an hour of silence
 
 
 def on_ranks(check: Check, folder: Path, size: int = 2) -> None:
@@ -21,7 +23,7 @@ def on_ranks(check: Check, folder: Path, size: int = 2) -> None:
 
 def _rank(rank: int, check: Check, size: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=PATIENCE)
     try:
         check(rank, size)
     finally:
