@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
     # Before anything imports triton: it reads the variable when it decorates a function.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Names that no model has are tests of errors. Asking the hub for them takes minutes where it is not reached.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Compiled graphs are cached by what they call, not by its signature: an op that gained an argument would be called
 # without it, by code that another version of this project left in the shared folder.
 _COMPILED = tempfile.TemporaryDirectory(prefix="srppo-inductor-", ignore_cleanup_errors=True)
