@@ -241,7 +241,7 @@ class PipelineConfig(SRPPOConfig):
     )
     save_rollouts: str | None = option(None, "a folder to write every rollout to")
     from_rollouts: str | None = option(None, "a folder of saved rollouts to train on in place of sampling")
-    fsdp: bool = option(False, "PPO with the weights of all roles cut over the processes; for full fine-tuning")
+    fsdp: bool = option(False, "weights cut over the processes, of all roles and in SFT; for full fine-tuning")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from srppo import distributed
+from srppo import distributed, sharding
 from srppo.checkpoint import atomic_folder, require_new_folder, save_model
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
@@ -51,8 +51,8 @@ def token_nll(logprob: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str
 
 def demonstration_loss(role: Role, rollout: Rollout, normalizer: int) -> Tensor:
     """Cross-entropy of a batch of demonstrations, summed over tokens and divided by ``normalizer``."""
-    head = role.head
-    loss, _ = linear_loss(role.hidden(rollout), head.weight, rollout.tokens, token_nll, **head.options)
+    hidden, head = role.hidden(rollout), role.head  # in this order: a sharded head is whole after the hidden states
+    loss, _ = linear_loss(hidden, head.weight, rollout.tokens, token_nll, **head.options)
     return loss / normalizer
 
 
@@ -76,9 +76,11 @@ def run_sft(
             place.
 
     Raises:
-        UserError: there is no demonstration, or the model cannot be loaded.
+        UserError: there is no demonstration, the model cannot be loaded, or ``fsdp`` has nothing to cut.
     """
     distributed.start()
+    if args.fsdp:
+        sharding.require_ranks(adapters=args.use_peft)
     console = console or Console(quiet=not distributed.is_main())
     target = Path(output_dir)
     distributed.on_main(lambda: require_new_folder(target))
@@ -107,6 +109,9 @@ def run_sft(
 
     distributed.spread_from_main(parameters)
     distributed.seed_apart(args.seed)
+    if args.fsdp:
+        sharding.shard(role.causal_lm)
+        parameters = [parameter for _, parameter in role.parameters()]
     mini_batch_size = args.mini_batch_size * distributed.size()
     total = args.sft_num_train_epochs * math.ceil(len(train) / mini_batch_size)
     optimizer = torch.optim.AdamW(
@@ -126,7 +131,7 @@ def run_sft(
                     rollout = as_rollout([train[row] for row in rows.tolist()])
                     tokens = int(rollout.completion_mask.sum())
                     loss = sft_step(role, rollout, tokens, args)
-                    norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+                    norm = sharding.clip_gradients(parameters, args.max_grad_norm or math.inf)
                     if not math.isfinite(norm):
                         raise UserError("the SFT gradient is not finite: lower sft_learning_rate, or use dtype=float32")
                     optimizer.step()
@@ -139,8 +144,9 @@ def run_sft(
                     progress.advance(tokens, f"loss {loss:.3f}")
             history = writer.history
         role.model.eval()
+        weights = sharding.whole_state(role.causal_lm)
         if folder is not None:
-            save_model(role, tokenizer, folder)
+            save_model(role, tokenizer, folder, weights)
             plot_history(history, folder / "plots", {"sft_loss": ["sft/loss", "eval/loss"]})
     distributed.wait()
     console.note(f"SFT model written to {target}")
@@ -169,8 +175,8 @@ def sft_step(role: Role, rollout: Rollout, tokens: int, args: SRPPOConfig) -> fl
     returns the loss per token of the whole."""
     total = torch.zeros((), dtype=torch.float64)
     with role.active():
-        for rows in own_micro_batches(role, rollout, args):
-            loss = demonstration_loss(role, rollout.select(rows), tokens)
+        for part in own_micro_batches(role, rollout, args):
+            loss = demonstration_loss(role, part, tokens)
             loss.backward()
             total += loss.item()
     parameters = [parameter for _, parameter in role.parameters()]
@@ -181,9 +187,20 @@ def sft_step(role: Role, rollout: Rollout, tokens: int, args: SRPPOConfig) -> fl
     return distributed.summed(total).item()
 
 
-def own_micro_batches(role: Role, rollout: Rollout, args: SRPPOConfig) -> list[Tensor]:
-    own = torch.arange(distributed.rank(), len(rollout), distributed.size())
-    return split_micro_batches(own, rollout, args, role) if len(own) else []
+def own_micro_batches(role: Role, rollout: Rollout, args: SRPPOConfig) -> Iterator[Rollout]:
+    """This rank's rows of a mini-batch, a micro-batch at a time.
+
+    A sharded model's forwards are collectives, so there the ranks get equally many rows: the first ones come again,
+    without a token that counts.
+    """
+    rank, size, count = distributed.rank(), distributed.size(), len(rollout)
+    places = torch.arange(rank, -(-count // size) * size if sharding.is_sharded(role.causal_lm) else count, size)
+    if len(places):
+        own = rollout.select(places % count)
+        counts = (places < count).to(own.completion_mask.device)
+        own = dataclasses.replace(own, completion_mask=own.completion_mask & counts[:, None])
+        for rows in split_micro_batches(torch.arange(len(own)), own, args, role):
+            yield own.select(rows)
 
 
 @torch.no_grad()
@@ -192,7 +209,7 @@ def held_out_loss(role: Role, rollout: Rollout, args: SRPPOConfig) -> float:
     role.model.eval()
     total = torch.zeros((), dtype=torch.float64)
     with role.active():
-        for rows in own_micro_batches(role, rollout, args):
-            total += demonstration_loss(role, rollout.select(rows), 1).item()
+        for part in own_micro_batches(role, rollout, args):
+            total += demonstration_loss(role, part, 1).item()
     role.model.train()
     return distributed.summed(total).item() / int(rollout.completion_mask.sum())

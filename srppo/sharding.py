@@ -36,17 +36,27 @@ if TYPE_CHECKING:
     from srppo.roles import Roles
 
 
+def require_ranks(*, adapters: bool) -> None:
+    """Stops where there is nothing to cut.
+
+    Raises:
+        UserError: there is one process, or adapters are what learns.
+    """
+    if distributed.size() == 1:
+        raise UserError("fsdp cuts weights over processes, and there is one: launch with torchrun, or leave it out")
+    if adapters:
+        raise UserError("fsdp is for full fine-tuning (use_peft=false): with LoRA all roles share one frozen model")
+
+
 def shard_roles(roles: Roles) -> None:
     """Cuts the models of all roles, in place; optimizers are made after this.
 
     Raises:
         UserError: there is one process, the roles share a model (LoRA), or a model does not say what its layers are.
     """
-    if distributed.size() == 1:
-        raise UserError("fsdp cuts weights over processes, and there is one: launch with torchrun, or leave it out")
     models = [role.causal_lm for role in roles]
-    if len({id(model) for model in models}) < len(models) or any(hasattr(r.model, "peft_config") for r in (roles.sft,)):
-        raise UserError("fsdp is for full fine-tuning (use_peft=false): with LoRA all roles share one frozen model")
+    shared = len({id(model) for model in models}) < len(models)
+    require_ranks(adapters=shared or hasattr(roles.sft.model, "peft_config"))
     for model in models:
         shard(model)
 

@@ -87,18 +87,35 @@ def check(rank: int, size: int, *, models: TinyModels, folder: Path) -> None:
         torch.save(steps(models, folder, name), folder / f"{name} {rank}.pt")
     with without_plots():
         sft(models, folder / "sft-2")
+        sft_cut(models, folder / "sft-cut")
+        sft_cut(models, folder / "sft-cut-by-tokens", max_tokens_per_micro_batch=16)
         for kind in ("sft", "adapter", "fsdp"):
             check_runs(rank, models=models, folder=folder / kind, kind=kind)
 
 
-def sft(models: TinyModels, target: Path) -> Path:
+def sft(models: TinyModels, target: Path, **settings: Any) -> Path:
     """Five demonstrations and a held-out one: a last mini-batch that leaves the second rank without a row."""
     args = config(
         target.parent, base_model_name_or_path=models.base, sft_num_train_epochs=1, sft_learning_rate=1e-3,
-        per_device_train_batch_size=4 // distributed.size(), gradient_accumulation_steps=1,
+        per_device_train_batch_size=4 // distributed.size(), gradient_accumulation_steps=1, **settings,
     )  # fmt: skip
     rows = examples(ROWS)
     return run_sft(args, train_dataset=rows[:5], eval_dataset=rows[5:], output_dir=target, console=QUIET)
+
+
+def sft_cut(models: TinyModels, target: Path, **settings: Any) -> None:
+    """The same with every weight that learns cut over the ranks."""
+    cut: list[bool] = []
+    clip = sharding.clip_gradients
+
+    def looked_at(parameters: list[torch.nn.Parameter], max_norm: float) -> float:
+        cut.extend(sharding.is_cut(p) and sharding.is_cut(p.grad) for p in parameters)
+        return clip(parameters, max_norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "clip_gradients", looked_at)
+        sft(models, target, fsdp=True, **settings)
+    assert cut and all(cut)
 
 
 def weights(run: Any) -> list[torch.Tensor]:

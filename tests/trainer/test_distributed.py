@@ -17,10 +17,10 @@ import torch
 import training_ranks as ranks
 from on_ranks import on_ranks
 from safetensors.torch import load_file
-from tiny_runs import ROWS, STOPS, examples, trainer, write_jsonl
+from tiny_runs import QUIET, ROWS, STOPS, config, examples, trainer, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from srppo import UserError, checkpoint, distributed
+from srppo import UserError, checkpoint, distributed, run_sft
 from srppo.console import Console
 
 TESTS = Path(__file__).parents[1]
@@ -58,15 +58,18 @@ def test_two_processes_step_as_one_does_on_the_same_completions(tiny_models, tmp
         assert alone["metrics"]["ppo_epochs"] < 8
 
 
-def test_sft_by_two_processes_is_that_of_one(tiny_models, tmp_path, of_two):
+@pytest.mark.parametrize("how", ["sft-2", "sft-cut", "sft-cut-by-tokens"])
+def test_sft_by_two_processes_is_that_of_one(tiny_models, tmp_path, of_two, how):
+    """With whole weights on each, and with weights cut over both."""
     alone = ranks.sft(tiny_models, tmp_path / "sft-1")
-    one, two, base = (load_file(Path(f) / "model.safetensors") for f in (alone, of_two / "sft-2", tiny_models.base))
+    one, two, base = (load_file(Path(f) / "model.safetensors") for f in (alone, of_two / how, tiny_models.base))
+    assert one.keys() == two.keys()
     moved = max((one[name] - base[name]).abs().max().item() for name in one)
     assert moved > 1e-4
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 0.02 * moved  # of Adam's sign-like steps
     history = [
         [json.loads(line) for line in (Path(f) / "metrics.jsonl").read_text().splitlines()]
-        for f in (alone, of_two / "sft-2")
+        for f in (alone, of_two / how)
     ]
     for a, b in zip(*history, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -176,7 +179,8 @@ def test_a_dead_rank_ends_the_run_with_an_error_and_not_a_hang(tiny_models, tmp_
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_torchrun_trains_from_the_command_line(tiny_models, tmp_path):
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_torchrun_trains_from_the_command_line(tiny_models, tmp_path, fsdp):
     """SFT and PPO; each line is printed once."""
     data = write_jsonl(tmp_path / "data" / "train.jsonl", ROWS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port()]
@@ -184,6 +188,7 @@ def test_torchrun_trains_from_the_command_line(tiny_models, tmp_path):
         "base_model_name_or_path": tiny_models.base, "dataset_name": data, "output_dir": str(tmp_path / "run"),
         "max_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 4, "max_prompt_length": 24,
         "sft_num_train_epochs": 1, "sft_learning_rate": 1e-2, "log_completions": 1, "report_to": "none",
+        "fsdp": fsdp,
     }  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     done = subprocess.run(
@@ -211,6 +216,12 @@ def test_without_a_launcher_nothing_is_joined_and_functions_are_the_identity(mon
     assert distributed.even_share([1, 2, 3]) == [1, 2, 3]
     assert distributed.on_main(lambda: 5) == 5
     distributed.finish()
+
+
+def test_sft_with_nothing_to_cut_is_refused_before_anything_is_loaded(tmp_path):
+    args = config(tmp_path, base_model_name_or_path="nowhere", fsdp=True)
+    with pytest.raises(UserError, match="fsdp cuts weights over processes, and there is one"):
+        run_sft(args, train_dataset=examples(ROWS), output_dir=tmp_path / "sft", console=QUIET)
 
 
 def test_fsdp_is_refused_in_one_process(tiny_models, tmp_path):
