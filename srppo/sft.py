@@ -22,7 +22,7 @@ from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, filler_token, stop_tokens
 from srppo.errors import UserError
-from srppo.learner import lr_schedule
+from srppo.learner import Learner
 from srppo.metrics import MetricsWriter
 from srppo.models import check_positions, check_tokens, load_model, load_tokenizer, require_full_precision
 from srppo.packing import keeps_sequences_apart
@@ -102,25 +102,20 @@ def run_sft(
     check_tokens(model, [*train, *held_out], [*stops, pad])
     torch.manual_seed(args.seed)
     role = sft_role(args, model)
-    parameters = [parameter for _, parameter in role.parameters()]
 
     def as_rollout(examples: Sequence[Example]) -> Rollout:
         return collate_demonstrations(examples, pad_token_id=pad, stop_token_ids=stops, device=role.device)
 
-    distributed.spread_from_main(parameters)
+    distributed.spread_from_main(parameter for _, parameter in role.parameters())
     distributed.seed_apart(args.seed)
     if args.fsdp:
         sharding.shard(role.causal_lm)
-        parameters = [parameter for _, parameter in role.parameters()]
     mini_batch_size = args.mini_batch_size * distributed.size()
     total = args.sft_num_train_epochs * math.ceil(len(train) / mini_batch_size)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=args.sft_learning_rate, betas=(args.adam_betas[0], args.adam_betas[1]), weight_decay=0.0
-    )
-    scheduler = lr_schedule(args, optimizer, total)
+    learner = Learner.create(role, args, args.sft_learning_rate, total)
     console.note(
         f"SFT: {len(train)} demonstrations, {args.sft_num_train_epochs} epochs, {total} steps of "
-        f"{mini_batch_size}, {sum(p.numel() for p in parameters):,} trainable parameters"
+        f"{mini_batch_size}, {sum(p.numel() for p in learner.parameters):,} trainable parameters"
     )
     generator = torch.Generator().manual_seed(args.seed)
     with atomic_folder(target) if distributed.is_main() else nullcontext() as folder:
@@ -130,14 +125,13 @@ def run_sft(
                 for rows in order.split(mini_batch_size):
                     rollout = as_rollout([train[row] for row in rows.tolist()])
                     tokens = int(rollout.completion_mask.sum())
-                    loss = sft_step(role, rollout, tokens, args)
-                    norm = sharding.clip_gradients(parameters, args.max_grad_norm or math.inf)
+                    loss = sft_step(learner, rollout, tokens, args)
+                    norm = learner.step(args.max_grad_norm)
                     if not math.isfinite(norm):
                         raise UserError("the SFT gradient is not finite: lower sft_learning_rate, or use dtype=float32")
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    metrics = {"sft/loss": loss, "grad_norm": norm, "lr": float(scheduler.get_last_lr()[0])}
-                    scheduler.step()
+                    rate = float(learner.scheduler.get_last_lr()[0])
+                    learner.scheduler.step()
+                    metrics = {"sft/loss": loss, "grad_norm": norm, "lr": rate}
                     if held_out and len(writer.history) + 1 == (epoch + 1) * (total // args.sft_num_train_epochs):
                         metrics["eval/loss"] = held_out_loss(role, as_rollout(held_out), args)
                     writer.write(len(writer.history) + 1, metrics)
@@ -162,28 +156,24 @@ def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
         role = Role("sft", new_adapter(model, args, None, "default"), "default", trainable=True)
     role = dataclasses.replace(role, packs=packs)
     require_full_precision("model", (parameter for _, parameter in role.parameters()))
-    for _, parameter in role.parameters():
-        parameter.requires_grad_(True)
     if args.gradient_checkpointing:
         role.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     role.model.train()
     return role
 
 
-def sft_step(role: Role, rollout: Rollout, tokens: int, args: SRPPOConfig) -> float:
-    """Accumulates the gradient of this rank's part of a mini-batch, a micro-batch at a time, and sums it over ranks;
-    returns the loss per token of the whole."""
+def sft_step(learner: Learner, rollout: Rollout, tokens: int, args: SRPPOConfig) -> float:
+    """Accumulates the gradient of this rank's part of a mini-batch, a micro-batch at a time; returns the loss per token
+    of the whole."""
     total = torch.zeros((), dtype=torch.float64)
-    with role.active():
-        for part in own_micro_batches(role, rollout, args):
-            loss = demonstration_loss(role, part, tokens)
+    with learner.role.active():
+        for part in own_micro_batches(learner.role, rollout, args):
+            loss = demonstration_loss(learner.role, part, tokens)
             loss.backward()
             total += loss.item()
-    parameters = [parameter for _, parameter in role.parameters()]
-    for parameter in parameters:  # of a rank that the last, smaller mini-batch left without a row
+    for parameter in learner.parameters:  # of a rank that the last, smaller mini-batch left without a row
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    distributed.sum_gradients(parameters)
     return distributed.summed(total).item()
 
 
