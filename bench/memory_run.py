@@ -140,7 +140,7 @@ def separate_roles(args: Any, base: str, sft: str, peft_config: Any = None) -> A
     has no such pages. So each copy's weights are its own.
     """
     from srppo.models import attach_adapter, disable_dropout, freeze, load_model
-    from srppo.roles import Role, Roles, new_value_head, packed_alike, settle
+    from srppo.roles import Role, Roles, laid_out_alike, new_value_head, settle
 
     def copy() -> Any:
         model = load_model(base, args)
@@ -153,10 +153,10 @@ def separate_roles(args: Any, base: str, sft: str, peft_config: Any = None) -> A
     def model(adapter: str) -> Any:
         return attach_adapter(copy(), sft, adapter)
 
-    pair = packed_alike(Role("base", copy()), Role("sft", model("sft"), "sft"))
-    packs = pair[0].packs
-    policy = Role("policy", model("policy"), "policy", trainable=True, packs=packs)
-    critic = Role("critic", model("value"), "value", trainable=True, packs=packs,
+    pair = laid_out_alike(Role("base", copy()), Role("sft", model("sft"), "sft"))
+    layout = pair[0].layout
+    policy = Role("policy", model("policy"), "policy", trainable=True, layout=layout)
+    critic = Role("critic", model("value"), "value", trainable=True, layout=layout,
                   value_head=new_value_head(policy.causal_lm))  # fmt: skip
     roles = Roles(*pair, policy, critic)
     settle(args, roles)

@@ -39,7 +39,8 @@ from srppo.models import (
     lora_config,
     require_full_precision,
 )
-from srppo.packing import keeps_sequences_apart, pack
+from srppo.packing import Layout, attention_of, layout_of, pack, widest_tree
+from srppo.prefixes import tree_mask
 from srppo_kernels import linear_logprob
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Role:
     adapter: str | None = None
     trainable: bool = False
     value_head: nn.Linear | None = None  # of the critic: [D] -> 1, fp32
-    packs: bool = False  # sequences are laid end to end in a forward, see srppo.packing
+    layout: Layout = Layout.PADDED  # of the sequences in a forward
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -125,7 +126,7 @@ class Role:
 
     def hidden(self, rollout: Rollout) -> Tensor:
         """Hidden states that predict ``rollout.tokens``, ``[N, D]``. Call it inside :meth:`active`."""
-        return self.packed_states(rollout) if self.packs else self.padded_states(rollout)
+        return self.packed_states(rollout) if self.layout >= Layout.PACKED else self.padded_states(rollout)
 
     def padded_states(self, rollout: Rollout) -> Tensor:
         states = sharding.states_of(
@@ -137,16 +138,22 @@ class Role:
         )
         return states[rollout.predicting]
 
-    def packed_states(self, rollout: Rollout, *, one_row: bool | None = None) -> Tensor:
-        """The same without padding; ``one_row`` is for tests, absent the attention in use decides."""
+    def packed_states(self, rollout: Rollout, *, one_row: bool | None = None, share: bool | None = None) -> Tensor:
+        """The same without padding; ``one_row`` and ``share`` are for tests, absent the attention in use and the role's
+        layout decide."""
         config = self.causal_lm.config
-        if one_row is None:
-            one_row = "flash" in (config._attn_implementation or "")
-        packed = pack(rollout, config.get_text_config().hidden_size, one_row=one_row)
+        attention = attention_of(config)
+        packed = pack(
+            rollout,
+            config.get_text_config().hidden_size,
+            one_row="flash" in attention if one_row is None else one_row,
+            widest_tree=widest_tree(config) if share or (share is None and self.layout == Layout.SHARED) else 0,
+        )
+        mask = None if packed.attends is None else tree_mask(packed.attends, self.causal_lm.dtype, attention)
         states = sharding.states_of(
             self.causal_lm,
             input_ids=packed.input_ids,
-            attention_mask=None,
+            attention_mask=mask,
             position_ids=packed.position_ids,
             use_cache=False,
         )
@@ -252,14 +259,14 @@ def frozen_roles(
     for role in roles:
         disable_dropout(role.model)
         check_head(role)
-    return packed_alike(*roles)
+    return laid_out_alike(*roles)
 
 
-def packed_alike(base: Role, sft: Role) -> tuple[Role, Role]:
-    """Two roles that are compared, so both pack or none; they do where both models keep packed sequences apart."""
+def laid_out_alike(base: Role, sft: Role) -> tuple[Role, Role]:
+    """Two roles that are compared, so in one layout: the best that both models take."""
     with undisturbed(base.model), undisturbed(sft.model):
-        packs = keeps_sequences_apart(base) and keeps_sequences_apart(sft)
-    return dataclasses.replace(base, packs=packs), dataclasses.replace(sft, packs=packs)
+        layout = min(layout_of(base), layout_of(sft))
+    return dataclasses.replace(base, layout=layout), dataclasses.replace(sft, layout=layout)
 
 
 def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tuple[Role, Role, Role]:
@@ -275,7 +282,7 @@ def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tupl
         base, policy = dataclasses.replace(base, model=shared), Role("policy", shared, "policy")
     disable_dropout(policy.model)
     check_head(policy)
-    return base, sft, dataclasses.replace(policy, packs=base.packs and keeps_sequences_apart(policy))
+    return base, sft, dataclasses.replace(policy, layout=min(base.layout, layout_of(policy)))
 
 
 def build_roles(
@@ -316,8 +323,8 @@ def build_roles(
         policy = Role("policy", shared, "policy", trainable=True)
         if value_model == "adapter":
             trunk = Role("critic", shared, "value", trainable=True)
-    policy = dataclasses.replace(policy, packs=sft_role.packs)
-    critic = dataclasses.replace(trunk, packs=sft_role.packs, value_head=new_value_head(policy.causal_lm))
+    policy = dataclasses.replace(policy, layout=sft_role.layout)
+    critic = dataclasses.replace(trunk, layout=sft_role.layout, value_head=new_value_head(policy.causal_lm))
     roles = Roles(base_role, sft_role, policy, critic)
     settle(args, roles)
     return roles

@@ -24,8 +24,9 @@ from srppo.config import SRPPOConfig
 from srppo.data import filler_token, stop_tokens, tokenize_row
 from srppo.errors import UserError
 from srppo.models import check_positions, check_same_tokenizer, check_same_vocabulary, load_tokenizer, tokenizer_for
+from srppo.packing import neighbours
 from srppo.ppo import RunningMoments
-from srppo.roles import Role, check_head, frozen_roles, packed_alike, undisturbed
+from srppo.roles import Role, check_head, frozen_roles, laid_out_alike, undisturbed
 from srppo.rollout import Rollout, collate, until_stop
 from srppo_kernels import linear_log_ratio, log_ratio_reward
 
@@ -131,7 +132,7 @@ class SelfReward:
         if adapter not in getattr(model, "peft_config", {}):
             known = ", ".join(map(repr, getattr(model, "peft_config", {}))) or "none: it is no peft model"
             raise UserError(f"the model has no adapter {adapter!r}; it has {known}")
-        return cls(*packed_alike(Role("base", model), Role("sft", model, adapter)), tokenizer, **options)
+        return cls(*laid_out_alike(Role("base", model), Role("sft", model, adapter)), tokenizer, **options)
 
     # -- by token ids -------------------------------------------------------------------------------------------------
 
@@ -180,8 +181,7 @@ class SelfReward:
         clip and penalty; with the rollout that holds mask and truncation."""
         rollout = self._collate(prompt_ids, completion_ids)
         ratios = torch.zeros(rollout.completion_mask.shape, device=rollout.input_ids.device)
-        # Neighbours in length share a batch: less padding is computed.
-        order = torch.argsort(rollout.attention_mask.sum(-1), descending=True, stable=True)
+        order = neighbours(rollout, self.sft.layout)
         with undisturbed(self.sft.model), undisturbed(self.base.model):
             for rows in order.split(self.batch_size):
                 part = rollout.select(rows)

@@ -25,7 +25,7 @@ from srppo.errors import UserError
 from srppo.learner import Learner
 from srppo.metrics import MetricsWriter
 from srppo.models import check_positions, check_tokens, load_model, load_tokenizer, require_full_precision
-from srppo.packing import keeps_sequences_apart
+from srppo.packing import layout_of
 from srppo.plots import plot_history
 from srppo.ppo import split_micro_batches
 from srppo.roles import Role, check_head, new_adapter
@@ -151,10 +151,10 @@ def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
     """The base model made trainable: whole, or with a new adapter."""
     role = Role("sft", model, trainable=True)
     check_head(role)
-    packs = keeps_sequences_apart(role)
+    layout = layout_of(role)
     if args.use_peft:
         role = Role("sft", new_adapter(model, args, None, "default"), "default", trainable=True)
-    role = dataclasses.replace(role, packs=packs)
+    role = dataclasses.replace(role, layout=layout)
     require_full_precision("model", (parameter for _, parameter in role.parameters()))
     if args.gradient_checkpointing:
         role.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -9,6 +9,7 @@ import torch
 from srppo import distributed, ppo
 from srppo.config import SRPPOConfig
 from srppo.errors import UserError
+from srppo.packing import Layout
 from srppo.roles import Roles
 from srppo.rollout import Rollout
 
@@ -38,7 +39,7 @@ def describe(args: SRPPOConfig, roles: Roles, *, prompts: int, held_out: int) ->
             if args.max_tokens_per_micro_batch is None
             else f"at most {args.max_tokens_per_micro_batch} tokens"
         )
-        + (", packed without padding" if roles.policy.packs else ", padded, as this model mixes packed sequences"),
+        + LAYOUTS[roles.policy.layout],
         f"KL penalty: beta {args.kl_coef}{held} towards {args.kl_reference}, estimator {args.kl_estimator}",
         f"old log-probs: from the training forward, before the update; value clip: {clip}",
         f"a completion cut at {args.max_completion_length} tokens keeps its score{penalty}",
@@ -51,6 +52,13 @@ def describe(args: SRPPOConfig, roles: Roles, *, prompts: int, held_out: int) ->
             else " only, as the evaluation data has no demonstrations whose likelihood could be followed"
         ),
     ]
+
+
+LAYOUTS = {
+    Layout.PADDED: ", padded, as this model mixes packed sequences",
+    Layout.PACKED: ", packed without padding",
+    Layout.SHARED: ", packed without padding, what sequences begin with alike computed once",
+}
 
 
 def check_start(

@@ -25,6 +25,7 @@ from srppo.commands import load_data
 from srppo.config import read_yaml
 from srppo.engines import VLLMEngine
 from srppo.models import load_model, lora_config
+from srppo.packing import Layout
 from srppo.roles import Role, build_roles, is_peft
 from srppo.rollout import Rollout
 
@@ -250,7 +251,8 @@ def capped(world: World, **settings: Any) -> Any:
 def batches(world: World, **settings: Any) -> Any:
     args = config(world.fresh(), **settings)
     given = rollout([[10, 11, 12]] * args.batch_size, [[13, 0]] * args.batch_size)
-    parts = ppo.split_rows(torch.arange(args.batch_size), given, args, role=Role("policy", tiny_model(), packs=True))
+    packing = Role("policy", tiny_model(), layout=Layout.PACKED)
+    parts = ppo.split_rows(torch.arange(args.batch_size), given, args, role=packing)
     return [[len(rows) for rows in mini] for mini in parts]
 
 

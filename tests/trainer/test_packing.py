@@ -15,8 +15,8 @@ from tiny import tiny_model
 from tiny_runs import config, full_roles, role, rollout, trainer, widened
 
 from srppo import ppo
-from srppo.packing import fill, fill_padded, keeps_sequences_apart, pack, plan
-from srppo.roles import Role, build_roles
+from srppo.packing import Layout, fill, fill_padded, keeps_sequences_apart, pack, plan
+from srppo.roles import Role, Roles, build_roles
 
 KINDS = ["llama", "qwen2", "gpt2", "gemma2", "cohere2", "granite"]
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
@@ -92,7 +92,7 @@ def test_packed_states_are_those_of_each_sequence_alone(kind, attention):
     """Absolute positions (GPT-2), rotary ones, sliding windows (Gemma 2), in one row and in several."""
     model = tiny_model(kind)
     model.set_attn_implementation(attention)
-    given, packing = rollout(), role(model, packs=True)
+    given, packing = rollout(), role(model, layout=Layout.PACKED)
     with torch.no_grad():
         alone = torch.cat([packing.padded_states(given.select([row])) for row in range(len(given))])
         for one_row in (True, False):
@@ -114,15 +114,15 @@ def test_a_model_that_mixes_packed_sequences_is_given_padded_ones(tmp_path, monk
     forward = type(model.model).forward
     monkeypatch.setattr(type(model.model), "forward", lambda self, *a, position_ids=None, **k: forward(self, *a, **k))
     roles = build_roles(config(tmp_path), tiny_model(), model)
-    assert [r.packs for r in (roles.base, roles.sft, roles.policy, roles.critic)] == [False] * 4
+    assert [r.layout for r in roles] == [Layout.PADDED] * 4
     monkeypatch.undo()
     roles = build_roles(config(tmp_path), tiny_model(), tiny_model(seed=1))
-    assert [r.packs for r in (roles.base, roles.sft, roles.policy, roles.critic)] == [True] * 4
+    assert [r.layout for r in roles] == [Layout.SHARED] * 4
 
 
-def unpacked(roles):
-    parts = {name: dataclasses.replace(getattr(roles, name), packs=False) for name in ("base", "sft", "policy")}
-    return dataclasses.replace(roles, critic=dataclasses.replace(roles.critic, packs=False), **parts)
+def laid_out(roles, layout):
+    names = ("base", "sft", "policy", "critic")
+    return Roles(**{name: dataclasses.replace(getattr(roles, name), layout=layout) for name in names})
 
 
 # -- nothing depends on it --------------------------------------------------------------------------------------------
@@ -134,18 +134,17 @@ def test_gradients_and_scores_are_those_of_padded_micro_batches(tmp_path, gradie
     args = config(tmp_path, num_ppo_epochs=1, entropy_coef=0.1, gradient_checkpointing=checkpointing)
     roles = trained_head(full_roles(args, kind))
     packed, _, with_packing = one_update(roles, args, rollout())
-    padded, _, without = one_update(unpacked(roles), args, rollout())
+    padded, _, without = one_update(laid_out(roles, Layout.PADDED), args, rollout())
     for name in ppo.Scores.__dataclass_fields__:
         torch.testing.assert_close(getattr(packed, name), getattr(padded, name), atol=1e-5, rtol=0)
     assert_same_gradients(gradients[:2], gradients[2:])
     assert with_packing.policy_loss == pytest.approx(without.policy_loss, abs=1e-6)
 
 
-@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("limit", [1, 11, 15, 1000])
-def test_gradients_loss_and_scores_do_not_depend_on_the_token_limit(tmp_path, gradients, limit, packs):
-    roles = trained_head(full_roles(config(tmp_path)))
-    roles = roles if packs else unpacked(roles)
+def test_gradients_loss_and_scores_do_not_depend_on_the_token_limit(tmp_path, gradients, limit, layout):
+    roles = laid_out(trained_head(full_roles(config(tmp_path))), layout)
     results = []
     for bound in (None, limit):
         args = config(
@@ -164,7 +163,7 @@ def test_micro_batches_by_tokens_take_what_fits_and_forwards_get_no_more(tmp_pat
     args = config(tmp_path, max_tokens_per_micro_batch=15, num_ppo_epochs=2)
     given = rollout()
     assert given.sequence_lengths == [6, 2, 9, 4]
-    parts = ppo.split_rows(torch.arange(4), given, args, role=role(tiny_model(), packs=True))
+    parts = ppo.split_rows(torch.arange(4), given, args, role=role(tiny_model(), layout=Layout.PACKED))
     assert [sorted(rows.tolist()) for rows in parts[0]] == [[0, 2], [1, 3]]
     sizes = []
     states = Role.packed_states

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srppo import UserError, ppo
 from srppo.metrics import iteration_metrics
+from srppo.packing import Layout
 from srppo.roles import build_roles
 from srppo.rollout import Rollout, collate
 
@@ -442,7 +443,7 @@ def test_split_rows_is_a_partition_into_mini_batches_of_micro_batches(tmp_path):
     args = config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, num_mini_batches=2)
     given = rollout([[10]] * 12, [[11, 0]] * 12)
     split = lambda seed, rows: ppo.split_rows(  # noqa: E731
-        rows, given, args, role=role(tiny_model(), packs=True), generator=torch.Generator().manual_seed(seed)
+        rows, given, args, role=role(tiny_model(), layout=Layout.PACKED), generator=torch.Generator().manual_seed(seed)
     )
     parts = split(0, torch.arange(12))
     assert [[len(rows) for rows in mini] for mini in parts] == [[2, 2, 2], [2, 2, 2]]

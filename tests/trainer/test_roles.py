@@ -270,7 +270,7 @@ def test_adapters_are_switched_for_a_mini_batch_and_not_for_each_micro_batch(tin
 
 def test_base_with_adapters_off_equals_the_plain_base_bit_for_bit(tiny_models, tmp_path):
     base, _ = frozen_roles(config(tmp_path), tiny_models.base, tiny_models.adapter)
-    plain = role(AutoModelForCausalLM.from_pretrained(tiny_models.base), packs=base.packs)
+    plain = role(AutoModelForCausalLM.from_pretrained(tiny_models.base), layout=base.layout)
     assert torch.equal(ppo.logprobs(base, rollout())[0], ppo.logprobs(plain, rollout())[0])
 
 

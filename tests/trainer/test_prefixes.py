@@ -1,0 +1,199 @@
+"""Sequences that begin alike are computed once: each token sees its own history, and nothing depends on the layout."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from hypothesis import given as over
+from hypothesis import settings as examples_settings
+from hypothesis import strategies as st
+from ppo_steps import assert_same_gradients, one_update, trained_head
+from tiny import tiny_model
+from tiny_runs import config, full_roles, role, rollout, widened
+
+from srppo import SelfReward, ppo, prefixes
+from srppo.packing import Layout, layout_of, pack, row_cost, takes_trees, widest_tree
+from srppo.roles import Role, Roles, build_roles
+from srppo.rollout import collate
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10)
+TURN = (40, 41, 42, 43, 44, 45, 46)
+
+
+def alike(**options):
+    """Completions of three prompts with one system turn, of which one is another's beginning; two are sampled alike."""
+    prompts = [(*TURN, 10, 11, 12), (*TURN, 13), (*TURN, 10, 11), (*TURN, 13), (*TURN, 13)]
+    completions = [(30, 31, 0), (0,), (32, 33, 34, 35), (36, 37, 0), (36, 37, 0)]
+    return rollout(prompts, completions, **options)
+
+
+def ragged(sequences):
+    ids = torch.full((len(sequences), max(map(len, sequences))), -7)
+    keep = torch.zeros_like(ids, dtype=torch.bool)
+    for row, tokens in enumerate(sequences):
+        ids[row, : len(tokens)], keep[row, : len(tokens)] = torch.tensor(tokens), True
+    return ids, keep
+
+
+# -- the tree ---------------------------------------------------------------------------------------------------------
+
+
+@examples_settings(deadline=None, max_examples=100)
+@over(SEQUENCES, st.integers(1, 60))
+def test_each_token_attends_to_its_own_history_and_each_history_is_there_once(sequences, capacity):
+    found = prefixes.in_order(*ragged(sequences))
+    trees = list(found.rows(capacity))
+    assert [k for tree in trees for k in range(tree.first, tree.end)] == list(range(len(sequences)))
+    forest = prefixes.lay_out(found, trees)
+    width = forest.input_ids.shape[1]
+    for row, tokens in enumerate(sequences):
+        places = forest.places[row, : len(tokens)].tolist()
+        r = places[0] // width
+        assert forest.input_ids.flatten()[places].tolist() == tokens
+        assert forest.position_ids.flatten()[places].tolist() == list(range(len(tokens)))
+        for depth, place in enumerate(places):
+            seen = forest.attends[r, 0, place % width].nonzero().flatten() + r * width
+            assert sorted(seen.tolist()) == sorted(places[: depth + 1])
+    for tree, filled in zip(trees, range(len(trees)), strict=True):
+        mine = [sequences[i] for i in found.order[tree.first : tree.end].tolist()]
+        histories = {tuple(s[:n]) for s in mine for n in range(1, len(s) + 1)}
+        assert tree.size == len(histories) and (tree.size <= capacity or len(histories) == max(map(len, mine)))
+        gaps = forest.attends[filled, 0, tree.size :]
+        assert gaps.sum() == width - tree.size and bool(gaps.any(-1).all())
+    assert found.nodes == len({tuple(s[:n]) for s in sequences for n in range(1, len(s) + 1)})
+
+
+@examples_settings(deadline=None, max_examples=60)
+@over(SEQUENCES, st.sampled_from([1, 64, 4096]))
+def test_the_layout_that_is_taken_costs_no_more_than_one_tree_or_none(sequences, hidden_size):
+    given = collate([s[:1] for s in sequences], [s[1:] for s in sequences], pad_token_id=0, stop_token_ids=[0])
+    cost_of = functools.partial(row_cost, hidden_size)
+    shared, apart = pack(given, hidden_size, widest_tree=100), pack(given, hidden_size)
+    nodes = prefixes.in_order(*ragged(sequences)).nodes
+    assert cost_of(*shared.input_ids.shape) <= min(cost_of(*apart.input_ids.shape), cost_of(1, nodes))
+    assert (shared.attends is None) == (cost_of(*shared.input_ids.shape) == cost_of(*apart.input_ids.shape))
+    for packed in (shared, apart):
+        assert torch.equal(packed.input_ids.flatten()[packed.predicting], given.input_ids[given.predicting])
+
+
+def test_what_is_shared_is_laid_out_once_for_the_whole_micro_batch():
+    packed = pack(widened(alike(), 2, 3), 10_000, widest_tree=100)
+    # 7 of the turn; 10 11 12 30 31 0; 32 33 34 35 under 10 11; 13 0; 36 37 0 under 13, of two sequences
+    assert packed.input_ids.shape == (1, 7 + 6 + 4 + 2 + 3)
+    assert packed.input_ids[0, packed.predicting].tolist() == alike().input_ids[alike().predicting].tolist()
+
+
+def test_no_row_is_wider_than_a_tree_may_be():
+    nodes = pack(alike(), 10_000, widest_tree=100).input_ids.shape[1]
+    assert pack(alike(), 10_000, widest_tree=nodes).attends is not None
+    assert pack(alike(), 10_000, widest_tree=nodes - 1).attends is None
+
+
+# -- states -----------------------------------------------------------------------------------------------------------
+
+KINDS = ["llama", "qwen2", "gpt2", "gemma2", "cohere2", "granite"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [*itertools.product(KINDS, ["eager"]), *((kind, "sdpa") for kind in KINDS if kind != "gemma2")],  # it has no sdpa
+)
+def test_states_are_those_of_each_sequence_alone(kind, attention):
+    model = tiny_model(kind)
+    model.set_attn_implementation(attention)
+    taking = role(model, layout=Layout.SHARED)
+    assert layout_of(taking) == Layout.SHARED
+    for given in (alike(), rollout()):
+        with torch.no_grad():
+            alone = torch.cat([taking.padded_states(given.select([row])) for row in range(len(given))])
+            torch.testing.assert_close(taking.hidden(given), alone, atol=2e-6 * alone.abs().max().item(), rtol=1e-5)
+
+
+def test_trees_are_no_wider_than_a_sliding_window(monkeypatch):
+    model = tiny_model("gemma2")
+    model.config.sliding_window = 8
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 8 if layer.self_attn.sliding_window else None
+    assert widest_tree(model.config) == 8 and widest_tree(tiny_model().config) > 10**6
+    taking, given = role(model, layout=Layout.SHARED), alike()
+    with torch.no_grad():
+        alone = torch.cat([taking.padded_states(given.select([row])) for row in range(len(given))])
+        torch.testing.assert_close(taking.hidden(given), alone, atol=2e-6 * alone.abs().max().item(), rtol=1e-5)
+        monkeypatch.setattr("srppo.roles.widest_tree", lambda _: 100)
+        assert not torch.allclose(taking.hidden(given), alone, atol=1e-3)  # what the limit is for
+
+
+def without_mask(forward):
+    return lambda *a, attention_mask=None, **k: forward(*a, **k)
+
+
+def refusing(forward):
+    def refuse(*a, attention_mask=None, **k):
+        if attention_mask is not None and attention_mask.ndim == 4:
+            raise ValueError("Expected a mask of two dimensions")
+        return forward(*a, attention_mask=attention_mask, **k)
+
+    return refuse
+
+
+@pytest.mark.parametrize("wrapped", [without_mask, refusing])
+def test_a_model_that_takes_no_such_mask_is_given_sequences_end_to_end(tmp_path, monkeypatch, wrapped):
+    other = type(tiny_model("llama").model)
+    monkeypatch.setattr(other, "forward", wrapped(other.forward))
+    assert not takes_trees(role(tiny_model()))
+    roles = build_roles(config(tmp_path), tiny_model(), tiny_model(seed=1))
+    assert [r.layout for r in roles] == [Layout.PACKED] * 4
+
+
+def test_flash_attention_takes_no_trees():
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    assert not takes_trees(role(model))
+
+
+# -- nothing depends on it --------------------------------------------------------------------------------------------
+
+
+def laid_out(roles, layout):
+    return Roles(*(Role(r.name, r.model, r.adapter, r.trainable, r.value_head, layout) for r in roles))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_gradients_and_scores_are_those_of_sequences_apart(tmp_path, gradients, kind, checkpointing):
+    args = config(
+        tmp_path, num_ppo_epochs=1, entropy_coef=0.1, gradient_checkpointing=checkpointing,
+        per_device_train_batch_size=5, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    roles = trained_head(full_roles(args, kind))
+    shared, _, with_trees = one_update(laid_out(roles, Layout.SHARED), args, alike())
+    apart, _, without = one_update(laid_out(roles, Layout.PACKED), args, alike())
+    for name in ppo.Scores.__dataclass_fields__:
+        torch.testing.assert_close(getattr(shared, name), getattr(apart, name), atol=1e-5, rtol=0)
+    assert_same_gradients(gradients[:2], gradients[2:])
+    assert with_trees.policy_loss == pytest.approx(without.policy_loss, abs=1e-6)
+    assert with_trees.first.ratio_max == 1 and with_trees.first.ratio_var == 0
+
+
+def forwards(model, monkeypatch):
+    """The shapes of the forwards that follow."""
+    shapes = []
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda input_ids, **k: shapes.append(input_ids.shape) or forward(
+        input_ids=input_ids, **k))  # fmt: skip
+    return shapes
+
+
+def test_rewards_of_several_completions_compute_their_prompt_once(monkeypatch):
+    base, sft = tiny_model(seed=1), tiny_model(seed=2)
+    reward = SelfReward(base, sft, stop_token_ids=[0], batch_size=4)
+    prompts = [[10] * 30 + [i % 2] for i in range(8)]  # two prompts, in turns, four completions each
+    completions = [[i + 1, 0] for i in range(8)]
+    shapes = forwards(sft, monkeypatch)
+    together = reward.reward(prompts, completions)
+    assert sum(shape.numel() for shape in shapes) <= 2 * (31 + 4 * 2)
+    alone = torch.cat([reward.reward([p], [c]) for p, c in zip(prompts, completions, strict=True)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
