@@ -18,8 +18,8 @@ no row is wider than a sliding window.
 Measured on one thread of a CPU for a random model of SmolLM2-135M's size with LoRA, 16 prompts of 15 to 45 tokens with
 completions of 4 to 48, micro-batches of 4 (process time, the better of two runs): scoring 14.0 s for 18.7 s padded, the
 update 15.7 s for 20.7 s, a quarter less each; with at most 400 tokens in a micro-batch 13.2 and 17.0 s, for 16.1 and
-17.9 s of padded ones sorted by length. The SmolLM2 example's prompts of 61 tokens share the first 24: its micro-batches of
-8 take 0.64 of the time of packed ones to score and 0.67 to update, two threads.
+17.9 s of padded ones sorted by length. The SmolLM2 example's prompts of 61 tokens share the first 24: as trees its
+micro-batches of 8 take 0.64 of the time to score and 0.67 to update, two threads.
 """
 
 from __future__ import annotations

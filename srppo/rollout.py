@@ -19,6 +19,7 @@ from torch import Tensor
 
 from srppo import distributed, sharding
 from srppo.errors import UserError
+from srppo.packing import Layout, widest_tree
 from srppo.roles import Role
 
 if TYPE_CHECKING:
@@ -190,6 +191,8 @@ def generate(
 
     Returns:
         The completions, in the order of the prompts; a sequence is truncated where no stop token came in time.
+
+    What all prompts of a batch begin with is computed once, in a role whose layout is :attr:`Layout.SHARED`.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -201,7 +204,8 @@ def generate(
         use_cache=True,
         **sampling,
     )
-    width = max(map(len, prompts))
+    longest = max(map(len, prompts))
+    shareable = role.layout == Layout.SHARED and longest + max_completion_length <= widest_tree(role.causal_lm.config)
     completions: list[list[int]] = []
     stops = torch.tensor(list(stop_token_ids))
     with role.active() as model, sharding.whole(model), contiguous_rows_into_head(model):
@@ -211,11 +215,8 @@ def generate(
         try:
             for start in range(0, len(prompts), batch_size or len(prompts)):
                 chunk = prompts[start : start + (batch_size or len(prompts))]
-                ids = torch.full((len(chunk), width), pad_token_id)
-                mask = torch.zeros_like(ids)
-                for row, prompt in enumerate(chunk):
-                    ids[row, width - len(prompt) :] = torch.tensor(prompt)
-                    mask[row, width - len(prompt) :] = 1
+                shared = worth_sharing(chunk) if shareable else 0
+                ids, mask = padded_behind(chunk, shared, longest, pad_token_id)
                 processors = LogitsProcessorList()
                 if extrapolate is not None:
                     processors.append(ExtrapolatedLogits(*extrapolate, mask.to(role.device)))
@@ -224,14 +225,48 @@ def generate(
                     attention_mask=mask.to(role.device),
                     generation_config=config,
                     logits_processor=processors,
+                    **cache_of(model, chunk[0][:shared], len(chunk)),
                 )
-                completions += [until_stop(row, stops) for row in output[:, width:].cpu()]
+                completions += [until_stop(row, stops) for row in output[:, longest:].cpu()]
                 if on_batch is not None:
                     on_batch(len(chunk))
         finally:
             model.generation_config = own_config
             model.train(training)
     return collate(prompts, completions, pad_token_id=pad_token_id, stop_token_ids=stop_token_ids, device=role.device)
+
+
+def worth_sharing(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, all but a token of the shortest at most; 0 where a forward of their own would
+    not pay."""
+    ordered = sorted(map(list, prompts))
+    first, last = ordered[0], ordered[-1]  # what these two share, all do
+    most = min(map(len, prompts)) - 1
+    shared = next((i for i in range(most) if first[i] != last[i]), most)
+    return shared if shared * (len(prompts) - 1) >= 128 else 0
+
+
+def padded_behind(
+    prompts: Sequence[Sequence[int]], shared: int, width: int, pad_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Prompts ``[B, width]`` and their mask, padded between the first ``shared`` tokens and the others."""
+    ids = torch.full((len(prompts), width), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        for part, start in ((prompt[:shared], 0), (prompt[shared:], width - len(prompt) + shared)):
+            ids[row, start : start + len(part)] = torch.tensor(part, dtype=torch.int64)
+            mask[row, start : start + len(part)] = 1
+    return ids, mask
+
+
+def cache_of(model: PreTrainedModel, tokens: Sequence[int], rows: int) -> dict[str, Any]:
+    """What makes ``generate`` start behind ``tokens``: their keys and values, computed once, for each of ``rows``."""
+    if not tokens:
+        return {}
+    name = cache_name(model)
+    cache = model.base_model(input_ids=torch.tensor([tokens], device=model.device), use_cache=True)[name]
+    cache.batch_repeat_interleave(rows)
+    return {name: cache}
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from tiny_runs import config, full_roles, role, rollout, widened
 from srppo import SelfReward, ppo, prefixes
 from srppo.packing import Layout, layout_of, pack, row_cost, takes_trees, widest_tree
 from srppo.roles import Role, Roles, build_roles
-from srppo.rollout import collate
+from srppo.rollout import collate, generate
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10)
 TURN = (40, 41, 42, 43, 44, 45, 46)
@@ -197,3 +197,60 @@ def test_rewards_of_several_completions_compute_their_prompt_once(monkeypatch):
     assert sum(shape.numel() for shape in shapes) <= 2 * (31 + 4 * 2)
     alone = torch.cat([reward.reward([p], [c]) for p, c in zip(prompts, completions, strict=True)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+TURNED = [[*range(40, 60), *rest] for rest in ([20], [21, 22, 23, 24, 25], [26, 27], [3] * 7, [4], [5, 6], [7], [8])]
+
+
+def sampled(model, prompts=TURNED, layout=Layout.SHARED, **options):
+    torch.manual_seed(0)
+    settings = {"max_completion_length": 6, "pad_token_id": 1, "stop_token_ids": [0], **options}
+    return generate(role(model, layout=layout), prompts, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [None, 3, 7])
+def test_samples_are_those_of_prompts_apart(kind, batch_size):
+    model = tiny_model(kind)
+    together, apart = (
+        sampled(model, layout=layout, batch_size=batch_size) for layout in (Layout.SHARED, Layout.PACKED)
+    )
+    assert torch.equal(together.input_ids, apart.input_ids)
+    assert torch.equal(together.attention_mask, apart.attention_mask)
+
+
+def test_extrapolated_samples_are_those_of_prompts_apart():
+    base, sft = tiny_model(seed=1), tiny_model(seed=2)
+    one, other = (sampled(sft, layout=layout, extrapolate=(role(base, "base"), 1.0)) for layout in Layout if layout)
+    assert torch.equal(one.input_ids, other.input_ids)
+
+
+def test_what_all_prompts_begin_with_is_computed_once(monkeypatch):
+    model = tiny_model()
+    shapes = forwards(model, monkeypatch)
+    sampled(model, max_completion_length=1)
+    assert shapes == [(1, 20), (8, 7)]
+    shapes.clear()
+    sampled(model, [TURNED[4]] * 8, max_completion_length=1)  # a token is left for each to start from
+    assert shapes == [(1, 20), (8, 1)]
+
+
+@pytest.mark.parametrize("prompts", [TURNED[:6], [[1, *prompt] for prompt in TURNED[:4]] + TURNED[4:]])
+def test_little_in_common_is_not_worth_a_forward(prompts, monkeypatch):
+    model = tiny_model()
+    shapes = forwards(model, monkeypatch)
+    sampled(model, prompts, max_completion_length=1)
+    assert shapes == [(len(prompts), max(map(len, prompts)))]
+
+
+def test_prompts_that_leave_a_sliding_window_are_not_shared(monkeypatch):
+    model = tiny_model("gemma2")
+    model.config.sliding_window = 27 + 6
+    shapes = forwards(model, monkeypatch)
+    sampled(model)
+    assert shapes[0] == (1, 20)
+    shapes.clear()
+    sampled(model, max_completion_length=7)
+    assert shapes[0] == (8, 27)
