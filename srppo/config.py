@@ -57,7 +57,8 @@ class SRPPOConfig:
     # Models
     base_model_name_or_path: str | None = option(None, "pretrained base model pi_pt: a folder or a hub name")
     sft_model_name_or_path: str | None = option(
-        None, "SFT model pi_sft: an adapter folder or a full model; absent: SFT on the demonstrations is run first"
+        None,
+        "SFT model pi_sft: an adapter folder or a full model; srppo train makes one from the demonstrations if absent",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = option(
         "auto", "dtype of the frozen weights; auto: bfloat16 for LoRA on a GPU, float32 otherwise; nf4: 4 bit, on a GPU"
@@ -147,7 +148,7 @@ class SRPPOConfig:
     value_learning_rate: float | None = option(None, "learning rate of the critic; absent: learning_rate", minimum=0)
     value_warmup_steps: int = option(0, "first iterations, in which only the critic learns", minimum=0)
     # Optimisation
-    learning_rate: float = option(3e-6, "peak learning rate of the policy", minimum=0)
+    learning_rate: float = option(3e-6, "peak learning rate of the policy; LoRA wants about ten times more", minimum=0)
     per_device_train_batch_size: int = option(8, "sequences in one forward and backward", minimum=1)
     gradient_accumulation_steps: int = option(1, "forwards and backwards in one optimizer step", minimum=1)
     max_tokens_per_micro_batch: int | None = option(

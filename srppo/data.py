@@ -177,6 +177,17 @@ def filler_token(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[in
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0])
 
 
+Dataset = Sequence["Example"] | Iterable[Mapping[str, Any]]
+
+
+def as_examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[Example]:
+    """Rows as :func:`prepare` makes them, with its options; what it made before stays as it is."""
+    rows = list(dataset)
+    if all(isinstance(row, Example) for row in rows):
+        return rows  # type: ignore[return-value]
+    return prepare(rows, tokenizer, **options)  # type: ignore[arg-type]
+
+
 def prepare(
     rows: Iterable[tuple[str, Mapping[str, Any]]] | Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,

@@ -1,7 +1,7 @@
 """What a tuned model is judged by: its own samples under the self-reward, and what the reward cannot see.
 
 The reward rises in collapsed runs too, so every evaluation also gives the likelihood of held-out demonstrations, KL to
-the reference and length; and exact match where the data has an ``answer``.
+SFT and length; and exact match where the data has an ``answer``.
 """
 
 from __future__ import annotations

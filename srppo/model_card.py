@@ -13,8 +13,8 @@ from srppo.roles import Roles
 SHOWN = ("objective/scores", "objective/scores_per_token", "objective/kl", "completions/mean_length")
 
 
-def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown with the front matter that model hubs read."""
+def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, Any]], *, sft: str) -> str:
+    """Markdown with the front matter that model hubs read; ``sft`` names the SFT model."""
     base = getattr(roles.base.causal_lm.config, "_name_or_path", "") or "a model in memory"
     kind = f"a LoRA adapter of rank {args.lora_r}" if is_peft(roles.policy.model) else "a fully fine-tuned model"
     front = [
@@ -34,8 +34,8 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
         "(arXiv 2510.21090).",
         "",
         f"- base model: `{base}`",
-        f"- SFT model: `{args.sft_model_name_or_path or 'made by the first stage of the same run'}`",
-        f"- data: `{args.dataset_name}`" + (f", prompts: `{prompts}`" if prompts else ""),
+        f"- SFT model: `{sft}`",
+        f"- data: `{args.dataset_name or 'given from Python'}`" + (f", prompts: `{prompts}`" if prompts else ""),
         f"- KL penalty: beta {args.kl_coef}{adapted(args, steps)} towards {args.kl_reference}",
         f"- {len(steps)} iterations of {args.batch_size} prompts",
         "",
@@ -43,7 +43,8 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
     if args.dataset_name and args.base_model_name_or_path:
         lines += ["The same run again:", "", "```sh"]
         settings = f"{args.output_dir}/srppo_config.yaml"
-        lines += [f"srppo train --config {settings} --output_dir another-folder", "```", ""]
+        afresh = " --resume_from_checkpoint false" if args.resume_from_checkpoint else ""
+        lines += [f"srppo train --config {settings} --output_dir another-folder{afresh}", "```", ""]
     if steps:
         lines += ["| metric | first iteration | last iteration |", "|---|---|---|"]
         lines += [f"| `{name}` | {steps[0][name]:.3f} | {steps[-1][name]:.3f} |" for name in SHOWN]

@@ -20,7 +20,7 @@ from srppo import distributed, sharding
 from srppo.checkpoint import atomic_folder, require_new_folder, save_model
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
-from srppo.data import Example, filler_token, stop_tokens
+from srppo.data import Dataset, Example, as_examples, filler_token, stop_tokens
 from srppo.errors import UserError
 from srppo.learner import Learner
 from srppo.metrics import MetricsWriter
@@ -59,8 +59,8 @@ def demonstration_loss(role: Role, rollout: Rollout, normalizer: int) -> Tensor:
 def run_sft(
     args: PipelineConfig,
     *,
-    train_dataset: Sequence[Example],
-    eval_dataset: Sequence[Example] = (),
+    train_dataset: Dataset,
+    eval_dataset: Dataset = (),
     output_dir: str | Path,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -70,7 +70,8 @@ def run_sft(
 
     Args:
         args: reads the base model, LoRA, optimisation and ``sft_*`` settings.
-        train_dataset, eval_dataset: what :func:`srppo.data.prepare` gives; rows without a completion are ignored.
+        train_dataset, eval_dataset: rows with the columns of :mod:`srppo.data`, or what :func:`srppo.data.prepare`
+            gives; those without a completion are ignored.
         output_dir: becomes the model folder, all at once, when training has ended.
         model, tokenizer: already loaded ones, else those of ``args.base_model_name_or_path``. ``model`` is trained in
             place.
@@ -78,26 +79,25 @@ def run_sft(
     Raises:
         UserError: there is no demonstration, the model cannot be loaded, or ``fsdp`` has nothing to cut.
     """
+    if not isinstance(args, PipelineConfig):
+        raise UserError(f"run_sft reads sft_* settings: args must be a srppo.PipelineConfig, not {type(args).__name__}")
     distributed.start()
     if args.fsdp:
         sharding.require_ranks(adapters=args.use_peft)
     console = console or Console(quiet=not distributed.is_main())
     target = Path(output_dir)
     distributed.on_main(lambda: require_new_folder(target))
-    train = [example for example in train_dataset if example.completion_ids is not None]
-    held_out = [example for example in eval_dataset if example.completion_ids is not None]
+    if tokenizer is None:
+        tokenizer = load_tokenizer(starting_model(args), trust_remote_code=args.trust_remote_code)
+    stops = stop_tokens(tokenizer, args.stop_token_ids)
+    train, held_out = (demonstrations(rows, tokenizer, stops, args) for rows in (train_dataset, eval_dataset))
     if not train:
         raise UserError(
             "SFT needs demonstrations, and no row has a completion: add a 'completion' column, or messages that end in "
             "an assistant turn, or give sft_model_name_or_path"
         )
-    if model is None or tokenizer is None:
-        if args.base_model_name_or_path is None:
-            raise UserError("SFT needs a model to start from: set base_model_name_or_path")
-        tokenizer = tokenizer or load_tokenizer(args.base_model_name_or_path, trust_remote_code=args.trust_remote_code)
-        model = model or load_model(args.base_model_name_or_path, args)
+    model = model or load_model(starting_model(args), args)
     check_positions(model, max(len(e.prompt_ids) + len(e.completion_ids or ()) for e in [*train, *held_out]))
-    stops = stop_tokens(tokenizer, args.stop_token_ids)
     pad = filler_token(tokenizer, stops)
     check_tokens(model, [*train, *held_out], [*stops, pad])
     torch.manual_seed(args.seed)
@@ -145,6 +145,26 @@ def run_sft(
     distributed.wait()
     console.note(f"SFT model written to {target}")
     return target
+
+
+def demonstrations(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], args: SRPPOConfig
+) -> list[Example]:
+    """The rows that have a completion."""
+    rows = as_examples(
+        dataset,
+        tokenizer,
+        stop_token_ids=stops,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+    )
+    return [example for example in rows if example.completion_ids is not None]
+
+
+def starting_model(args: PipelineConfig) -> str:
+    if args.base_model_name_or_path is None:
+        raise UserError("SFT needs a model to start from: set base_model_name_or_path")
+    return args.base_model_name_or_path
 
 
 def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:

@@ -12,7 +12,7 @@ for each iteration:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import torch
 from srppo import checkpoint, distributed, memory, ppo, sharding, startup, training_state
 from srppo.config import SRPPOConfig
 from srppo.console import Bar, Console
-from srppo.data import Example, Sampler, filler_token, prepare, stop_tokens
+from srppo.data import Dataset, Example, Sampler, as_examples, filler_token, stop_tokens
 from srppo.engines import Engine, Sampling, importance_weights, make_engine, sampling_metrics
 from srppo.errors import UserError
 from srppo.evaluation import completion_rows, evaluate_policy, table_rows, write_completions
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Callback = Callable[["SRPPOTrainer", int, dict[str, float]], None]
-Dataset = Sequence[Example] | Iterable[Mapping[str, Any]]
 
 
 class SRPPOTrainer:
@@ -57,6 +56,7 @@ class SRPPOTrainer:
         callbacks: called after each iteration as ``callback(trainer, step, metrics)``; may raise ``StopIteration`` to
             end.
         reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.
+        console: where lines and tables go; if absent, the terminal, from the first process alone.
         engine: what samples; if absent, the one that ``args.rollout_engine`` names.
         importance_cap: C of truncated importance weights ``min(pi_old / mu, C)`` on the advantages, where an engine
             gives the log-probs mu of its sampler; absent: none.
@@ -92,6 +92,7 @@ class SRPPOTrainer:
         self.console = console or Console(quiet=not distributed.is_main())
         self.output_dir = Path(args.output_dir)
         self.tokenizer = processing_class or tokenizer_for(model, base_model, args)
+        self.sft_model = model if isinstance(model, str) else "a model in memory"
         self.stop_token_ids = stop_tokens(self.tokenizer, args.stop_token_ids)
         self.train_dataset = self.examples(train_dataset)
         self.eval_dataset = self.examples(eval_dataset)
@@ -137,11 +138,8 @@ class SRPPOTrainer:
         self.history: list[dict[str, Any]] = []
 
     def examples(self, dataset: Dataset) -> list[Example]:
-        rows = list(dataset)
-        if all(isinstance(row, Example) for row in rows):
-            return rows  # type: ignore[return-value]
-        return prepare(
-            rows,  # type: ignore[arg-type]
+        return as_examples(
+            dataset,
             self.tokenizer,
             stop_token_ids=self.stop_token_ids,
             max_prompt_length=self.args.max_prompt_length,
@@ -333,7 +331,8 @@ class SRPPOTrainer:
         with checkpoint.temporary_folder(target) as folder:
             checkpoint.save_model(self.roles.policy, self.tokenizer, folder, weights)
             checkpoint.write_text(folder / "trainer_state.json", checkpoint.to_json(self.state()))
-            checkpoint.write_text(folder / "README.md", model_card(self.args, self.roles, self.history))
+            card = model_card(self.args, self.roles, self.history, sft=self.sft_model)
+            checkpoint.write_text(folder / "README.md", card)
             checkpoint.publish(folder, target)
         plots = plot_history(self.history, target / "plots")
         self.console.note(f"model written to {target}" + (f", plots to {target / 'plots'}" if plots else ""))

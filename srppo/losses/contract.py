@@ -111,11 +111,11 @@ def tokens(op: str, logprob: Tensor, mask: Tensor, **others: Tensor | None) -> t
     return tuple(value.to(dtype).masked_fill(~mask, 0) for value in given)
 
 
-def whole(op: str, logprob: Tensor, mask: Tensor) -> None:
+def whole(op: str, logprob: Tensor, mask: Tensor, *, what: str = "sequences, [B, T]") -> None:
     """Refuses what is not ``[B, T]``: a flat vector is a chunk of rows, which may have cut a sequence."""
     if isinstance(logprob, Tensor) and logprob.dim() == 1:
         raise ValueError(
-            f"{op}: needs whole sequences, [B, T], and got {logprob.shape[0]} rows in a flat vector. linear_loss calls "
+            f"{op}: needs whole {what}, and got {logprob.shape[0]} rows in a flat vector. linear_loss calls "
             f"a loss on a chunk of rows, which would cut sequences: use srppo.losses.linear, or "
             f"srppo.losses.whole_sequences with a plan that calls the loss once (plan='recompute')"
         )

@@ -54,7 +54,7 @@ def dpo(
 
     Source: arXiv 2305.18290, eq. 7 [paper].
     """
-    whole("dpo", logprob, mask)
+    whole("dpo", logprob, mask, what="pairs of sequences, [2P, T]")
     require("dpo", ref_logprobs=ref_logprobs)
     return _log_ratio_pairs("dpo", logprob, mask, "ref_logprobs", ref_logprobs, normalizer, beta)
 
@@ -84,7 +84,7 @@ def spin(
 
     Source: arXiv 2401.01335 [paper's code].
     """
-    whole("spin", logprob, mask)
+    whole("spin", logprob, mask, what="pairs of sequences, [2P, T]")
     require("spin", opponent_logprobs=opponent_logprobs)
     return _log_ratio_pairs("spin", logprob, mask, "opponent_logprobs", opponent_logprobs, normalizer, beta)
 
@@ -125,7 +125,7 @@ def orpo(
 
     Source: arXiv 2403.07691 as SAPO's code uses it [paper's code].
     """
-    whole("orpo", logprob, mask)
+    whole("orpo", logprob, mask, what="pairs of sequences, [2P, T]")
     live = live_pairs("orpo", mask)
     chosen, rejected = halves("orpo", sequence_means(logprob, mask))
     chosen, rejected = (m.masked_fill(~live, -1.0) for m in (chosen, rejected))  # a number with finite odds
@@ -161,7 +161,7 @@ def asft(
     exponential of the mean log-prob is theirs, the default of lam and the guard that keeps ``m_l`` at -1e-7 or below
     are ours.
     """
-    whole("asft", logprob, mask)
+    whole("asft", logprob, mask, what="pairs of sequences, [2P, T]")
     live = live_pairs("asft", mask)
     chosen, rejected = halves("asft", sequence_means(logprob, mask))
     chosen, rejected = (m.masked_fill(~live, -1.0) for m in (chosen, rejected))

@@ -1,8 +1,8 @@
 """The C++ scan (csrc/linear_logprob): the torch backend's ``(m, s, t, z_y)`` of a row, from one pass over the head.
 
-It fills the same residual and uses the same vocabulary groups, so every plan runs on it; gradients are torch's GEMMs
-either way (native_gradients.py). It is taken where it was measured to be faster than GEMMs and passes of torch:
-README.md has the table.
+It fills the same residual and uses the same vocabulary groups, so every plan runs on it; gradients are formed in
+native_gradients.py where that serves the dtypes, and in backward.py elsewhere. It is taken where it was measured to be
+faster than GEMMs and passes of torch: README.md has the table.
 """
 
 from typing import TYPE_CHECKING

@@ -177,7 +177,9 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_flat_vector_of_rows_is_refused(name):
     lp = torch.zeros(6)
-    with pytest.raises(ValueError, match=rf"{name}: needs whole sequences, \[B, T\], and got 6 rows in a flat vector"):
+    needs = {"sequence": r"sequences, \[B, T\]", "pair": r"pairs of sequences, \[2P, T\]"}
+    needed = needs[losses.level_of(getattr(losses, name))]
+    with pytest.raises(ValueError, match=f"{name}: needs whole {needed}, and got 6 rows in a flat vector"):
         WHOLE[name](lp, lp == 0)
     with pytest.raises(ValueError, match=rf"{name}: logprob has shape \(1, 2, 3\)"):
         WHOLE[name](lp.view(1, 2, 3), lp.view(1, 2, 3) == 0)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from tiny_runs import QUIET, ROWS, config, examples, trainer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
-from srppo import UserError, run_sft
+from srppo import SRPPOConfig, UserError, run_sft
 from srppo.data import Sampler, end_with_stop, load_rows, prepare, stop_tokens
 
 TOKENIZER = tiny_tokenizer()
@@ -324,6 +325,20 @@ def test_a_template_that_refuses_the_messages_says_so_with_the_place():
 
 
 # -- who uses what ----------------------------------------------------------------------------------------------------
+
+
+def test_sft_takes_rows_as_they_are_or_prepared(tiny_models, tmp_path):
+    args = config(tmp_path, base_model_name_or_path=tiny_models.base, stop_token_ids=[0], max_prompt_length=64,
+                  max_completion_length=64)  # fmt: skip
+    for name, rows in (("raw", ROWS), ("prepared", examples(ROWS))):
+        run_sft(args, train_dataset=rows, output_dir=tmp_path / name)
+    raw, prepared = (load_file(tmp_path / name / "model.safetensors") for name in ("raw", "prepared"))
+    assert all(torch.equal(raw[name], prepared[name]) for name in prepared)
+
+
+def test_sft_without_its_settings_names_the_class_that_has_them(tmp_path):
+    with pytest.raises(UserError, match="PipelineConfig, not SRPPOConfig"):
+        run_sft(SRPPOConfig(), train_dataset=ROWS, output_dir=tmp_path / "sft")
 
 
 def test_sft_ignores_rows_without_completion_and_ppo_samples_from_all(tiny_models, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -29,6 +30,7 @@ from tiny_runs import (
 from srppo import PipelineConfig, UserError, ppo, run_sft
 from srppo.evaluation import EVAL_METRICS, answers_match, evaluate_policy
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
+from srppo.model_card import model_card
 from srppo.plots import plot_history
 from srppo.roles import frozen_roles
 from srppo.rollout import collate
@@ -315,6 +317,17 @@ def test_model_card_names_models_settings_and_results(finished):
     assert f"{run.history[0]['objective/scores']:.3f}" in card
     assert f"{run.history[-1]['eval/objective/kl']:.4f}" in card
     assert "3 iterations of 4 prompts" in card
+    assert f"SFT model: `{run.sft_model}`" in card and Path(run.sft_model).name == "sft"
+    assert "given from Python" in card
+
+
+def test_model_card_of_a_resumed_run_tells_how_to_start_afresh(tiny_models, tmp_path):
+    paths = {"base_model_name_or_path": tiny_models.base, "dataset_name": "data.jsonl"}
+    run = trainer(tiny_models, tmp_path, **paths)
+    again = f"srppo train --config {run.args.output_dir}/srppo_config.yaml --output_dir another-folder"
+    assert f"{again}\n" in model_card(run.args, run.roles, [], sft="sft")
+    resumed = dataclasses.replace(run.args, resume_from_checkpoint="run/checkpoint-2")
+    assert f"{again} --resume_from_checkpoint false\n" in model_card(resumed, run.roles, [], sft="sft")
 
 
 def test_nothing_temporary_is_left(finished):
