@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import needs_triton
 
-from srppo_kernels import _triton, gae
+from srppo_kernels import _triton, gae, linear_logprob, log_ratio_reward, ppo_loss, value_loss, whiten
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,3 +88,20 @@ print("triton" in sys.modules)
 """
     assert python(code).strip() == "False"
     assert gae(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))[0] == 0
+
+
+@needs_triton
+def test_no_kernel_asks_for_the_extension(monkeypatch):
+    """A machine with a GPU may have no C++ compiler. Gradients run with it absent as well."""
+    monkeypatch.setattr(torch.ops, "srppo_native", None)
+    x, y, mask = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    tokens, targets = torch.randn(6, 16, requires_grad=True), torch.arange(6)
+    for result in (
+        gae(x, y, mask, backend="triton")[0].sum(),
+        whiten(x, mask, backend="triton").sum(),
+        log_ratio_reward(x, y, mask, backend="triton").sum(),
+        ppo_loss(x, y, y, mask, backend="triton")[0],
+        value_loss(x, y, y, mask, backend="triton")[0],
+        linear_logprob(tokens, torch.randn(9, 16), targets, backend="triton").logprob.sum(),
+    ):
+        result.backward()

@@ -31,8 +31,15 @@ def _as_rows(tensors: tuple[Tensor, ...], cu_seqlens: Tensor) -> tuple[list[Tens
 
 
 def _check_starts(cu_seqlens: Tensor | None, total: int) -> None:
-    """On the CPU only: a device's starts cannot be read without waiting for it."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+    """Their values on the CPU only: a device's cannot be read without waiting for it."""
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.numel() < (2 if total else 1):
+        raise ValueError(
+            f"gae: cu_seqlens has {cu_seqlens.numel()} entries; it needs one for the start of each sequence, and one for "
+            f"the end of the last, {total}"
+        )
+    if cu_seqlens.device.type != "cpu":
         return
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
         raise ValueError(

@@ -60,11 +60,12 @@ def _run_log_ratio_reward(
         if not parts:
             penalty, score, shaped = (reward.new_empty(0) for _ in range(3))
         return reward, penalty, score, shaped
-    run: Any = torch.ops.srppo_native.log_ratio_reward
+    run: Any
     inputs: Any = (logprobs_sft, logprobs_base, mask, std_tensor, truncated, logprobs_policy, logprobs_ref)
     if chosen == "triton":
         from srppo_kernels.log_ratio.triton_reward import log_ratio_reward_triton as run
     else:
+        run = torch.ops.srppo_native.log_ratio_reward
         inputs = [None if x is None else native_input(x) for x in inputs]
     sft, base, inside, std_input, cut, policy, ref = inputs
     return run(

@@ -67,7 +67,8 @@ def on_device(p: Problem) -> Problem:
 
 
 def problem(kind: str = "random", **options) -> Problem:
-    shape = {"n": N, "d": D, "v": V, "mask": torch.rand(N) > 0.3, **options}
+    shape = {"n": N, "d": D, "v": V, **options}
+    shape.setdefault("mask", torch.rand(shape["n"]) > 0.3)
     return on_device(make(kind, dtype=torch.bfloat16, **shape))
 
 

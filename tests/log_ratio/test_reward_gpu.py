@@ -17,8 +17,9 @@ pytestmark = pytest.mark.gpu
 def test_values_launches_and_graphs(kind, placement, estimator, backend):
     generator = torch.Generator().manual_seed(0)
     tokens = [-torch.rand(33, 2500, generator=generator) * 3 for _ in range(4)]
-    mask = make_mask(kind, 33, 2500, generator).cuda()
-    sft, base, policy, ref = (poison(x.cuda(), mask) for x in tokens)
+    mask = make_mask(kind, 33, 2500, generator)
+    sft, base, policy, ref = (poison(x, mask).cuda() for x in tokens)
+    mask = mask.cuda()
     truncated = torch.arange(33, device="cuda") % 3 == 0
     options = {
         "placement": placement, "normalize": "length", "scale": 2.0, "clip": 1.0, "truncated": truncated,
