@@ -34,10 +34,10 @@ def _check_starts(cu_seqlens: Tensor | None, total: int) -> None:
     """Their values on the CPU only: a device's cannot be read without waiting for it."""
     if cu_seqlens is None:
         return
-    if cu_seqlens.numel() < (2 if total else 1):
+    if cu_seqlens.numel() < 2 and total:
         raise ValueError(
-            f"gae: cu_seqlens has {cu_seqlens.numel()} entries; it needs one for the start of each sequence, and one for "
-            f"the end of the last, {total}"
+            f"gae: cu_seqlens has {cu_seqlens.numel()} entries; it needs the start of each sequence, and the end of the "
+            f"last, {total}"
         )
     if cu_seqlens.device.type != "cpu":
         return

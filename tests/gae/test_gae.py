@@ -287,8 +287,8 @@ def test_bad_input(change, error, text):
         (torch.tensor([1, 6]), "runs from 1 to 6"),
         (torch.tensor([0, 5]), "end at the number of packed tokens, 6"),
         (torch.tensor([0, 4, 2, 6]), "cu_seqlens decreases after position 1"),
-        (torch.tensor([0]), "cu_seqlens has 1 entries; it needs one for the start"),
-        (torch.tensor([], dtype=torch.int64), "cu_seqlens has 0 entries"),
+        (torch.tensor([0]), "cu_seqlens has 1 entries; it needs the start"),
+        (torch.tensor([], dtype=torch.int64), "pass int32 or int64 starts"),
         (torch.tensor([0.0, 6.0]), "pass int32 or int64 starts"),
     ],
 )
