@@ -4,13 +4,14 @@
 // By comparison, not by min and max: those drop a NaN, and a NaN on a valid token must be seen.
 SRPPO_INLINE Vf clamp(Vf x, Vf low, Vf high) { return select(less(x, low), low, select(greater(x, high), high, x)); }
 
-struct ExpReduced {
-  Vf n, r, tail;  // e^x = 2^n (1 + (r + tail)), n whole
+struct ExpParts {
+  Vf exp;        // e^x
+  Vf remainder;  // e^x - 1 - x, without cancellation near 0
 };
 
-// x = n ln 2 + r, e^r = 1 + r + r^2 q(r) with |r| <= 0.35; Taylor's q to r^5 leaves 5e-9 relative. ln 2 in two parts,
-// the first with 9 bits so that n times it is exact.
-SRPPO_INLINE ExpReduced exp_reduced(Vf x) {
+// For |x| <= 87: the callers clamp. x = n ln 2 + r, e^r = 1 + r + r^2 q(r) with |r| <= 0.35; Taylor's q to r^5 leaves 5e-9
+// relative. ln 2 in two parts, the first with 9 bits so that n times it is exact.
+SRPPO_INLINE ExpParts exp_parts(Vf x) {
   const Vf n = nearest(x * set(1.44269504089f));
   Vf r = fma(n, set(-0.693359375f), x);
   r = fma(n, set(2.12194440e-4f), r);
@@ -20,18 +21,8 @@ SRPPO_INLINE ExpReduced exp_reduced(Vf x) {
   q = fma(q, r, set(1.0f / 24));
   q = fma(q, r, set(1.0f / 6));
   q = fma(q, r, set(0.5f));
-  return {n, r, (r * r) * q};
-}
-
-struct ExpParts {
-  Vf exp;        // e^x
-  Vf remainder;  // e^x - 1 - x, without cancellation near 0
-};
-
-// For |x| <= 87: the callers clamp.
-SRPPO_INLINE ExpParts exp_parts(Vf x) {
-  const ExpReduced p = exp_reduced(x);
-  const Vf e = (set(1.0f) + (p.r + p.tail)) * power_of_two(p.n);
+  const Vf tail = (r * r) * q;
+  const Vf e = (set(1.0f) + (r + tail)) * power_of_two(n);
   // Where n = 0, r is x itself and the tail is the remainder; elsewhere |x| > 0.34 and the difference is well conditioned.
-  return {e, select(equal(p.n, set(0.0f)), p.tail, (e - set(1.0f)) - x)};
+  return {e, select(equal(n, set(0.0f)), tail, (e - set(1.0f)) - x)};
 }

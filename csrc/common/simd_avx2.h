@@ -37,7 +37,7 @@ SRPPO_INLINE Vf power_of_two(Vf n) {
 }
 // a, or b where a is not larger or one of them is NaN.
 SRPPO_INLINE Vf larger(Vf a, Vf b) { return _mm256_max_ps(a, b); }
-SRPPO_INLINE Vf times_power_of_two(Vf x, Vf n) { return x * power_of_two(n); }
+SRPPO_INLINE Vf times_power_of_two(Vf x, Vf n) { return select(less(n, set(-126.0f)), set(0.0f), x * power_of_two(n)); }
 SRPPO_INLINE float largest(Vf x) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));

@@ -44,7 +44,7 @@ SRPPO_INLINE Vf power_of_two(Vf n) {
 }
 // a, or b where a is not larger or one of them is NaN.
 SRPPO_INLINE Vf larger(Vf a, Vf b) { return select(greater(a, b), a, b); }
-SRPPO_INLINE Vf times_power_of_two(Vf x, Vf n) { return x * power_of_two(n); }
+SRPPO_INLINE Vf times_power_of_two(Vf x, Vf n) { return select(less(n, set(-126.0f)), set(0.0f), x * power_of_two(n)); }
 SRPPO_INLINE float largest(Vf x) {
   float m = x[0];
   for (int i = 1; i < W; ++i) m = x[i] > m ? x[i] : m;

@@ -48,12 +48,7 @@ static void dz_block(const DzRow& row, const void* kept, std::int64_t n, void* o
   }
   if (bf16) {
     std::uint16_t* to = static_cast<std::uint16_t*>(out);
-    for (std::int64_t i = 0; i < n; ++i) {
-      std::uint32_t bits;
-      std::memcpy(&bits, p + i, 4);
-      const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-      to[i] = static_cast<std::uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-    }
+    for (std::int64_t i = 0; i < n; i += W) store_bf16(to + i, load(p + i, lanes_left(n - i)), lanes_left(n - i));
   } else {
     std::memcpy(out, p, sizeof(float) * static_cast<std::size_t>(n));
   }
