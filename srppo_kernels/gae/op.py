@@ -36,7 +36,7 @@ def _check_starts(cu_seqlens: Tensor | None, total: int) -> None:
         return
     if cu_seqlens.numel() < 2 and total:
         raise ValueError(
-            f"gae: cu_seqlens has {cu_seqlens.numel()} entries; it needs the start of each sequence, and the end of the "
+            f"gae: cu_seqlens has {cu_seqlens.numel()} entries; it needs the start of each sequence and the end of the "
             f"last, {total}"
         )
     if cu_seqlens.device.type != "cpu":
