@@ -238,12 +238,16 @@ def generate(
 
 def worth_sharing(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, all but a token of the shortest at most; 0 where a forward of their own would
-    not pay."""
+    not pay.
+
+    Measured on SmolLM2-135M, two threads of a CPU, prompts of 61 tokens that share 24: the first token of 24 answers
+    takes 1.9 s for 3.0 s, of 6 answers 0.72 for 0.85, of 4 answers 0.50 for 0.52, of 2 answers 0.31 for 0.29.
+    """
     ordered = sorted(map(list, prompts))
     first, last = ordered[0], ordered[-1]  # what these two share, all do
     most = min(map(len, prompts)) - 1
     shared = next((i for i in range(most) if first[i] != last[i]), most)
-    return shared if shared * (len(prompts) - 1) >= 128 else 0
+    return shared if shared * (len(prompts) - 1) >= 64 else 0
 
 
 def padded_behind(
