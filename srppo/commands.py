@@ -12,7 +12,7 @@ from srppo import distributed
 from srppo.checkpoint import require_file, require_new_folder
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
-from srppo.data import Example, filler_token, load_rows, prepare, stop_tokens
+from srppo.data import Example, as_examples, filler_token, load_rows, stop_tokens
 from srppo.errors import UserError
 from srppo.models import check_positions, check_tokens, tokenizer_for
 from srppo.roles import frozen_roles, policy_to_judge
@@ -47,13 +47,8 @@ def require(args: PipelineConfig, *names: str) -> None:
 def examples(
     args: SRPPOConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, *, missing_split_ok: bool = False
 ) -> list[Example]:
-    return prepare(
-        load_rows(source, split, missing_split_ok=missing_split_ok),
-        tokenizer,
-        stop_token_ids=stop_tokens(tokenizer, args.stop_token_ids),
-        max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_completion_length,
-    )
+    rows = load_rows(source, split, missing_split_ok=missing_split_ok)
+    return as_examples(rows, tokenizer, stop_tokens(tokenizer, args.stop_token_ids), args)
 
 
 def load_data(

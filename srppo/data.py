@@ -25,6 +25,8 @@ from srppo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from srppo.config import SRPPOConfig
+
 COLUMNS = ("prompt", "completion", "messages", "input_ids", "answer", "id")
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -177,15 +179,23 @@ def filler_token(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[in
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0])
 
 
-Dataset = Sequence["Example"] | Iterable[Mapping[str, Any]]
+Dataset = Sequence["Example"] | Iterable[Mapping[str, Any]] | Iterable[tuple[str, Mapping[str, Any]]]
 
 
-def as_examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[Example]:
-    """Rows as :func:`prepare` makes them, with its options; what it made before stays as it is."""
+def as_examples(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], args: SRPPOConfig
+) -> list[Example]:
+    """Rows as :func:`prepare` makes them with the limits of ``args``; what it made before stays as it is."""
     rows = list(dataset)
     if all(isinstance(row, Example) for row in rows):
         return rows  # type: ignore[return-value]
-    return prepare(rows, tokenizer, **options)  # type: ignore[arg-type]
+    return prepare(
+        rows,  # type: ignore[arg-type]
+        tokenizer,
+        stop_token_ids=stop_token_ids,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+    )
 
 
 def prepare(

@@ -151,13 +151,7 @@ def demonstrations(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], args: SRPPOConfig
 ) -> list[Example]:
     """The rows that have a completion."""
-    rows = as_examples(
-        dataset,
-        tokenizer,
-        stop_token_ids=stops,
-        max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_completion_length,
-    )
+    rows = as_examples(dataset, tokenizer, stops, args)
     return [example for example in rows if example.completion_ids is not None]
 
 

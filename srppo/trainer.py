@@ -138,13 +138,7 @@ class SRPPOTrainer:
         self.history: list[dict[str, Any]] = []
 
     def examples(self, dataset: Dataset) -> list[Example]:
-        return as_examples(
-            dataset,
-            self.tokenizer,
-            stop_token_ids=self.stop_token_ids,
-            max_prompt_length=self.args.max_prompt_length,
-            max_completion_length=self.args.max_completion_length,
-        )
+        return as_examples(dataset, self.tokenizer, self.stop_token_ids, self.args)
 
     def train(self) -> dict[str, Any]:
         """Runs all iterations and writes the result to ``args.output_dir``; returns the last metrics."""

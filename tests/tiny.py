@@ -23,6 +23,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+KINDS = ["llama", "qwen2", "gpt2", "gemma2", "cohere2", "granite"]
+# Gemma 2 has no sdpa: its attention caps its scores.
+ATTENTIONS = [(kind, how) for how in ("eager", "sdpa") for kind in KINDS if (kind, how) != ("gemma2", "sdpa")]
+
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -11,14 +11,13 @@ from hypothesis import given as over
 from hypothesis import settings as examples_settings
 from hypothesis import strategies as st
 from ppo_steps import assert_same_gradients, one_update, trained_head
-from tiny import tiny_model
+from tiny import ATTENTIONS, tiny_model
 from tiny_runs import config, full_roles, role, rollout, trainer, widened
 
 from srppo import ppo
 from srppo.packing import Layout, fill, fill_padded, keeps_sequences_apart, pack, plan
 from srppo.roles import Role, Roles, build_roles
 
-KINDS = ["llama", "qwen2", "gpt2", "gemma2", "cohere2", "granite"]
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------
@@ -84,10 +83,7 @@ def test_tokens_go_to_their_places_and_back():
 # -- states -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "attention"),
-    [*itertools.product(KINDS, ["eager"]), *((kind, "sdpa") for kind in KINDS if kind != "gemma2")],  # it has no sdpa
-)
+@pytest.mark.parametrize(("kind", "attention"), ATTENTIONS)
 def test_packed_states_are_those_of_each_sequence_alone(kind, attention):
     """Absolute positions (GPT-2), rotary ones, sliding windows (Gemma 2), in one row and in several."""
     model = tiny_model(kind)
