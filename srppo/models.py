@@ -151,11 +151,20 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
         )
 
 
+def require_there(what: str, path: str | Path) -> None:
+    """Stops at a folder that is not there, where the name is none that a hub has: one out of reach would be asked
+    for half a minute."""
+    name = str(path)
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"no {what} could be loaded from {path}: there is no such folder")
+
+
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder. Padding needs a pad token only as filler: masks are carried, never derived from
     it."""
     from transformers import AutoTokenizer
 
+    require_there("tokenizer", path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -190,6 +199,7 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
             )
         model = load_model(under, args)
         return attach_adapter(model, path, "default").merge_and_unload()
+    require_there("causal language model", path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path),

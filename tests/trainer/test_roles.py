@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from srppo import SRPPOTrainer, UserError, ppo, run_sft
 from srppo.data import Example
-from srppo.models import disable_dropout
+from srppo.models import disable_dropout, load_model, load_tokenizer
 from srppo.roles import Role, build_roles, check_head, frozen_roles
 from srppo.rollout import generate
 
@@ -484,6 +484,18 @@ def test_peft_config_beside_an_sft_adapter_is_refused_as_it_would_be_ignored(tin
         build(tmp_path, tiny_models.base, tiny_models.adapter, LoraConfig(target_modules=["q_proj"]), use_peft=True)
 
 
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "runs/my/model", "~/model"])
+def test_a_folder_that_is_not_there_is_refused_without_asking_a_hub(tmp_path, monkeypatch, path):
+    for loader in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(loader, "from_pretrained", None)
+    with pytest.raises(
+        UserError, match=f"no causal language model could be loaded from {path}: there is no such folder"
+    ):
+        load_model(path, config(tmp_path))
+    with pytest.raises(UserError, match=f"no tokenizer could be loaded from {path}: there is no such folder"):
+        load_tokenizer(path)
+
+
 def test_missing_and_damaged_models_are_named(tiny_models, tmp_path):
     with pytest.raises(UserError, match="no causal language model could be loaded from nowhere/at-all"):
         build(tmp_path, "nowhere/at-all", tiny_models.sft)
@@ -501,7 +513,7 @@ def test_sequences_beyond_the_models_positions_are_refused_before_training(tiny_
     with pytest.raises(UserError, match="128 positions"):
         run_sft(
             config(tmp_path, base_model_name_or_path=tiny_models.base),
-            train_dataset=[*long, *[SimpleNamespace(prompt_ids=[5] * 80, completion_ids=[6] * 60)]],
+            train_dataset=[*long, Example([5] * 80, [6] * 60, None, "")],
             output_dir=tmp_path / "never", console=QUIET,
         )  # fmt: skip
 
