@@ -24,6 +24,7 @@ micro-batches of 8 take 0.64 of the time to score and 0.67 to update, two thread
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 from collections.abc import Sequence
@@ -167,7 +168,7 @@ def gets_the_states_of_each_alone(role: Role, sequences: Sequence[tuple[int, int
     ]
     rollout = collate([w[:2] for w in words], [w[2:] for w in words], pad_token_id=0, stop_token_ids=[]).to(role.device)
     with role.active():
-        packed = role.packed_states(rollout, one_row=True, share=layout == Layout.SHARED).float()
+        packed = dataclasses.replace(role, layout=layout).packed_states(rollout, one_row=True).float()
         alone = torch.cat([role.padded_states(rollout.select([row])) for row in range(len(words))]).float()
     tolerance = 1e-3 if role.head.weight.dtype == torch.float32 else 5e-2  # rounding of 16-bit states
     return bool((packed - alone).norm() <= tolerance * alone.norm())

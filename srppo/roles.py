@@ -138,16 +138,15 @@ class Role:
         )
         return states[rollout.predicting]
 
-    def packed_states(self, rollout: Rollout, *, one_row: bool | None = None, share: bool | None = None) -> Tensor:
-        """The same without padding; ``one_row`` and ``share`` are for tests, absent the attention in use and the role's
-        layout decide."""
+    def packed_states(self, rollout: Rollout, *, one_row: bool | None = None) -> Tensor:
+        """The same without padding; ``one_row`` is for tests, absent the attention in use decides."""
         config = self.causal_lm.config
         attention = attention_of(config)
         packed = pack(
             rollout,
             config.get_text_config().hidden_size,
             one_row="flash" in attention if one_row is None else one_row,
-            widest_tree=widest_tree(config) if share or (share is None and self.layout == Layout.SHARED) else 0,
+            widest_tree=widest_tree(config) if self.layout == Layout.SHARED else 0,
         )
         mask = None if packed.attends is None else tree_mask(packed.attends, self.causal_lm.dtype, attention)
         states = sharding.states_of(

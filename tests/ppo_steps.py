@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_runs import learners
 from torch import Tensor
 
 from srppo import SRPPOConfig, ppo
+from srppo.packing import Layout
 from srppo.roles import Roles
 from srppo.rollout import Rollout
 
@@ -47,6 +50,10 @@ def assert_same_gradients(one: list[list[Tensor]], other: list[list[Tensor]]) ->
         assert scale > 1e-5
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, atol=1e-5 * scale.item(), rtol=1e-3)
+
+
+def laid_out(roles: Roles, layout: Layout) -> Roles:
+    return Roles(*(dataclasses.replace(role, layout=layout) for role in roles))
 
 
 def trained_head(roles: Roles) -> Roles:

@@ -222,7 +222,8 @@ def test_a_chunk_that_cuts_sequences_is_refused(name):
     loss, names = WHOLE[name]
     p = Problem()
     bound, given = partial(loss, normalizer=11.0), [p.tensors[n] for n in names]
-    with pytest.raises(ValueError, match=f"{name}: needs whole .*sequences.*use srppo.losses.linear"):
+    what = {"sequence": "sequences", "pair": "pairs of sequences"}[losses.level_of(loss)]
+    with pytest.raises(ValueError, match=f"{name}: needs whole {what}, .*use srppo.losses.linear"):
         linear_loss(p.hidden, p.weight, p.targets, bound, p.mask, *given, mask=p.mask)
     fn = losses.whole_sequences(bound, p.targets.shape)
     with pytest.raises(ValueError, match=rf"{name}: got \d+ of 300 rows: linear_loss cut.*plan='recompute'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
@@ -10,13 +9,13 @@ import torch
 from hypothesis import given as over
 from hypothesis import settings as examples_settings
 from hypothesis import strategies as st
-from ppo_steps import assert_same_gradients, one_update, trained_head
+from ppo_steps import assert_same_gradients, laid_out, one_update, trained_head
 from tiny import ATTENTIONS, tiny_model
 from tiny_runs import config, full_roles, role, rollout, trainer, widened
 
 from srppo import ppo
 from srppo.packing import Layout, fill, fill_padded, keeps_sequences_apart, pack, plan
-from srppo.roles import Role, Roles, build_roles
+from srppo.roles import Role, build_roles
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
@@ -114,11 +113,6 @@ def test_a_model_that_mixes_packed_sequences_is_given_padded_ones(tmp_path, monk
     monkeypatch.undo()
     roles = build_roles(config(tmp_path), tiny_model(), tiny_model(seed=1))
     assert [r.layout for r in roles] == [Layout.SHARED] * 4
-
-
-def laid_out(roles, layout):
-    names = ("base", "sft", "policy", "critic")
-    return Roles(**{name: dataclasses.replace(getattr(roles, name), layout=layout) for name in names})
 
 
 # -- nothing depends on it --------------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given as over
 from hypothesis import settings as examples_settings
 from hypothesis import strategies as st
-from ppo_steps import assert_same_gradients, one_update, trained_head
+from ppo_steps import assert_same_gradients, laid_out, one_update, trained_head
 from tiny import ATTENTIONS, KINDS, tiny_model
 from tiny_runs import config, full_roles, role, rollout, widened
 
 from srppo import SelfReward, ppo, prefixes
 from srppo.packing import Layout, layout_of, pack, row_cost, takes_trees, widest_tree
-from srppo.roles import Role, Roles, build_roles
+from srppo.roles import build_roles
 from srppo.rollout import collate, generate
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10)
@@ -149,10 +149,6 @@ def test_flash_attention_takes_no_trees():
 
 
 # -- nothing depends on it --------------------------------------------------------------------------------------------
-
-
-def laid_out(roles, layout):
-    return Roles(*(Role(r.name, r.model, r.adapter, r.trainable, r.value_head, layout) for r in roles))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
