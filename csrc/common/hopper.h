@@ -12,6 +12,12 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same number, which the compiler may not compute anew wherever it is used.
+__device__ __forceinline__ std::uint32_t computed_once(std::uint32_t number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 // mbarriers. A phase completes when `count` arrivals and all expected bytes are in; the phases' parities are 0, 1, 0, ...
 // A wait for parity P returns once the phase of parity P is the last one that completed; before the first one completes,
 // a wait for parity 1 returns at once.
@@ -31,13 +37,15 @@ __device__ __forceinline__ void arrive_expecting(std::uint32_t barrier, int byte
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// One arrival at the same barrier of block `rank` of the cluster.
+// One arrival at the same barrier of block `rank` of the cluster. Without a scope it is a release within the block, which is
+// all that a slot of TMA and WGMMA needs: neither writes through this thread. `.release.cluster` puts a MEMBAR in front of
+// every arrival, which more than doubled the time of a whole scan (H100).
 __device__ __forceinline__ void arrive_at(std::uint32_t barrier, int rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}\n" ::"r"(barrier),
       "r"(rank)
       : "memory");
@@ -81,21 +89,37 @@ __device__ __forceinline__ void prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-__device__ __forceinline__ void load_box(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier) {
+__device__ __forceinline__ void load_box(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier,
+                                         std::uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(barrier)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(policy)
       : "memory");
 }
 
 // The same box to the same place, and its bytes to the same barrier, in every block whose bit is set in `blocks`.
 __device__ __forceinline__ void load_box_to(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier,
-                                            std::uint16_t blocks) {
+                                            std::uint64_t policy, std::uint16_t blocks) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks), "l"(policy)
       : "memory");
+}
+
+// What L2 evicts last, and first.
+
+__device__ __forceinline__ std::uint64_t evicted_last() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ std::uint64_t evicted_first() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
 }
 
 // Registers of a thread, for the whole warp group that executes it.
@@ -133,20 +157,22 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
 #define SRPPO_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SRPPO_16(d, i) SRPPO_4(d, i), SRPPO_4(d, i + 4), SRPPO_4(d, i + 8), SRPPO_4(d, i + 12)
 
-// d (+)= A B^T for A [64, 16] and B [128, 16] in bf16, both K-major in shared memory; without `accumulate` d is overwritten.
-__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], std::uint64_t a, std::uint64_t b, int accumulate) {
+// d (+)= A B^T for A [64, 16] and B [192, 16] in bf16, both K-major in shared memory; without `accumulate` d is overwritten.
+__device__ __forceinline__ void wgmma_m64n192k16(float (&d)[96], std::uint64_t a, std::uint64_t b, int accumulate) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "setp.ne.b32 p, %98, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 0, 0;\n"
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+      "%96, %97, p, 1, 1, 0, 0;\n"
       "}\n"
-      : SRPPO_16(d, 0), SRPPO_16(d, 16), SRPPO_16(d, 32), SRPPO_16(d, 48)
+      : SRPPO_16(d, 0), SRPPO_16(d, 16), SRPPO_16(d, 32), SRPPO_16(d, 48), SRPPO_16(d, 64), SRPPO_16(d, 80)
       : "l"(a), "l"(b), "r"(accumulate));
 }
 

@@ -87,9 +87,9 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
   if (kept) {
     const std::int64_t parts = (vocab + kPart - 1) / kPart;
     STD_TORCH_CHECK(kept->is_cuda() && kept->scalar_type() == ScalarType::BFloat16 && kept->dim() == 2 &&
-                        kept->size(0) >= n && kept->size(1) == vocab && kept->stride(1) == 1 && vocab % 2 == 0 &&
-                        kept->stride(0) % 2 == 0 && reinterpret_cast<std::uintptr_t>(kept->const_data_ptr()) % 4 == 0,
-                    "srppo_native: kept must be a bf16 CUDA matrix [n, V], V even, with contiguous rows at multiples of 4 bytes");
+                        kept->size(0) >= n && kept->size(1) == vocab && kept->stride(1) == 1 &&
+                        kept->stride(0) % 8 == 0 && reinterpret_cast<std::uintptr_t>(kept->const_data_ptr()) % 16 == 0,
+                    "srppo_native: kept must be a bf16 CUDA matrix [n, V] with contiguous rows at multiples of 16 bytes");
     STD_TORCH_CHECK(kept_max && kept_max->is_cuda() && kept_max->scalar_type() == ScalarType::Float &&
                         kept_max->dim() == 2 && kept_max->size(0) >= n && kept_max->size(1) >= parts &&
                         kept_max->stride(1) == 1,
@@ -109,7 +109,7 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
   p.inverse_temperature = static_cast<float>(inverse_temperature);
 
   const int wide = static_cast<int>(cluster);
-  const CUtensorMap x_boxes = boxes(x, kRows / wide, "x"), w_boxes = boxes(weight, kColumns, "weight");
+  const CUtensorMap x_boxes = boxes(x, kRows, "x"), w_boxes = boxes(weight, kColumns / wide, "weight");
   const Schedule most{static_cast<int>((n + kRows - 1) / kRows), p.vocab, p.group, wide};
   const int clusters = attribute(cudaDevAttrMultiProcessorCount, device) / wide;
   const int blocks = wide * (clusters < most.units() ? clusters : most.units());

@@ -1,6 +1,5 @@
-// What a consumer of sm90_kernel.h does with a tile of accumulators: logits, the target's taken out, the rest absorbed into the rows'
-// states, exponentials kept on request. A thread works in place on its 128 accumulators, 8 columns of a row at a time: with
-// the states of its 4 rows that leaves about 70 registers of 232 for everything else.
+// What a consumer of sm90_kernel.h does with its half of a tile: logits, the target's taken out, the rest absorbed into the rows'
+// states, exponentials kept on request. A thread works in place on its 96 logits, 8 columns of a row at a time.
 #pragma once
 
 #include "sm90_tiles.h"
@@ -25,7 +24,7 @@ struct ScanParams {
   float scale, softcap, inverse_softcap, inverse_temperature;  // softcap 0: none
 };
 
-// A thread's 4 rows of a unit.
+// A thread's rows of a unit.
 struct ThreadRows {
   RowState state[kThreadRows];
   int target[kThreadRows];  // -1 beyond the live rows
@@ -37,16 +36,16 @@ struct ThreadRows {
 
 // Calls f(slot, entry, column of the tile, accumulator) for everything that the thread holds, with constant indices.
 template <class F>
-__device__ __forceinline__ void each_logit(float (&acc)[2][64], int thread, F f) {
+__device__ __forceinline__ void each_logit(float (&acc)[kLogits], int thread, F f) {
 #pragma unroll
   for (int slot = 0; slot < kThreadRows; ++slot)
 #pragma unroll
-    for (int i = 0; i < kColumns / 4; ++i) f(slot, column_of(thread, i), acc[slot / 2][register_of(slot, i)]);
+    for (int i = 0; i < kRowLogits; ++i) f(slot, column_of(thread, i), acc[register_of(slot, i)]);
 }
 
 // Accumulators to logits, in place; kLowest beyond the vocabulary.
 template <bool kPlain>
-__device__ __forceinline__ void to_logits(float (&acc)[2][64], const ThreadRows& rows, int thread, int v0,
+__device__ __forceinline__ void to_logits(float (&acc)[kLogits], const ThreadRows& rows, int thread, int v0,
                                           const ScanParams& p) {
   if (kPlain) {
     const float factor = p.scale * p.inverse_temperature;
@@ -54,11 +53,11 @@ __device__ __forceinline__ void to_logits(float (&acc)[2][64], const ThreadRows&
   } else {
     if (p.bias) {
 #pragma unroll
-      for (int i = 0; i < kColumns / 4; ++i) {
+      for (int i = 0; i < kRowLogits; ++i) {
         const int v = v0 + column_of(thread, i);
         const float bias = v < p.vocab ? __ldg(p.bias + v) : 0.0f;
 #pragma unroll
-        for (int slot = 0; slot < kThreadRows; ++slot) acc[slot / 2][register_of(slot, i)] += bias;
+        for (int slot = 0; slot < kThreadRows; ++slot) acc[register_of(slot, i)] += bias;
       }
     }
     each_logit(acc, thread, [&](int, int, float& z) { z *= p.scale; });
@@ -81,22 +80,25 @@ __device__ __forceinline__ void to_logits(float (&acc)[2][64], const ThreadRows&
 }
 
 // Stores the target's logit where this thread holds it, and takes it out: kLowest in its place, the logit in `peak`. One
-// tile in about 40 has a target of a warp's 32 rows at V = 152k, so looking costs a few instructions a tile.
-__device__ __forceinline__ void take_targets(float (&acc)[2][64], const ThreadRows& rows, int thread, int v0,
+// tile in about 50 has a target of a warp's 16 rows at V = 152k, so looking costs a few instructions a tile.
+__device__ __forceinline__ void take_targets(float (&acc)[kLogits], const ThreadRows& rows, int thread, int v0,
                                              float (&peak)[kThreadRows], const ScanParams& p) {
-  bool here = false;
+  bool here[kThreadRows];
 #pragma unroll
   for (int slot = 0; slot < kThreadRows; ++slot) {
     const int column = rows.target[slot] - v0;
-    here |= column >= 0 && column < kColumns && column % 8 / 2 == thread % 4;
+    here[slot] = column >= 0 && column < kColumns && column % 8 / 2 == thread % 4;
     peak[slot] = kLowest;
   }
-  if (!here) return;
+  if (!here[0] && !here[1]) return;
   each_logit(acc, thread, [&](int slot, int column, float& z) {
     if (v0 + column != rows.target[slot]) return;
-    p.target_logits[rows.first + row_offset(slot)] = peak[slot] = z;
+    peak[slot] = z;
     z = kLowest;
   });
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot)
+    if (here[slot]) p.target_logits[rows.first + row_offset(slot)] = peak[slot];
 }
 
 __device__ __forceinline__ float quad_largest(float m) {
@@ -109,28 +111,58 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Keeps a part's exponentials. The target's was taken out of them: it is stored behind them, over a 0.
-__device__ __forceinline__ void keep(const float (&e)[kEntries], const ThreadRows& rows, int slot, int part, int thread, int v0,
-                                     float peak, const ScanParams& p) {
-  const int first = v0 + part * kPart;
-  if (!rows.is_live(slot) || first >= p.vocab) return;
-  const std::int64_t row = rows.first + row_offset(slot);
-  __nv_bfloat16* at = p.kept + row * p.stride_kept + first + thread % 4 * 2;
+// Word j of thread q in a quad -> word q of thread j.
+__device__ __forceinline__ void transpose_quad(std::uint32_t (&word)[4], int q) {
 #pragma unroll
-  for (int i = 0; i < kEntries; i += 2) {
-    const int column = column_of(0, i);
-    if (first + thread % 4 * 2 + column < p.vocab)
-      *reinterpret_cast<__nv_bfloat162*>(at + column) = __floats2bfloat162_rn(e[i], e[i + 1]);
+  for (int by = 1; by < 4; by *= 2) {
+    const bool upper = q & by;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      std::uint32_t &low = word[by == 1 ? 2 * i : i], &high = word[by == 1 ? 2 * i + 1 : i + 2];
+      const std::uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, by);
+      (upper ? low : high) = got;
+    }
   }
+}
+
+struct alignas(16) Adjacent {
+  std::uint32_t words[4];  // 8 exponentials
+};
+
+// Keeps a part's exponentials, the target's too, which was taken out of them: a quad exchanges its pairs of columns, so that each of its
+// threads stores 8 that are adjacent, and the quad the part's 64 bytes. Called by whole warps.
+__device__ __forceinline__ void keep(float (&e)[kEntries], const ThreadRows& rows, int slot, int part, int thread, int v0,
+                                     float peak, const ScanParams& p) {
+  const int first = v0 + part * kPart, q = thread % 4;
   const float m = rows.state[slot].m;
-  const int target = rows.target[slot] - first;
-  if (target >= 0 && target < kPart && target % 8 / 2 == thread % 4)
-    at[target - thread % 4 * 2] = __float2bfloat16_rn(softmax::exp2_of((peak - m) * softmax::kLog2e));
-  if (thread % 4 == 0) p.kept_max[row * p.stride_max + first / kPart] = m;
+  if (peak > kLowest) {
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i)
+      if (first + column_of(thread, i) == rows.target[slot]) e[i] = softmax::exp2_of((peak - m) * softmax::kLog2e);
+  }
+  Adjacent mine;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(e[2 * i], e[2 * i + 1]);
+    mine.words[i] = reinterpret_cast<const std::uint32_t&>(pair);
+  }
+  transpose_quad(mine.words, q);
+  const int column = first + 8 * q;
+  if (!rows.is_live(slot) || first >= p.vocab) return;
+  const std::int64_t row = hopper::computed_once(rows.first + row_offset(slot));  // addresses are not kept in registers
+  __nv_bfloat16* at = p.kept + row * p.stride_kept + column;
+  if (column + 8 <= p.vocab) {
+    *reinterpret_cast<Adjacent*>(at) = mine;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (column + i < p.vocab) at[i] = reinterpret_cast<const __nv_bfloat16*>(mine.words)[i];
+  }
+  if (q == 0) p.kept_max[row * p.stride_max + first / kPart] = m;
 }
 
 template <bool kPlain, bool kKeep>
-__device__ __forceinline__ void absorb_tile(float (&acc)[2][64], ThreadRows& rows, int thread, int v0, const ScanParams& p) {
+__device__ __forceinline__ void absorb_tile(float (&acc)[kLogits], ThreadRows& rows, int thread, int v0, const ScanParams& p) {
   float peak[kThreadRows];
   to_logits<kPlain>(acc, rows, thread, v0, p);
   take_targets(acc, rows, thread, v0, peak, p);
@@ -140,7 +172,7 @@ __device__ __forceinline__ void absorb_tile(float (&acc)[2][64], ThreadRows& row
     for (int slot = 0; slot < kThreadRows; ++slot) {
       float z[kEntries];
 #pragma unroll
-      for (int i = 0; i < kEntries; ++i) z[i] = acc[slot / 2][register_of(slot, part * kEntries + i)];
+      for (int i = 0; i < kEntries; ++i) z[i] = acc[register_of(slot, part * kEntries + i)];
       float m = softmax::largest(z);
       if (part == 0) m = fmaxf(m, peak[slot]);  // wherever in the tile it is: a maximum that comes early does no harm
       softmax::absorb(rows.state[slot], quad_largest(m), z);

@@ -108,11 +108,12 @@ def _flat(values: Tensor | None) -> Tensor | None:
 
 
 def _kept_like(hidden: Tensor, weight: Tensor, plan: str, backend: str) -> tuple[Tensor, Tensor]:
-    """What a plan keeps for the backward, zeros: a masked row's memory is then never touched."""
+    """What a plan keeps for the backward; zeros on a CPU, where a masked row's memory is then never touched."""
     n, vocab = hidden.numel() // max(1, hidden.shape[-1]), weight.shape[0]
     if plan == "cache":
+        make = hidden.new_zeros if hidden.device.type == "cpu" else hidden.new_empty
         return (
-            hidden.new_zeros(n, vocab, dtype=kept_dtype(hidden, weight)),
+            make(n, vocab, dtype=kept_dtype(hidden, weight)),
             hidden.new_zeros(n, maxima_of(vocab, backend), dtype=accumulation_dtype(hidden)),
         )
     if plan == "precompute":

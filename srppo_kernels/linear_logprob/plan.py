@@ -43,6 +43,7 @@ class Problem:
     needs_weight: bool
     needs_bias: bool
     entropy: bool
+    weight_in_rows: bool = True  # contiguous rows at multiples of 16 bytes, as TMA reads them
 
     @property
     def native_gradients(self) -> bool:
@@ -99,10 +100,13 @@ def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
         return backend, f"backend={backend!r} was asked for"
     dtypes = (problem.hidden_dtype, problem.weight_dtype)
     if backend == "sm90":
-        obstacle = sm90.call_obstacle(problem.device, dtypes, problem.width)
+        obstacle = sm90.call_obstacle(problem.device, dtypes, problem.width, problem.vocab)
         if obstacle:
             raise ValueError(f"{problem.op}: backend='sm90' cannot run: {obstacle}; pass backend='auto' or 'torch'")
         return "sm90", "backend='sm90' was asked for"
+    if backend == "auto" and problem.weight_in_rows:
+        if not sm90.call_obstacle(problem.device, dtypes, problem.width, problem.vocab):
+            return "sm90", "the CUDA C++ scan for sm_90a is there, beside the Triton kernels"
     if backend == "triton" or (backend == "auto" and problem.device.type == "cuda"):
         obstacle = gpu.obstacle(problem.device, dtypes, explicit=backend == "triton")
         if not obstacle:
@@ -304,4 +308,5 @@ def problem_of(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, 
         needs_weight=on and weight.requires_grad,
         needs_bias=on and bias is not None and bias.requires_grad,
         entropy=entropy,
+        weight_in_rows=sm90.in_rows(weight),
     )

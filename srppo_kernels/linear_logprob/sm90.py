@@ -1,12 +1,13 @@
 """The CUDA C++ scan for sm_90a (csrc/linear_logprob/sm90_kernel.h): GEMM 1 by TMA and WGMMA, else as triton_scan.scan.
 
 It takes the same row lists, fills the same residual (maxima of 32 columns, by position among the live rows) and ends in
-the same merge, so that the Triton backend's gradients follow it. Its vocabulary groups are smaller, so its bits are its
-own: scan and train with one of the two.
+the same merge, so that the Triton backend's gradients follow it. Its vocabulary groups are smaller and it adds up K in
+blocks, so its bits are its own; what it serves depends on nothing but dtypes, widths and the head, so that a model is
+scored and trained by one of the two.
 
-It runs where backend="sm90" asks for it. Compiled, and run on the host under an emulator
-(tests/linear_logprob/test_sm90_host.py); not yet run on a device, and so not what "auto" takes.
-tests/linear_logprob/test_linear_logprob_sm90.py is for a device to run, bench/tiles.py times it beside Triton's.
+"auto" takes it on compute capability 9.0: on an H100 it is faster than Triton's scan, and its log-probs are closer to
+float64 (README.md). tests/linear_logprob/test_linear_logprob_sm90.py proves it there; test_sm90_host.py runs it anywhere,
+under an emulator.
 """
 
 from typing import TYPE_CHECKING
@@ -20,45 +21,47 @@ if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.chunked import Head, Residual
     from srppo_kernels.linear_logprob.rows import Rows
 
-# 8192 rows over a vocabulary of 151936 are 2432 units of work for the 66 clusters of an H100: 36.8 each, and the last
-# cluster to finish has 37. With groups of 2048 that would be 18.4 and 19.
-GROUP = 1024
-CLUSTER = 2  # blocks that share the loads of X; 1 is there to be measured
+# 8192 rows over a vocabulary of 151936 are 3168 units of work, of two row blocks and 1536 entries each, for the 66 clusters of
+# an H100: 48 each. A multiple of the kernel's tiles of 192.
+GROUP = 1536
+ROWS = 128  # of a block
+CLUSTER = 2  # blocks that share the loads of W
 LARGEST = 2**31 - 8 * GROUP  # rows, and vocabulary entries, that the kernel counts in 32 bits
 
 
 @_extension.constant_when_traced  # a compiler that traces the public functions need not look into the extension
-def call_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> str:
-    """Why backend="sm90" cannot serve such a call; empty if it can, strides and alignment aside."""
-    return _device_obstacle(device) or _dtype_obstacle(*dtypes) or _width_obstacle(width)
+def call_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int, vocab: int) -> str:
+    """Why backend="sm90" cannot serve such a call; empty if it can, the head's strides aside."""
+    return _device_obstacle(device) or _shape_obstacle(dtypes, width, vocab)
 
 
-def obstacle(hidden: Tensor, weight: Tensor, *, keep: bool = False) -> str:
-    """Why the scan cannot run on these; empty if it can. ``keep``: exponentials are kept for the gradients."""
-    return _device_obstacle(hidden.device) or operand_obstacle(hidden, weight, keep=keep)
+def obstacle(hidden: Tensor, weight: Tensor) -> str:
+    """Why the scan cannot run on these; empty if it can."""
+    return _device_obstacle(hidden.device) or operand_obstacle(hidden, weight)
 
 
-def _dtype_obstacle(hidden: torch.dtype, weight: torch.dtype) -> str:
-    if hidden == weight == torch.bfloat16:
-        return ""
-    return f"it multiplies bfloat16, and the inputs are {hidden} and {weight}"
+def _shape_obstacle(dtypes: tuple[torch.dtype, ...], width: int, vocab: int) -> str:
+    if any(dtype != torch.bfloat16 for dtype in dtypes):
+        return f"it multiplies bfloat16, and the inputs are {' and '.join(map(str, dtypes))}"
+    if width == 0 or width % 8:
+        return f"TMA reads rows at multiples of 16 bytes, and a hidden size of {width} is none of 8 elements"
+    if vocab % 8:
+        return f"exponentials are stored 8 at a time, and a vocabulary of {vocab} is no multiple of 8"
+    return ""
 
 
-def _width_obstacle(width: int) -> str:
-    if width > 0 and width % 8 == 0:
-        return ""
-    return f"TMA reads rows at multiples of 16 bytes, and a hidden size of {width} is none of 8 elements"
+def in_rows(weight: Tensor) -> bool:
+    """Whether TMA can read the head, its address aside: contiguous rows at multiples of 16 bytes."""
+    return weight.stride(1) == 1 and weight.stride(0) % 8 == 0 and weight.storage_offset() % 8 == 0
 
 
-def operand_obstacle(hidden: Tensor, weight: Tensor, *, keep: bool = False) -> str:
+def operand_obstacle(hidden: Tensor, weight: Tensor) -> str:
     """What is in the way of TMA, or of the kernel's own limits, whatever the device."""
-    reason = _dtype_obstacle(hidden.dtype, weight.dtype) or _width_obstacle(weight.shape[1])
+    reason = _shape_obstacle((hidden.dtype, weight.dtype), weight.shape[1], weight.shape[0])
     if reason:
         return reason
-    if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
+    if not in_rows(weight) or weight.data_ptr() % 16:
         return "TMA reads rows that are contiguous and start at multiples of 16 bytes, and the weight's do not"
-    if keep and weight.shape[0] % 2:
-        return f"exponentials are stored in pairs, and a vocabulary of {weight.shape[0]} is odd"
     if max(hidden.shape[0], weight.shape[0]) > LARGEST:
         return f"it counts rows and vocabulary entries up to {LARGEST}"
     return ""
@@ -87,11 +90,12 @@ def scan(
     kept_rows: Tensor | None,
     *,
     group: int = GROUP,
-    cluster: int = CLUSTER,
+    cluster: int | None = None,
 ) -> Tensor:
     """The online state ``(m, s, t, z_y)``, ``[4, count]``; chunked._scan has the meaning of the arguments.
 
-    t is there whether ``entropy`` asks for it or not: it hides under the other consumer's GEMM.
+    t is there whether ``entropy`` asks for it or not: it hides under the other consumer's GEMM. ``cluster``: blocks that
+    share the loads of W; by default two, or one where there is one row block.
 
     Raises:
         ValueError: operands that TMA or the kernel cannot take, by what is in the way.
@@ -100,7 +104,7 @@ def scan(
     from srppo_kernels.linear_logprob.triton_tiles import LOWEST, gather_rows, row_list
 
     assert rows.index is None and kept_rows is None, "on this backend rows are compacted on the device"
-    reason = operand_obstacle(hidden, head.weight, keep=residual is not None)
+    reason = operand_obstacle(hidden, head.weight)
     if reason:
         raise ValueError(f"linear_logprob: backend='sm90' cannot run: {reason}; pass backend='auto'")
     n, vocab = rows.count, head.weight.shape[0]
@@ -124,7 +128,7 @@ def scan(
         0.0 if head.softcap is None else head.softcap,
         1 / head.temperature,
         group,
-        cluster,
+        cluster or (CLUSTER if n > ROWS else 1),
         state,
         target_logits,
         None if residual is None else residual.kept,

@@ -75,7 +75,7 @@ struct Barrier {
 struct Meeting {
   int size = 0, arrived = 0;
   long generation = 0;
-  float values[2][32] = {};
+  std::uint32_t values[2][32] = {};  // their bits
 };
 
 struct Block {
@@ -144,10 +144,12 @@ void meet(Meeting& meeting) {
 template <class T>
 T shuffle(T value, int lane) {
   Meeting& warp = current->block->warps[current->index / 32];
-  float(&values)[32] = warp.values[warp.generation & 1];
-  values[current->index % 32] = static_cast<float>(value);
+  static_assert(sizeof value == 4);
+  std::uint32_t(&values)[32] = warp.values[warp.generation & 1];
+  std::memcpy(&values[current->index % 32], &value, 4);
   meet(warp);
-  return static_cast<T>(values[lane]);
+  std::memcpy(&value, &values[lane], 4);
+  return value;
 }
 
 void land(const Load& load) {
@@ -184,7 +186,7 @@ void execute(const Wgmma& op) {
   float a[2][16], b[16];
   for (int i = 0; i < 2; ++i)
     for (int k = 0; k < 16; ++k) a[i][k] = element(op.a, row + 8 * i, k);
-  for (int j = 0; j < 32; ++j) {
+  for (int j = 0; j < 48; ++j) {
     for (int k = 0; k < 16; ++k) b[k] = element(op.b, j / 2 * 8 + column + j % 2, k);
     for (int i = 0; i < 2; ++i) {
       float& d = op.d[j / 2 * 4 + i * 2 + j % 2];
@@ -197,7 +199,10 @@ void execute(const Wgmma& op) {
 
 }  // namespace emulator
 
-inline float __shfl_xor_sync(unsigned, float value, int by) { return emulator::shuffle(value, emulator::current->index % 32 ^ by); }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int by) {
+  return emulator::shuffle(value, emulator::current->index % 32 ^ by);
+}
 inline int __shfl_sync(unsigned, int value, int lane) { return emulator::shuffle(value, lane); }
 inline void __syncwarp() { emulator::meet(emulator::current->block->warps[emulator::current->index / 32]); }
 inline void __syncthreads() { emulator::meet(emulator::current->block->all); }
@@ -207,6 +212,9 @@ namespace srppo::hopper {
 using emulator::current;
 
 inline emulator::Barrier& at(std::uint32_t barrier, int rank) { return emulator::blocks[rank]->barriers[barrier / 8]; }
+inline std::uint64_t evicted_last() { return 0; }
+inline std::uint64_t evicted_first() { return 0; }
+inline std::uint32_t computed_once(std::uint32_t number) { return number; }
 inline std::uint32_t shared_address(const void*) { return 16; }  // aligned to no more than it must be
 inline void barrier_init(std::uint32_t barrier, int count) { at(barrier, current->block->rank) = {count, count}; }
 inline void barrier_init_fence() {}
@@ -229,11 +237,12 @@ inline void wait(std::uint32_t barrier, std::uint32_t parity) {
 inline int cluster_rank() { return current->block->rank; }
 inline void cluster_sync() { emulator::meet(emulator::cluster); }
 inline void prefetch(const CUtensorMap*) {}
-inline void load_box_to(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier, std::uint16_t blocks) {
+inline void load_box_to(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier, std::uint64_t,
+                        std::uint16_t blocks) {
   emulator::loads.push_back({to, barrier, map, x, y, blocks});
 }
-inline void load_box(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier) {
-  load_box_to(to, map, x, y, barrier, static_cast<std::uint16_t>(1 << current->block->rank));
+inline void load_box(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier, std::uint64_t policy) {
+  load_box_to(to, map, x, y, barrier, policy, static_cast<std::uint16_t>(1 << current->block->rank));
 }
 template <int kCount>
 void shrink_registers() {}
@@ -241,7 +250,7 @@ template <int kCount>
 void grow_registers() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { ++current->groups; }
-inline void wgmma_m64n128k16(float (&d)[64], std::uint64_t a, std::uint64_t b, int accumulate) {
+inline void wgmma_m64n192k16(float (&d)[96], std::uint64_t a, std::uint64_t b, int accumulate) {
   current->pending.push_back({d, a, b, accumulate != 0, current->groups});
 }
 template <int kPending>

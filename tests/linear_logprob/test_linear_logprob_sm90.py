@@ -14,7 +14,7 @@ from srppo_kernels.linear_logprob import gpu, sm90
 from srppo_kernels.linear_logprob.chunked import Head, Residual
 from srppo_kernels.linear_logprob.rows import Rows
 
-N, D, V = 700, 200, 5006  # ragged row blocks, steps of K, tiles and groups; more units than one cluster takes
+N, D, V = 700, 200, 5008  # ragged row blocks, steps of K, tiles and groups; more units than one cluster takes
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_the_backend_is_tritons_with_another_scan(plan, monkeypatch):
 
 
 def test_elsewhere_the_backend_is_refused_in_words(monkeypatch):
-    x, w, y = torch.zeros(4, 64).bfloat16(), torch.zeros(10, 64).bfloat16(), torch.zeros(4, dtype=torch.int64)
+    x, w, y = torch.zeros(4, 64).bfloat16(), torch.zeros(16, 64).bfloat16(), torch.zeros(4, dtype=torch.int64)
     for call in (linear_logprob, explain):
         with pytest.raises(ValueError, match=r"backend='sm90' cannot run: it is for CUDA devices of .*; pass backend"):
             call(x, w, y, backend="sm90")
@@ -237,21 +237,31 @@ def test_elsewhere_the_backend_is_refused_in_words(monkeypatch):
     with pytest.raises(ValueError, match="a hidden size of 60 is none of 8 elements"):
         explain(x[:, :60], w[:, :60], y, backend="sm90")
     with pytest.raises(ValueError, match=r"backend='sm90' cannot run: TMA reads rows that are contiguous"):
-        linear_logprob(x, torch.zeros(64, 10).bfloat16().T, y, backend="sm90")
+        linear_logprob(x, torch.zeros(64, 16).bfloat16().T, y, backend="sm90")
 
 
 @pytest.mark.parametrize(
-    ("hidden", "weight", "keep", "reason"),
+    ("hidden", "weight", "reason"),
     [
-        (torch.zeros(4, 64), torch.zeros(10, 64), False, "multiplies bfloat16"),
-        (torch.zeros(4, 60).bfloat16(), torch.zeros(10, 60).bfloat16(), False, "hidden size of 60"),
-        (torch.zeros(4, 64).bfloat16(), torch.zeros(64, 10).bfloat16().T, False, "contiguous"),
-        (torch.zeros(4, 64).bfloat16(), torch.zeros(10, 68).bfloat16()[:, :64], False, "multiples of 16 bytes"),
-        (torch.zeros(4, 64).bfloat16(), torch.zeros(11, 64).bfloat16(), True, "vocabulary of 11 is odd"),
-        (torch.zeros(4, 64).bfloat16(), torch.zeros(11, 64).bfloat16(), False, ""),
+        (torch.zeros(4, 64), torch.zeros(16, 64), "multiplies bfloat16"),
+        (torch.zeros(4, 60).bfloat16(), torch.zeros(16, 60).bfloat16(), "hidden size of 60"),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(64, 16).bfloat16().T, "contiguous"),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(16, 68).bfloat16()[:, :64], "multiples of 16 bytes"),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(12, 64).bfloat16(), "vocabulary of 12 is no multiple of 8"),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(16, 64).bfloat16(), ""),
     ],
 )
-def test_what_it_refuses(hidden, weight, keep, reason):
-    said = sm90.operand_obstacle(hidden, weight, keep=keep)
+def test_what_it_refuses(hidden, weight, reason):
+    said = sm90.operand_obstacle(hidden, weight)
     assert reason in said and bool(said) == bool(reason)
-    assert "compute capability 9.0" in sm90.obstacle(hidden, weight, keep=keep)
+    assert "compute capability 9.0" in sm90.obstacle(hidden, weight)
+
+
+def test_what_auto_takes(monkeypatch):
+    """This scan where a device and the head allow it, else Triton's: by what scoring and training have in common."""
+    monkeypatch.setattr(sm90, "_device_obstacle", lambda device: "")
+    x, w, y = torch.zeros(4, 64).bfloat16(), torch.zeros(16, 64).bfloat16(), torch.zeros(4, dtype=torch.int64)
+    assert explain(x, w, y).backend == explain(x, w.requires_grad_(), y).backend == "sm90"
+    w = w.detach()
+    for hidden, weight in ((x, w[:12]), (x.half(), w.half()), (x, w.T.contiguous().T), (x[:, :60], w[:, :60])):
+        assert explain(hidden, weight, y).backend != "sm90"
