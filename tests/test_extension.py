@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,54 @@ def test_raw_kernels_refuse_what_they_cannot_read():
     for bad in ((x.double(), x, mask), (x.t(), x, mask), (x, x[:1], mask), (x, x, x)):
         with pytest.raises(RuntimeError, match="srppo_native"):
             torch.ops.srppo_native.gae(*bad, *tail)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "dtype", "auto", "native"),
+    [
+        ("80,90a,100", (9, 0), torch.float32, "native", "native"),
+        ("80,90a,100", (9, 0), torch.bool, "native", "native"),  # gae's gradient goes by its mask
+        ("80,90a,100", (8, 9), torch.float32, "native", "native"),  # machine code of sm_80 runs on 8.x
+        ("80,90a,100", (9, 0), torch.bfloat16, "triton", "native"),
+        (
+            "80,90a,100",
+            (12, 0),
+            torch.float32,
+            "triton",
+            "were built for sm_80, sm_90a, sm_100 and the device is sm_120",
+        ),
+        ("90a", (9, 1), torch.float32, "triton", "were built for sm_90a and the device is sm_91"),
+        ("", (9, 0), torch.float32, "triton", "the extension was built without CUDA"),
+        ("80,90a,100", (9, 0), torch.float64, "reference", "an input is float64"),
+    ],
+)
+def test_what_runs_on_a_cuda_device(monkeypatch, built, capability, dtype, auto, native):
+    """With a pretended device: `resolve` looks at a tensor's device and dtype alone."""
+    like = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    monkeypatch.setattr(_extension, "_module", object())
+    monkeypatch.setattr(_extension, "build_info", lambda: {"cuda": built})
+    monkeypatch.setattr(_extension, "_warned", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(_extension._triton, "obstacle", lambda device, explicit=True: "")
+    _extension._device_obstacle.cache_clear()
+    try:
+        assert _extension.resolve("gae", "auto", like, compute) == auto
+        if native == "native":
+            assert _extension.resolve("gae", "native", like, compute) == "native"
+        else:
+            with pytest.warns(RuntimeWarning, match=f"runs on the reference instead: .*{native}"):
+                assert _extension.resolve("gae", "native", like, compute) == "reference"
+        # Without Triton "auto" still takes a native kernel, widened inputs or not, before it falls back with a warning.
+        monkeypatch.setattr(_extension._triton, "obstacle", lambda device, explicit=True: "triton is not installed")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            alone = _extension.resolve("gae", "auto", like, compute)
+        assert alone == ("native" if native == "native" else "reference")
+        told = [w for w in caught if "instead of Triton kernels: triton is not installed" in str(w.message)]
+        assert len(told) == (alone == "reference" and dtype != torch.float64)
+    finally:
+        _extension._device_obstacle.cache_clear()
 
 
 def test_explicit_native_that_cannot_run_warns_once_and_still_answers():

@@ -7,7 +7,7 @@
 //
 // so a tile is scanned as in cuda_kernels.h, with g for the reward and no values. A block walks a row; tiles are counted from
 // its first valid token, so padding changes no bit. Few very long rows are not spread over blocks: no trainer differentiates
-// through GAE, and a block takes 131072 tokens in 256 tiles.
+// through GAE, and a block takes 131072 tokens in 128 tiles.
 #pragma once
 
 #include "cuda_kernels.h"
@@ -35,30 +35,33 @@ __global__ void __launch_bounds__(kThreads) gae_adjoint_rows(GaeAdjointParams p)
   const int64_t end = last - skip_invalid<true>(p.mask, begin, last, p.d_rewards, p.d_values);
   const GaeCoefficients factors = coefficients(p, row), k{0.0f, factors.decay};
   GaeState state{0.0f, 0.0f, 0.0f};  // on the left of the tile, the same in every thread
+  int turn = 0;
   for (int64_t left = begin; left < end; left += kTile) {
-    float of_advantage[kEach], of_both[kEach];
-    bool valid[kEach];
-    GaeMap upto = gae_identity(), before, all;
+    const int count = tokens_in(left, end);
+    float of_advantage[kEach], of_both[kEach], d_rewards[kEach], d_values[kEach];
+    unsigned char valid[kEach];
+    fetch<1>(p.d_advantages + left, count, of_advantage);
+    fetch<1>(p.d_returns + left, count, of_both);
+    fetch<1>(p.mask + left, count, valid);
+    trade<true>(of_advantage);
+    trade<true>(of_both);
+    GaeMap map = gae_identity();
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      const int64_t at = left + threadIdx.x * kEach + j;
-      valid[j] = at < end && p.mask[at];
-      of_advantage[j] = valid[j] ? p.d_advantages[at] : 0.0f;
-      of_both[j] = valid[j] ? of_advantage[j] + p.d_returns[at] : 0.0f;
-      if (at < end) upto = gae_compose(gae_map<carry>(of_both[j], 0.0f, valid[j], k), upto);
+      of_advantage[j] = valid[j] ? of_advantage[j] : 0.0f;
+      of_both[j] = valid[j] ? of_advantage[j] + of_both[j] : 0.0f;
+      if (along() + j < count) map = gae_compose(gae_map<carry>(of_both[j], 0.0f, valid[j], k), map);
     }
-    scan_block(upto, &before, &all);
-    GaeState here = gae_apply(before, state);
+    GaeState here = scan_block(map, state, turn ^= 1);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      const int64_t at = left + threadIdx.x * kEach + j;
-      if (at >= end) break;
       const float to_the_left = gae_return(here);
       here = gae_step<carry>(here, of_both[j], 0.0f, valid[j], k);
-      p.d_rewards[at] = valid[j] ? gae_return(here) : 0.0f;
-      p.d_values[at] = valid[j] ? fma(factors.through, to_the_left, -of_advantage[j]) : 0.0f;
+      d_rewards[j] = valid[j] ? gae_return(here) : 0.0f;
+      d_values[j] = valid[j] ? fma(factors.through, to_the_left, -of_advantage[j]) : 0.0f;
     }
-    state = gae_apply(all, state);
+    store<1>(p.d_rewards + left, count, d_rewards);
+    store<1>(p.d_values + left, count, d_values);
   }
   if (threadIdx.x == 0) p.d_bootstrap[row] = static_cast<float>(gamma_of(p, row)) * gae_return(state);
 }

@@ -10,18 +10,21 @@ struct Moments {
 };
 
 // Of a thread's tokens and those of all others, two passes over registers. Every thread has the result.
-template <int kThreads, int kEach>
-__device__ Moments block_moments(const double (&value)[kEach], const bool (&valid)[kEach]) {
+template <int kThreads, class Value, class Valid, int kEach>
+__device__ Moments block_moments(const Value (&value)[kEach], const Valid (&valid)[kEach]) {
   double sum = 0.0, count = 0.0, squares = 0.0;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    sum += valid[j] ? value[j] : 0.0;
+    sum += valid[j] ? static_cast<double>(value[j]) : 0.0;
     count += valid[j] ? 1.0 : 0.0;
   }
   count = block_sum<kThreads>(count);
   const double mean = block_sum<kThreads>(sum) / (count > 0.0 ? count : 1.0);
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) squares += valid[j] ? (value[j] - mean) * (value[j] - mean) : 0.0;
+  for (int j = 0; j < kEach; ++j) {
+    const double off = valid[j] ? static_cast<double>(value[j]) - mean : 0.0;
+    squares += off * off;
+  }
   return {count, mean, block_sum<kThreads>(squares)};
 }
 

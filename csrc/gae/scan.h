@@ -3,38 +3,32 @@
 //
 // A stretch of tokens maps the state on its right to that on its left:
 //
-//     R  <-  b + a R + c V          V  <-  v if the stretch sets a value, else V
+//     R  <-  b + a R + c V          V  <-  v + s V
 //
-// One valid token is a = gamma lambda, b = r, c = gamma (1 - lambda), v = its value. A masked token is the identity (carry)
-// or the same with r = v = 0 (zero).
+// One valid token is a = gamma lambda, b = r, c = gamma (1 - lambda), v = its value, s = 0. A masked token is the identity
+// (carry) or the same with r = v = 0 (zero). s is 0 or 1, and costs less than a mask that is shuffled and selected by.
 
 struct GaeMap {
-  Vf a, b, c, v;
-  Mask sets;
+  Vf a, b, c, v, s;
 };
 
-SRPPO_INLINE GaeMap gae_identity() { return {set(1.0f), set(0.0f), set(0.0f), set(0.0f), greater(set(0.0f), set(0.0f))}; }
+SRPPO_INLINE GaeMap gae_identity() { return {set(1.0f), set(0.0f), set(0.0f), set(0.0f), set(1.0f)}; }
 
 template <bool carry>
 SRPPO_INLINE GaeMap gae_map(Vf reward, Vf value, Mask valid, GaeCoefficients k) {
-  const Mask yes = greater(set(1.0f), set(0.0f));
-  if (!carry) return {k.decay, reward, k.through, value, yes};
-  return {select(valid, k.decay, set(1.0f)), reward, select(valid, k.through, set(0.0f)), value, valid};
+  const Vf zero = set(0.0f), one = set(1.0f);
+  if (!carry) return {k.decay, reward, k.through, value, zero};
+  return {select(valid, k.decay, one), reward, select(valid, k.through, zero), value, select(valid, zero, one)};
 }
 
 // First `right`, then `left`, as time runs backwards.
 SRPPO_INLINE GaeMap gae_compose(GaeMap left, GaeMap right) {
-  const Vf zero = set(0.0f);
-  GaeMap both_maps;
-  both_maps.a = left.a * right.a;
-  both_maps.b = fma(left.a, right.b, fma(left.c, select(right.sets, right.v, zero), left.b));
-  both_maps.c = fma(left.a, right.c, select(right.sets, zero, left.c));
-  both_maps.v = select(left.sets, left.v, right.v);
-  both_maps.sets = either(left.sets, right.sets);
-  return both_maps;
+  return {left.a * right.a, fma(left.a, right.b, fma(left.c, right.v, left.b)), fma(left.a, right.c, left.c * right.s),
+          fma(left.s, right.v, left.v), left.s * right.s};
 }
 
+// The stretch as one step of the recursion, with the recursion's two floats.
 SRPPO_INLINE GaeState gae_apply(GaeMap map, GaeState state) {
-  const Vf low = map.a * state.ret_low;
-  return {fma(map.a, state.ret, fma(map.c, state.next_value, map.b)), low, select(map.sets, map.v, state.next_value)};
+  const GaeState next = gae_step<false>(state, map.b, map.v, greater(set(1.0f), set(0.0f)), {map.c, map.a});
+  return {next.ret, next.ret_low, fma(map.s, state.next_value, map.v)};
 }

