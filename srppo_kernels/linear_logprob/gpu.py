@@ -4,6 +4,7 @@
     triton_scan.py        GEMM 1 with the softmax's state in its epilogue
     triton_gradients.py   dZ, from kept exponentials or from logits computed anew
     triton_products.py    GEMMs 2 and 3 over rows that only the device can count
+    triton_passes.py      gathering rows, scaling a gradient that is formed
 
 Backend "sm90" is the same with GEMM 1 in CUDA C++ (sm90.py).
 

@@ -78,7 +78,7 @@ class _LinearLoss(torch.autograd.Function):
             if not ctx.needs_input_grad[1 + i]:
                 continue
             if i == 1 and ctx.grad_weight_out is not None:
-                ctx.grad_weight_out.add_(head[i] * grad)
+                ctx.grad_weight_out.addcmul_(head[i], grad.to(head[i].dtype))
             else:
                 out[1 + i] = fused.scale(head[i], grad, ctx.dtypes[i]).view(ctx.shapes[i])
         for i, formed in enumerate(arguments):

@@ -101,12 +101,13 @@ def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
     dtypes = (problem.hidden_dtype, problem.weight_dtype)
     if backend == "sm90":
         obstacle = sm90.call_obstacle(problem.device, dtypes, problem.width, problem.vocab)
+        obstacle = obstacle or ("" if problem.weight_in_rows else sm90.NOT_IN_ROWS)
         if obstacle:
             raise ValueError(f"{problem.op}: backend='sm90' cannot run: {obstacle}; pass backend='auto' or 'torch'")
         return "sm90", "backend='sm90' was asked for"
-    if backend == "auto" and problem.weight_in_rows:
-        if not sm90.call_obstacle(problem.device, dtypes, problem.width, problem.vocab):
-            return "sm90", "the CUDA C++ scan for sm_90a is there, beside the Triton kernels"
+    taken = backend == "auto" and problem.weight_in_rows
+    if taken and not sm90.call_obstacle(problem.device, dtypes, problem.width, problem.vocab):
+        return "sm90", "the CUDA C++ scan for sm_90a is there, beside the Triton kernels"
     if backend == "triton" or (backend == "auto" and problem.device.type == "cuda"):
         obstacle = gpu.obstacle(problem.device, dtypes, explicit=backend == "triton")
         if not obstacle:

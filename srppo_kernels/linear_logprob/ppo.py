@@ -108,7 +108,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if not ctx.needs_input_grad[position]:
             continue
         if position == 1 and ctx.grad_weight_out is not None:
-            ctx.grad_weight_out.add_(formed * grad)
+            ctx.grad_weight_out.addcmul_(formed, grad.to(formed.dtype))
         else:
             nothing[position] = fused.scale(formed, grad, dtype)
     return tuple(nothing)

@@ -6,8 +6,8 @@ blocks, so its bits are its own; what it serves depends on nothing but dtypes, w
 scored and trained by one of the two.
 
 "auto" takes it on compute capability 9.0: on an H100 it is faster than Triton's scan, and its log-probs are closer to
-float64 (README.md). tests/linear_logprob/test_linear_logprob_sm90.py proves it there; test_sm90_host.py runs it anywhere,
-under an emulator.
+float64 (README.md). tests/linear_logprob/test_linear_logprob_sm90.py proves it there; test_sm90_host.py runs it
+anywhere, under an emulator.
 """
 
 from typing import TYPE_CHECKING
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.chunked import Head, Residual
     from srppo_kernels.linear_logprob.rows import Rows
 
-# 8192 rows over a vocabulary of 151936 are 3168 units of work, of two row blocks and 1536 entries each, for the 66 clusters of
-# an H100: 48 each. A multiple of the kernel's tiles of 192.
+# 8192 rows over a vocabulary of 151936 are 3168 units of work, of two row blocks and 1536 entries each, for the 66
+# clusters of an H100: 48 each. A multiple of the kernel's tiles of 192.
 GROUP = 1536
 ROWS = 128  # of a block
 CLUSTER = 2  # blocks that share the loads of W
+NOT_IN_ROWS = "TMA reads rows that are contiguous and start at multiples of 16 bytes, and the weight's do not"
 LARGEST = 2**31 - 8 * GROUP  # rows, and vocabulary entries, that the kernel counts in 32 bits
 
 
@@ -52,7 +53,7 @@ def _shape_obstacle(dtypes: tuple[torch.dtype, ...], width: int, vocab: int) -> 
 
 def in_rows(weight: Tensor) -> bool:
     """Whether TMA can read the head, its address aside: contiguous rows at multiples of 16 bytes."""
-    return weight.stride(1) == 1 and weight.stride(0) % 8 == 0 and weight.storage_offset() % 8 == 0
+    return weight.stride(1) == 1 and weight.stride(0) % 8 == 0
 
 
 def operand_obstacle(hidden: Tensor, weight: Tensor) -> str:
@@ -61,7 +62,7 @@ def operand_obstacle(hidden: Tensor, weight: Tensor) -> str:
     if reason:
         return reason
     if not in_rows(weight) or weight.data_ptr() % 16:
-        return "TMA reads rows that are contiguous and start at multiples of 16 bytes, and the weight's do not"
+        return NOT_IN_ROWS
     if max(hidden.shape[0], weight.shape[0]) > LARGEST:
         return f"it counts rows and vocabulary entries up to {LARGEST}"
     return ""
@@ -94,19 +95,20 @@ def scan(
 ) -> Tensor:
     """The online state ``(m, s, t, z_y)``, ``[4, count]``; chunked._scan has the meaning of the arguments.
 
-    t is there whether ``entropy`` asks for it or not: it hides under the other consumer's GEMM. ``cluster``: blocks that
-    share the loads of W; by default two, or one where there is one row block.
+    t is there whether ``entropy`` asks for it or not: it hides under the other consumer's GEMM. ``cluster``: blocks
+    that share the loads of W; by default two, or one where there is one row block.
 
-    Raises:
-        ValueError: operands that TMA or the kernel cannot take, by what is in the way.
+    Where only the call shows that TMA cannot read the head (its address), Triton's scan runs, and one line says so.
     """
+    from srppo_kernels.linear_logprob import triton_scan
     from srppo_kernels.linear_logprob.triton_scan import MERGED_ROWS, merge_kernel
     from srppo_kernels.linear_logprob.triton_tiles import LOWEST, gather_rows, row_list
 
     assert rows.index is None and kept_rows is None, "on this backend rows are compacted on the device"
     reason = operand_obstacle(hidden, head.weight)
     if reason:
-        raise ValueError(f"linear_logprob: backend='sm90' cannot run: {reason}; pass backend='auto'")
+        _extension.warn_once(f"sm90:{reason}", f"srppo: running Triton's scan instead of the one for sm_90a: {reason}")
+        return triton_scan.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     n, vocab = rows.count, head.weight.shape[0]
     hidden = hidden[rows.start : rows.stop]
     out = hidden.new_zeros(4, n, dtype=torch.float32)

@@ -6,8 +6,9 @@
     then dX = dZ W and dW = dZ^T X of all rows that have a gradient, dW with K = all of them
 
 Rows with no gradient (masked, or clipped by PPO) are not there: both kernels write dZ by position in the list of rows
-that have one. In place that moves rows up over rows that were read before, as a program takes all rows of its columns
-in ascending order: position p holds what was at a position >= p.
+that have one. In place that moves rows up over rows that were read before, where a program takes all rows of its
+columns in ascending order: position p holds what was at a position >= p. Where every kept row has a gradient none
+moves, and programs take blocks of rows instead, in the order in which they lie in memory.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srppo_kernels import _triton
+from srppo_kernels.linear_logprob import triton_passes
 from srppo_kernels.linear_logprob.chunked import add_mm
 from srppo_kernels.linear_logprob.gpu import GROUP, PART, chunk_entries
 from srppo_kernels.linear_logprob.triton_products import columns_product, rows_product
@@ -48,7 +50,8 @@ if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.backward import Destination, RowScalars
     from srppo_kernels.linear_logprob.chunked import Head, Residual
 
-DZ_ROWS, DZ_MAXIMA = 32, 4  # of a block of dz_kernel: 32 rows x 128 entries
+DZ_ROWS, DZ_MAXIMA = 16, 4  # of a block of dz_kernel where rows move: 16 rows x 128 entries, all rows a program
+DZ_STILL_ROWS, DZ_STILL_MAXIMA, DZ_STILL_BLOCKS = 4, 16, 8  # where they do not: 4 x 512, and how many a program
 WIDE_PART = 16384  # entries of dweight that cuBLAS forms in fp32 before they are added
 STEP = 128  # rows are zeroed up to a multiple of this: K steps of GEMM 3 divide it
 
@@ -82,7 +85,7 @@ def form_dz(
 def dz_kernel(
     kept,  # [rows, V of the chunk] exponentials
     kept_max,  # [rows, maxima]
-    source,  # [n] int64, position in `kept` of a position here
+    source,  # [n] int64, position in `kept` of a position here, ascending
     y,  # [n] int64, local to the chunk
     scalars,  # [6, n] fp32: b, h, dz at the target, m, log S, 1 / temperature
     count,
@@ -96,16 +99,67 @@ def dz_kernel(
     PART: tl.constexpr,
     MAXIMA: tl.constexpr,
     ROWS: tl.constexpr,
+    STILL_MAXIMA: tl.constexpr,
+    STILL_ROWS: tl.constexpr,
+    STILL_BLOCKS: tl.constexpr,
     STEP: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     ENTROPY: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ZERO_ALL: tl.constexpr,
 ):
-    part = tl.program_id(0) * MAXIMA + tl.arange(0, MAXIMA)
-    v = part[:, None] * PART + tl.arange(0, PART)[None, :]  # [MAXIMA, PART]
+    pid = tl.program_id(0)
     live = tl.load(count)
+    end = n if ZERO_ALL else tl.minimum(n, tl.cdiv(live, STEP) * STEP)
+    moves = False
+    if IN_PLACE:  # positions ascend, so the last tells whether any row moves
+        moves = tl.load(source + live - 1, mask=live > 0, other=-1) >= live
+    if moves:
+        if pid * (MAXIMA * PART) < entries:
+            dz_rows(
+                kept, kept_max, source, y, scalars, dz, pid * MAXIMA, 0, end, live, n, entries, stride_kept, stride_max,
+                stride_dz, softcap, PART, MAXIMA, ROWS, ENTROPY, SOFTCAP, True,
+            )  # fmt: skip
+    else:
+        wide = tl.cdiv(entries, STILL_MAXIMA * PART)
+        first = pid // wide * (STILL_ROWS * STILL_BLOCKS)
+        dz_rows(
+            kept, kept_max, source, y, scalars, dz, pid % wide * STILL_MAXIMA, first,
+            tl.minimum(end, first + STILL_ROWS * STILL_BLOCKS), live, n, entries, stride_kept, stride_max, stride_dz,
+            softcap, PART, STILL_MAXIMA, STILL_ROWS, ENTROPY, SOFTCAP, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def dz_rows(
+    kept,
+    kept_max,
+    source,
+    y,
+    scalars,
+    dz,
+    part0,  # first part of PART columns
+    first,  # row
+    end,  # one past the last row
+    live,
+    n,
+    entries,
+    stride_kept,
+    stride_max,
+    stride_dz,
+    softcap,
+    PART: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MOVES: tl.constexpr,
+):
+    """dZ of rows ``first`` to ``end`` and MAXIMA parts, zero from ``live`` on."""
+    part = part0 + tl.arange(0, MAXIMA)
+    v = part[:, None] * PART + tl.arange(0, PART)[None, :]  # [MAXIMA, PART]
     n64 = tl.cast(n, tl.int64)
-    for r0 in range(0, live, ROWS):
+    for r0 in range(first, end, ROWS):
         r = r0 + tl.arange(0, ROWS)
         here = r < live
         inside = here[:, None, None] & (v < entries)[None, :, :]
@@ -133,14 +187,11 @@ def dz_kernel(
             dz_target[:, None, None], (row_max + log_sum)[:, None, None], (1 / (inverse * softcap))[:, None, None],
             ENTROPY, SOFTCAP,
         )  # fmt: skip
-        tl.debug_barrier()  # in place: every thread has read its rows before any writes over them
-        tl.store(dz + r.to(tl.int64)[:, None, None] * stride_dz + v[None, :, :], formed.to(dz.dtype.element_ty), inside)
-    end = n if ZERO_ALL else tl.minimum(n, tl.cdiv(live, STEP) * STEP)
-    for r0 in range(live, end, ROWS):
-        r = r0 + tl.arange(0, ROWS)
-        inside = (r < end)[:, None, None] & (v < entries)[None, :, :]
-        zero = tl.zeros((ROWS, MAXIMA, PART), tl.float32).to(dz.dtype.element_ty)
-        tl.store(dz + r.to(tl.int64)[:, None, None] * stride_dz + v[None, :, :], zero, inside)
+        formed = tl.where(here[:, None, None], formed, 0.0)
+        if MOVES:
+            tl.debug_barrier()  # every thread has read its rows before any writes over them
+        at_dz = dz + r.to(tl.int64)[:, None, None] * stride_dz + v[None, :, :]
+        tl.store(at_dz, formed.to(dz.dtype.element_ty), mask=(r < end)[:, None, None] & (v < entries)[None, :, :])
 
 
 @triton.jit
@@ -380,11 +431,13 @@ def _dz_from_kept(
 ) -> None:
     n, entries = dz.shape
     kept, kept_max = residual.kept[:, v], residual.group_max[:, v.start // PART :]
-    dz_kernel[(-(-entries // (PART * DZ_MAXIMA)),)](
+    still = -(-n // (DZ_STILL_ROWS * DZ_STILL_BLOCKS)) * -(-entries // (PART * DZ_STILL_MAXIMA))
+    dz_kernel[(max(still, -(-entries // (PART * DZ_MAXIMA))),)](
         kept, kept_max, source, target, packed, rows.count, dz, n, entries,
         kept.stride(0), kept_max.stride(0), dz.stride(0), head.softcap or 1.0,
-        PART=PART, MAXIMA=DZ_MAXIMA, ROWS=DZ_ROWS, STEP=STEP, ENTROPY=switches["ENTROPY"],
-        SOFTCAP=switches["SOFTCAP"], ZERO_ALL=switches["ZERO_ALL"], num_warps=8,
+        PART=PART, MAXIMA=DZ_MAXIMA, ROWS=DZ_ROWS, STILL_MAXIMA=DZ_STILL_MAXIMA, STILL_ROWS=DZ_STILL_ROWS,
+        STILL_BLOCKS=DZ_STILL_BLOCKS, STEP=STEP, IN_PLACE=dz.data_ptr() == kept.data_ptr(),
+        ENTROPY=switches["ENTROPY"], SOFTCAP=switches["SOFTCAP"], ZERO_ALL=switches["ZERO_ALL"], num_warps=8,
     )  # fmt: skip
 
 
@@ -432,11 +485,14 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
                 "count": "*i32", "dz": "*bf16", "softcap": "fp32",
                 **dict.fromkeys(("n", "entries", "stride_kept", "stride_max", "stride_dz"), "i32"),
             },
-            {"PART": PART, "MAXIMA": DZ_MAXIMA, "ROWS": DZ_ROWS, "STEP": STEP,
+            {"PART": PART, "MAXIMA": DZ_MAXIMA, "ROWS": DZ_ROWS, "STEP": STEP, "IN_PLACE": True,
+             "STILL_MAXIMA": DZ_STILL_MAXIMA, "STILL_ROWS": DZ_STILL_ROWS, "STILL_BLOCKS": DZ_STILL_BLOCKS,
              **{key: on[key] for key in ("ENTROPY", "SOFTCAP", "ZERO_ALL")}},
             num_warps=8, multiples_of_16=("entries", "stride_kept", "stride_dz"),
         )  # fmt: skip
         for arch, tile in (BUSY_SCAN_TILES if on is every else SCAN_TILES).items():
+            if on is plain:
+                yield _from_logits_case("row temperature, bf16", arch, tile, "bf16", {**on, "ROW_TEMPERATURE": True})
             yield _from_logits_case(f"{name}, bf16", arch, tile, "bf16", on)
             if on is every:
                 yield _from_logits_case(f"{name}, fp32", arch, for_width(tile, 4), "fp32", on)
@@ -445,6 +501,7 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
         {"dz": "*bf16", "count": "*i32", "out": "*fp32", "entries": "i32", "stride_dz": "i32"},
         {"ACCUMULATE": True, "ROWS": 32, "COLUMNS": 128}, multiples_of_16=("entries", "stride_dz"),
     )  # fmt: skip
+    yield from triton_passes.cases()
 
 
 def _from_logits_case(name: str, arch: int, tile: Tile, dtype: str, on: dict[str, bool]) -> _triton.CompileCase:

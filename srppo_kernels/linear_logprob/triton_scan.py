@@ -66,6 +66,26 @@ def absorb(z, v, target, m, s, t, target_logit, ENTROPY: tl.constexpr, RULED_OUT
 
 
 @triton.jit
+def store_pairs(at, e, inside):
+    """Stores ``e`` ``[BM, H]`` in bf16, two columns at a time, from the threads that hold them.
+
+    ``at``, ``inside``: ``[BM, H // 2]``, of every other column. A tl.store moves its operand through shared memory
+    first, for 16 bytes a thread; beside an accumulator of 128 x 256 that spills registers, and it waits for barriers.
+    """
+    left, right = tl.split(tl.reshape(e.to(tl.bfloat16), (e.shape[0], e.shape[1] // 2, 2)))
+    left = left.to(tl.uint16, bitcast=True).to(tl.uint32)
+    right = right.to(tl.uint16, bitcast=True).to(tl.uint32)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r,r",
+        [at.to(tl.int64), left | (right << 16), inside.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def scan_kernel(
     x,  # [n, D] live rows, compacted
     w,  # [V, D]
@@ -105,6 +125,7 @@ def scan_kernel(
     ROW_TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
     KEEP: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     band = pid // (SUPER * groups)
@@ -140,8 +161,13 @@ def scan_kernel(
             z = logits(z, v, vocab, bias, scale, softcap, inverse, BIAS, SOFTCAP, ROW_TEMPERATURE)
             e, m, s, t, target_logit = absorb(z, v, target, m, s, t, target_logit, ENTROPY, BIAS)
             if KEEP:
-                at = kept + r.to(tl.int64)[:, None] * stride_kept + v[None, :]
-                tl.store(at, e.to(kept.dtype.element_ty), mask=(r < live)[:, None] & (v < vocab)[None, :])
+                if PAIRS:
+                    left = v0 + part * H + tl.arange(0, H // 2) * 2
+                    at = kept + r.to(tl.int64)[:, None] * stride_kept + left[None, :]
+                    store_pairs(at, e, (r < live)[:, None] & (left < vocab)[None, :])
+                else:
+                    at = kept + r.to(tl.int64)[:, None] * stride_kept + v[None, :]
+                    tl.store(at, e.to(kept.dtype.element_ty), mask=(r < live)[:, None] & (v < vocab)[None, :])
                 at_max = kept_max + r.to(tl.int64) * stride_max + v0 // H + part
                 tl.store(at_max, m, mask=r < live)
     at = state + group.to(tl.int64) * n + r
@@ -213,7 +239,7 @@ def scan(
     listed = row_list(rows.live)
     device, weight = hidden.device, head.weight
     switches = options(head, entropy)
-    tile = scan_tile(switches, device, (hidden.dtype, weight.dtype), keep=residual is not None)
+    tile = scan_tile(switches, device, (hidden.dtype, weight.dtype), residual)
     size = group_size(device)
     groups = -(-vocab // size)
     x = gather_rows(hidden, listed)
@@ -238,7 +264,7 @@ def scan(
             groups, head.logit_scale, 0.0 if head.softcap is None else head.softcap, 1 / head.temperature,
             GROUP=size, SUPER=SUPER, PARTS=tile.parts, FLAT=tile.flat, TMA_X=tma_x, TMA_W=tma_w, **tile.blocks,
             **arithmetic(device, hidden.dtype, weight.dtype), **switches, KEEP=residual is not None,
-            num_warps=tile.warps, num_stages=tile.stages,
+            PAIRS=tile.pairs and residual is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         merge_kernel[(-(-n // MERGED_ROWS),)](
             state, target_logits, listed.index, listed.count, out, n, groups, BM=MERGED_ROWS
@@ -247,11 +273,25 @@ def scan(
 
 
 def scan_tile(
-    switches: dict[str, bool], device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], *, keep: bool = False
+    switches: dict[str, bool],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    residual: "Residual | None" = None,
 ) -> Tile:
-    """The configuration of a GEMM whose epilogue does what ``switches`` say, and keeps exponentials or not."""
-    busy = keep or switches["BIAS"] or switches["SOFTCAP"] or switches["ROW_TEMPERATURE"]
-    return tile_of(BUSY_SCAN_TILES if busy else SCAN_TILES, device, dtypes)
+    """The configuration of a GEMM whose epilogue does what ``switches`` say, and fills ``residual``, if any.
+
+    A row's bits are the same in all of them: an epilogue takes PART columns at a time, in order.
+    """
+    tile = tile_of(SCAN_TILES, device, dtypes)
+    busy = switches["BIAS"] or switches["SOFTCAP"]
+    if residual is not None and not (tile.pairs and pairs_fit(residual.kept)):
+        busy = True
+    return tile_of(BUSY_SCAN_TILES, device, dtypes) if busy else tile
+
+
+def pairs_fit(kept: Tensor) -> bool:
+    """Whether every pair of exponentials starts at a multiple of its size."""
+    return kept.shape[1] % 2 == 0 and kept.stride() == (kept.stride(0) // 2 * 2, 1) and kept.data_ptr() % 4 == 0
 
 
 def options(head: "Head", entropy: bool) -> dict[str, bool]:
@@ -269,18 +309,23 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
     plain: dict[str, dict[str, bool]] = {
         "score": {},
         "score, entropy": {"ENTROPY": True},
+        "row temperature": {"ROW_TEMPERATURE": True, "ENTROPY": True},
     }
-    busy: dict[str, dict[str, bool]] = {
+    kept: dict[str, dict[str, bool]] = {
         "keep": {"KEEP": True},
         "keep, entropy": {"ENTROPY": True, "KEEP": True},
+        "keep, row temperature": {"ROW_TEMPERATURE": True, "ENTROPY": True, "KEEP": True},
+    }
+    busy: dict[str, dict[str, bool]] = {
         "softcap": {"SOFTCAP": True, "ENTROPY": True},
         "every option": dict.fromkeys(("BIAS", "SOFTCAP", "ROW_TEMPERATURE", "ENTROPY", "KEEP"), True),
     }
-    for table, variants in ((SCAN_TILES, plain), (BUSY_SCAN_TILES, busy)):
+    kept_tiles = {arch: tile if tile.pairs else BUSY_SCAN_TILES[arch] for arch, tile in SCAN_TILES.items()}
+    for table, variants in ((SCAN_TILES, plain), (kept_tiles, kept), (BUSY_SCAN_TILES, busy)):
         for arch, tile in table.items():
             for name, on in variants.items():
                 yield _case(f"{name}, bf16", arch, tile, "bf16", on)
-                if on.get("KEEP") and on.get("ENTROPY"):
+                if on.get("KEEP") and on.get("ENTROPY") and name != "keep, row temperature":
                     yield _case(f"{name}, fp32", arch, for_width(tile, 4), "fp32", on)
     yield _case("transposed head, bf16", 90, SCAN_TILES[90], "bf16", {"ENTROPY": True}, transposed=True)
     yield _case("one row, one group, bf16", 90, SCAN_TILES[90], "bf16", {"ENTROPY": True}, sizes={"n": 1, "groups": 1})
@@ -320,7 +365,7 @@ def _case(
         one: 1, "GROUP": GROUP, "SUPER": SUPER, "PARTS": tile.parts, "FLAT": tile.flat, "TMA_X": tile.tma,
         "TMA_W": tile.tma and not transposed, "WIDEN": False, "PRECISION": "tf32" if dtype == "bf16" else "tf32x3",
         **dict.fromkeys(("BIAS", "SOFTCAP", "ROW_TEMPERATURE", "ENTROPY", "KEEP"), False), **on, **tile.blocks,
-        **(sizes or {}),
+        "PAIRS": tile.pairs and on.get("KEEP", False), **(sizes or {}),
     }  # fmt: skip
     return _triton.CompileCase(
         f"scan: {name}", scan_kernel, signature, constants, tile.warps, tile.stages, gemm=True, architectures=(arch,),

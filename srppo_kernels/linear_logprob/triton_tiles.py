@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from srppo_kernels import _triton
+from srppo_kernels.linear_logprob import triton_passes
 from srppo_kernels.linear_logprob.gpu import GROUP, PART
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -29,7 +30,7 @@ class Tile:
     """A GEMM's configuration.
 
     ``flat``: the loops over tiles and over K become one, so that loads of the next tile run under the epilogue of this
-    one.
+    one. ``pairs``: kept exponentials leave in pairs of columns (triton_scan.store_pairs).
     """
 
     bm: int  # rows
@@ -39,6 +40,7 @@ class Tile:
     stages: int
     flat: bool = False
     tma: bool = False
+    pairs: bool = False
 
     @property
     def parts(self) -> int:
@@ -56,11 +58,10 @@ class Tile:
 # plain ones none. sm_80, and consumer parts of any age: pointer loads, as descriptors are emulated there, under 100 KB.
 SCAN_TILES = {
     80: Tile(128, 128, 32, 8, 3),
-    90: Tile(128, 256, 64, 8, 3, flat=True, tma=True),
+    90: Tile(128, 256, 64, 8, 3, flat=True, tma=True, pairs=True),
     100: Tile(128, 256, 64, 8, 3, tma=True),
 }
-# Where an epilogue does more than scale: exponentials kept, softcap, bias, a temperature a row. At 256 columns these
-# spill 16 to 170 bytes.
+# Where an epilogue does more than scale: softcap, bias, exponentials kept but not in pairs.
 BUSY_SCAN_TILES = {
     80: Tile(128, 128, 32, 8, 3),
     90: Tile(128, 128, 64, 8, 4, flat=True, tma=True),
@@ -120,9 +121,7 @@ def row_list(live: Tensor) -> RowList:
 
 def gather_rows(matrix: Tensor, rows: RowList) -> Tensor:
     """The live rows of ``matrix``, contiguous, then rows of zeros: what a masked row holds reaches nobody."""
-    gathered = matrix.index_select(0, rows.index)
-    tail = torch.arange(gathered.shape[0], device=matrix.device) >= rows.count
-    return gathered.masked_fill_(tail[:, None], 0)
+    return triton_passes.gather(matrix, rows.index, rows.count)
 
 
 def operand(matrix: Tensor, rows: int, columns: int, tma: bool) -> tuple[Any, bool]:

@@ -6,6 +6,7 @@ from linear_logprob.head_problems import KINDS, Problem, make, relative, value_b
 from torch import Tensor
 
 from srppo_kernels import explain, linear_logprob, linear_loss, linear_ppo_loss
+from srppo_kernels.linear_logprob import fused, sm90
 
 pytestmark = pytest.mark.gpu
 BIG = 1 << 30
@@ -151,6 +152,58 @@ def test_chunks_and_a_callers_buffer():
     assert relative(p.hidden.grad, want[0]) < 8e-3
 
 
+@pytest.mark.parametrize("op", ["linear_loss", "linear_ppo_loss"])
+def test_an_upstream_gradient_is_multiplied_in_place_where_the_graph_is_freed(op, monkeypatch):
+    """No second dweight, and a retained graph's is not touched."""
+    formed = []
+    original = fused.run
+    monkeypatch.setattr(fused, "run", lambda *a, **k: (formed.append(original(*a, **k)), formed[-1])[1])
+    p = on_device(make("random", n=300, dtype=torch.bfloat16))
+    old, ones = p.run(plan="score").logprob, torch.ones(300, device="cuda")
+
+    def loss():
+        if op == "linear_loss":
+            return linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}))[0]
+        return linear_ppo_loss(p.hidden, p.weight, p.targets, old, ones, ones.bool())[0]
+
+    for factor in (1.0, 2.0, 1 / 3):
+        kept = factor * loss()
+        want = [(t.float() * torch.tensor(factor).item()).bfloat16() for t in formed[-1][:2]]
+        first = torch.autograd.grad(kept, p.inputs(), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, want, strict=True))
+        for g in first:
+            g.mul_(7.0)  # what a retained graph has handed out may be written to, as clipping does
+        second = torch.autograd.grad(kept, p.inputs())
+        assert all(torch.equal(a, b) for a, b in zip(second, want, strict=True))
+        assert [g.data_ptr() for g in second] == [t.data_ptr() for t in formed[-1][:2]]
+
+
+def test_a_whole_step_in_a_graph():
+    """Forward and backward of the PPO loss, captured once: replays see another mask and another upstream gradient."""
+    p = on_device(make("random", n=600, dtype=torch.bfloat16))
+    mask, factor = torch.rand(600, device="cuda") > 0.3, torch.ones((), device="cuda")
+    old, advantages = torch.full((600,), -8.0, device="cuda"), torch.randn(600, device="cuda")
+
+    def gradients():
+        loss, _ = linear_ppo_loss(p.hidden, p.weight, p.targets, old, advantages, mask)
+        return torch.autograd.grad(loss, p.inputs(), factor)
+
+    stream = torch.cuda.Stream()  # a graph's backward must not meet the default stream
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            gradients()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    for share, upstream in ((0.9, 1.0), (0.3, 0.5)):
+        mask.copy_(torch.rand(600, device="cuda") < share)
+        factor.fill_(upstream)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, gradients(), strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_waits(backend):
     p = on_device(make("random", n=300, dtype=torch.bfloat16, mask=torch.rand(300) > 0.3))
@@ -233,13 +286,18 @@ def test_more_than_2_to_the_31_logits():
 
 @pytest.mark.parametrize("kind", ["random", "peaked"])
 def test_error_of_a_real_head(kind):
-    """D = 4096, V = 151936, bf16 inputs: log-probs within 2e-5 of float64."""
+    """D = 4096, V = 151936, bf16 inputs. Tensor cores truncate their accumulator: Triton's scan is off by what cuBLAS
+    is with fp32 results, 6e-5 and 1.2e-4 here; the scan for sm_90a adds K up in blocks and stays within 2e-5."""
     p = on_device(make(kind, n=256, d=4096, v=151_936, dtype=torch.bfloat16, grad=(False, False)))
     if kind == "random":
         p.hidden.mul_(0.15)
-    got = p.run(backend="triton").logprob
-    want = torch.cat([
-        torch.log_softmax(p.hidden[a : a + 32].double() @ p.weight.double().T, 1).gather(1, p.targets[a : a + 32, None])
-        for a in range(0, 256, 32)
-    ])[:, 0]  # fmt: skip
-    assert (got - want).abs().max() < 2e-5
+
+    def logprob(logits: Tensor, part: slice) -> Tensor:
+        return torch.log_softmax(logits.double(), 1).gather(1, p.targets[part, None])[:, 0]
+
+    parts = [slice(a, a + 32) for a in range(0, 256, 32)]
+    want = torch.cat([logprob(p.hidden[r].double() @ p.weight.double().T, r) for r in parts])
+    cublas = torch.cat([logprob(torch.mm(p.hidden[r], p.weight.T, out_dtype=torch.float32), r) for r in parts])
+    assert (p.run(backend="triton").logprob - want).abs().max() < 1.1 * (cublas - want).abs().max()
+    if not sm90.obstacle(p.hidden, p.weight):
+        assert (p.run().logprob - want).abs().max() < 2e-5

@@ -9,7 +9,7 @@ from backends import needs_triton
 from linear_logprob.head_problems import KINDS, Problem, make, relative, value_bound
 from torch import Tensor
 
-from srppo_kernels import explain, linear_logprob, linear_ppo_loss
+from srppo_kernels import _extension, explain, linear_logprob, linear_ppo_loss
 from srppo_kernels.linear_logprob import gpu, sm90
 from srppo_kernels.linear_logprob.chunked import Head, Residual
 from srppo_kernels.linear_logprob.rows import Rows
@@ -77,7 +77,8 @@ def check(p: Problem, **how) -> None:
     got, triton = outputs(call.run(**how)), outputs(call.run(gpu.scan))
     for value, other, want in zip(got, triton, p.double().oracle(), strict=True):
         assert (value - want)[call.live].abs().max() <= value_bound(p)
-        assert (value - other)[call.live].abs().max() <= 2 * value_bound(p)
+        # Triton's accumulators are truncated over all of K: on an H100 up to 3.2 bounds from here, at D = 4096.
+        assert (value - other)[call.live].abs().max() <= 5 * value_bound(p)
 
 
 @pytest.mark.gpu
@@ -223,6 +224,17 @@ def test_the_backend_is_tritons_with_another_scan(plan, monkeypatch):
             made[backend] += torch.autograd.grad(got.logprob.sum(), p.inputs())
         torch.manual_seed(0)
     assert scans and all(torch.equal(a, b) for a, b in zip(made["triton"], made["sm90"], strict=True))
+
+
+@needs_triton
+def test_a_head_that_starts_between_two_multiples_of_16_bytes(monkeypatch):
+    """Only its address says so: Triton's scan runs, and one line says why."""
+    monkeypatch.setattr(_extension, "_warned", set())
+    p = make(n=40, d=24, v=704, dtype=torch.bfloat16, grad=(False, False))
+    p.weight = torch.cat([torch.zeros(1).bfloat16(), p.weight.flatten()])[1:].view(704, 24)
+    with pytest.warns(RuntimeWarning, match="Triton's scan instead of the one for sm_90a: TMA reads"):
+        got = Call(p).run()
+    assert torch.equal(got, Call(p).run(gpu.scan))
 
 
 def test_elsewhere_the_backend_is_refused_in_words(monkeypatch):

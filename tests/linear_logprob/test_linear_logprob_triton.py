@@ -11,7 +11,7 @@ from linear_logprob.head_problems import KINDS, Problem, make, relative, value_b
 from torch import Tensor
 
 from srppo_kernels import _triton, explain, linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
-from srppo_kernels.linear_logprob import gpu
+from srppo_kernels.linear_logprob import fused, gpu
 from srppo_kernels.linear_logprob.chunked import Head
 from srppo_kernels.linear_logprob.rows import Rows
 
@@ -230,6 +230,53 @@ def test_backward_twice():
     first = torch.autograd.grad(loss, p.inputs(), retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, p.inputs()), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, p.inputs(), strict=True))
+
+
+@pytest.mark.parametrize("op", ["linear_loss", "linear_ppo_loss"])
+def test_an_upstream_gradient_is_multiplied_in_place_where_the_graph_is_freed(op, monkeypatch):
+    """As on a device, which looks at the factor by itself: no second dweight, and a retained graph's is not touched."""
+    formed = []
+    original = fused.run
+    monkeypatch.setattr(fused, "run", lambda *a, **k: (formed.append(original(*a, **k)), formed[-1])[1])
+    monkeypatch.setattr(fused, "_on_device", lambda *_: True)
+    monkeypatch.setattr(fused, "_is_one", lambda _: False)
+    p = small(dtype=torch.bfloat16, mask=None)
+    old, ones = p.run(plan="score", backend="triton").logprob, torch.ones(N)
+
+    def loss():
+        if op == "linear_loss":
+            return linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}), backend="triton")[0]
+        return linear_ppo_loss(p.hidden, p.weight, p.targets, old, ones, ones.bool(), backend="triton")[0]
+
+    for factor in (1.0, 2.0, -0.75):
+        kept = factor * loss()
+        want = [t.float() * factor for t in formed[-1][:2]]
+        first = torch.autograd.grad(kept, p.inputs(), retain_graph=True)
+        bound = 0 if factor != -0.75 else 2**-7  # the interpreter truncates to bf16
+        assert all(relative(a.float(), b) <= bound for a, b in zip(first, want, strict=True))
+        copies = [g.clone() for g in first]
+        for g in first:
+            g.mul_(7.0)  # what a retained graph has handed out may be written to, as clipping does
+        second = torch.autograd.grad(kept, p.inputs())
+        assert all(torch.equal(a, b) for a, b in zip(second, copies, strict=True))
+        assert [g.data_ptr() for g in second] == [t.data_ptr() for t in formed[-1][:2]]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32, torch.float16), (torch.float64,) * 2])
+@pytest.mark.parametrize("elements", [0, 1, 5000])
+def test_scale(elements, dtypes):
+    from srppo_kernels.linear_logprob import triton_passes
+
+    formed = torch.randn(elements).to(dtypes[0])
+    kept = formed.clone()
+    for factor in (1.0, 0.5, float("nan")):
+        upstream = torch.tensor(factor)
+        apart = triton_passes.scale(formed, upstream, dtypes[1], in_place=False)
+        assert torch.equal(formed, kept) and apart.dtype == dtypes[1]
+        assert apart.data_ptr() != formed.data_ptr() or not elements
+        same = triton_passes.scale(formed.clone(), upstream, dtypes[1], in_place=True)
+        assert torch.equal(apart.nan_to_num(), same.nan_to_num())
+        assert torch.equal((formed * upstream).to(dtypes[1]).nan_to_num(), apart.nan_to_num())
 
 
 def test_strides_and_integer_targets():

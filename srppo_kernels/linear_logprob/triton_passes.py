@@ -1,0 +1,117 @@
+# mypy: allow-untyped-defs
+"""Two passes over memory beside the GEMMs.
+
+    gather_kernel   live rows, one after another, and zeros after them
+    scale_kernel    an upstream gradient times a gradient that was formed for 1; in place a factor of 1 ends it at once
+
+Both read on the device what they depend on, so nothing waits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from srppo_kernels import _triton
+
+SCALED, SCALE_PROGRAMS = 4096, 2048  # elements of a step; programs at most: a factor of 1 costs their start alone
+GATHERED = (4, 1024)  # rows and columns that a program of gather_kernel takes
+
+
+@triton.jit
+def scale_kernel(
+    out,
+    formed,
+    upstream,  # 0-d
+    elements,
+    BLOCK: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    DOUBLE: tl.constexpr,
+):
+    factor = tl.load(upstream).to(tl.float64 if DOUBLE else tl.float32)
+    if IN_PLACE and factor == 1:
+        return
+    # 64-bit: a dweight has more than 2^31 elements from a vocabulary of 262144 and a width of 8192 on.
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for start in range(first, elements, tl.num_programs(0).to(tl.int64) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < elements
+        scaled = tl.load(formed + at, mask=inside, other=0.0).to(factor.dtype) * factor
+        tl.store(out + at, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+def scale(formed: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """``formed * upstream`` in ``dtype``, multiplied in fp32 (fp64 for fp64), in the memory of ``formed`` if wanted.
+
+    Bits do not depend on ``in_place``.
+    """
+    assert formed.is_contiguous() and upstream.numel() == 1
+    in_place = in_place and formed.dtype == dtype
+    out = formed if in_place else torch.empty_like(formed, dtype=dtype)
+    programs = min(-(-formed.numel() // SCALED), SCALE_PROGRAMS)
+    if programs > 0:
+        with _triton.on_device(formed):
+            scale_kernel[(programs,)](
+                out, formed, upstream, formed.numel(),
+                BLOCK=SCALED, IN_PLACE=in_place, DOUBLE=formed.dtype == torch.float64, num_warps=8,
+            )  # fmt: skip
+    return out
+
+
+@triton.jit
+def gather_kernel(
+    matrix,
+    index,  # [n] int64
+    count,  # [1] int32
+    out,  # [n, width]
+    n,
+    width,
+    stride_r,
+    stride_c,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.load(index + r, mask=r < n, other=0)
+    at = matrix + row[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c
+    values = tl.load(at, mask=(r < tl.load(count))[:, None] & (c < width)[None, :], other=0.0)
+    tl.store(out + r.to(tl.int64)[:, None] * width + c[None, :], values, mask=(r < n)[:, None] & (c < width)[None, :])
+
+
+def gather(matrix: Tensor, index: Tensor, count: Tensor) -> Tensor:
+    """``matrix[index]``, contiguous, with zeros from row ``count`` on, whatever is in the matrix."""
+    (n, width), (rows, columns) = matrix.shape, GATHERED
+    out = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    if out.numel() > 0:
+        with _triton.on_device(matrix):
+            gather_kernel[(-(-n // rows), -(-width // columns))](
+                matrix, index, count, out, n, width, *matrix.stride(), ROWS=rows, COLUMNS=columns, num_warps=8
+            )
+    return out
+
+
+def cases() -> Iterator[_triton.CompileCase]:
+    """What the two compile as; triton_gradients lists them among its own."""
+    for name, out, formed, in_place in (
+        ("in place, bf16", "bf16", "bf16", True),
+        ("in place, fp32", "fp32", "fp32", True),
+        ("fp32 to fp16", "fp16", "fp32", False),
+    ):
+        yield _triton.CompileCase(
+            f"scale: {name}", scale_kernel,
+            {"out": f"*{out}", "formed": f"*{formed}", "upstream": "*fp32", "elements": "i64"},
+            {"BLOCK": SCALED, "IN_PLACE": in_place, "DOUBLE": False}, num_warps=8, multiples_of_16=("elements",),
+        )  # fmt: skip
+    for name, kind in (("bf16", "bf16"), ("fp32", "fp32")):
+        yield _triton.CompileCase(
+            f"gather: {name}", gather_kernel,
+            {
+                "matrix": f"*{kind}", "index": "*i64", "count": "*i32", "out": f"*{kind}",
+                **dict.fromkeys(("n", "width", "stride_r"), "i32"),
+            },
+            {"stride_c": 1, "ROWS": GATHERED[0], "COLUMNS": GATHERED[1]}, num_warps=8,
+            multiples_of_16=("width", "stride_r"),
+        )  # fmt: skip
