@@ -87,9 +87,10 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
   if (kept) {
     const std::int64_t parts = (vocab + kPart - 1) / kPart;
     STD_TORCH_CHECK(kept->is_cuda() && kept->scalar_type() == ScalarType::BFloat16 && kept->dim() == 2 &&
-                        kept->size(0) >= n && kept->size(1) == vocab && kept->stride(1) == 1 &&
+                        kept->size(0) >= n && kept->size(1) == vocab && vocab % 8 == 0 && kept->stride(1) == 1 &&
                         kept->stride(0) % 8 == 0 && reinterpret_cast<std::uintptr_t>(kept->const_data_ptr()) % 16 == 0,
-                    "srppo_native: kept must be a bf16 CUDA matrix [n, V] with contiguous rows at multiples of 16 bytes");
+                    "srppo_native: kept must be a bf16 CUDA matrix [n, V], V a multiple of 8, with contiguous rows at "
+                    "multiples of 16 bytes");
     STD_TORCH_CHECK(kept_max && kept_max->is_cuda() && kept_max->scalar_type() == ScalarType::Float &&
                         kept_max->dim() == 2 && kept_max->size(0) >= n && kept_max->size(1) >= parts &&
                         kept_max->stride(1) == 1,

@@ -64,10 +64,11 @@ __device__ __forceinline__ void to_logits(float (&acc)[kLogits], const ThreadRow
     if (p.softcap != 0.0f)
       each_logit(acc, thread, [&](int, int, float& z) { z = softmax::capped(z, p.softcap, p.inverse_softcap); });
     float inverse[kThreadRows];
+    const int row = hopper::computed_once(rows.first);  // an address is not kept over the next GEMM
 #pragma unroll
     for (int slot = 0; slot < kThreadRows; ++slot) {
       const bool own = p.inverse_temperatures && rows.is_live(slot);
-      inverse[slot] = own ? __ldg(p.inverse_temperatures + rows.first + row_offset(slot)) : p.inverse_temperature;
+      inverse[slot] = own ? __ldg(p.inverse_temperatures + row + row_offset(slot)) : p.inverse_temperature;
     }
     // By comparison: a bias of -inf rules an entry out, and a NaN must stay one.
     each_logit(acc, thread, [&](int slot, int, float& z) {
@@ -98,12 +99,7 @@ __device__ __forceinline__ void take_targets(float (&acc)[kLogits], const Thread
   });
 #pragma unroll
   for (int slot = 0; slot < kThreadRows; ++slot)
-    if (here[slot]) p.target_logits[rows.first + row_offset(slot)] = peak[slot];
-}
-
-__device__ __forceinline__ float quad_largest(float m) {
-  m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-  return fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+    if (here[slot]) p.target_logits[hopper::computed_once(rows.first + row_offset(slot))] = peak[slot];
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
@@ -111,17 +107,19 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Word j of thread q in a quad -> word q of thread j.
-__device__ __forceinline__ void transpose_quad(std::uint32_t (&word)[4], int q) {
+// Word j of thread q in a quad -> word q of thread j, of every row slot at a time, so that exchanges hide each other's latency.
+__device__ __forceinline__ void transpose_quad(std::uint32_t (&word)[kThreadRows][4], int q) {
 #pragma unroll
   for (int by = 1; by < 4; by *= 2) {
     const bool upper = q & by;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      std::uint32_t &low = word[by == 1 ? 2 * i : i], &high = word[by == 1 ? 2 * i + 1 : i + 2];
-      const std::uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, by);
-      (upper ? low : high) = got;
-    }
+    for (int slot = 0; slot < kThreadRows; ++slot)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        std::uint32_t &low = word[slot][by == 1 ? 2 * i : i], &high = word[slot][by == 1 ? 2 * i + 1 : i + 2];
+        const std::uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, by);
+        (upper ? low : high) = got;
+      }
   }
 }
 
@@ -129,54 +127,78 @@ struct alignas(16) Adjacent {
   std::uint32_t words[4];  // 8 exponentials
 };
 
-// Keeps a part's exponentials, the target's too, which was taken out of them: a quad exchanges its pairs of columns, so that each of its
-// threads stores 8 that are adjacent, and the quad the part's 64 bytes. Called by whole warps.
-__device__ __forceinline__ void keep(float (&e)[kEntries], const ThreadRows& rows, int slot, int part, int thread, int v0,
-                                     float peak, const ScanParams& p) {
+// Keeps a part's exponentials, the target's too, which was taken out of them: a quad exchanges its pairs of columns, so that
+// each of its threads stores 8 that are adjacent, and the quad a row's 64 bytes. The vocabulary is a multiple of 8. Called by
+// whole warps.
+__device__ __forceinline__ void keep(float (&e)[kThreadRows][kEntries], const ThreadRows& rows, int part, int thread, int v0, const float (&peak)[kThreadRows], const ScanParams& p) {
   const int first = v0 + part * kPart, q = thread % 4;
-  const float m = rows.state[slot].m;
-  if (peak > kLowest) {
+  std::uint32_t word[kThreadRows][4];
 #pragma unroll
-    for (int i = 0; i < kEntries; ++i)
-      if (first + column_of(thread, i) == rows.target[slot]) e[i] = softmax::exp2_of((peak - m) * softmax::kLog2e);
-  }
-  Adjacent mine;
+  for (int slot = 0; slot < kThreadRows; ++slot) {
+    if (peak[slot] > kLowest) {
+      const float of_target = softmax::exp2_of((peak[slot] - rows.state[slot].m) * softmax::kLog2e);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(e[2 * i], e[2 * i + 1]);
-    mine.words[i] = reinterpret_cast<const std::uint32_t&>(pair);
-  }
-  transpose_quad(mine.words, q);
-  const int column = first + 8 * q;
-  if (!rows.is_live(slot) || first >= p.vocab) return;
-  const std::int64_t row = hopper::computed_once(rows.first + row_offset(slot));  // addresses are not kept in registers
-  __nv_bfloat16* at = p.kept + row * p.stride_kept + column;
-  if (column + 8 <= p.vocab) {
-    *reinterpret_cast<Adjacent*>(at) = mine;
-  } else {
+      for (int i = 0; i < kEntries; ++i)
+        e[slot][i] = first + column_of(thread, i) == rows.target[slot] ? of_target : e[slot][i];
+    }
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (column + i < p.vocab) at[i] = reinterpret_cast<const __nv_bfloat16*>(mine.words)[i];
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(e[slot][2 * i], e[slot][2 * i + 1]);
+      word[slot][i] = reinterpret_cast<const std::uint32_t&>(pair);
+    }
   }
-  if (q == 0) p.kept_max[row * p.stride_max + first / kPart] = m;
+  transpose_quad(word, q);
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot) {
+    if (!rows.is_live(slot) || first + 8 * q >= p.vocab) continue;
+    const std::int64_t row = hopper::computed_once(rows.first + row_offset(slot));  // as above
+    const Adjacent mine{{word[slot][0], word[slot][1], word[slot][2], word[slot][3]}};
+    *reinterpret_cast<Adjacent*>(p.kept + row * p.stride_kept + first + 8 * q) = mine;
+    if (q == 0) p.kept_max[row * p.stride_max + first / kPart] = rows.state[slot].m;
+  }
+}
+
+__device__ __forceinline__ void part_of(const float (&acc)[kLogits], int slot, int part, float (&z)[kEntries]) {
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) z[i] = acc[register_of(slot, part * kEntries + i)];
 }
 
 template <bool kPlain, bool kKeep>
 __device__ __forceinline__ void absorb_tile(float (&acc)[kLogits], ThreadRows& rows, int thread, int v0, const ScanParams& p) {
+  constexpr int kParts = kColumns / kPart, kTogether = 2;
   float peak[kThreadRows];
   to_logits<kPlain>(acc, rows, thread, v0, p);
   take_targets(acc, rows, thread, v0, peak, p);
 #pragma unroll
-  for (int part = 0; part < kColumns / kPart; ++part) {
+  for (int first = 0; first < kParts; first += kTogether) {
+    // The maxima of several parts together: the exchanges in a quad hide each other's latency.
+    float most[kTogether][kThreadRows];
 #pragma unroll
-    for (int slot = 0; slot < kThreadRows; ++slot) {
-      float z[kEntries];
+    for (int i = 0; i < kTogether; ++i)
 #pragma unroll
-      for (int i = 0; i < kEntries; ++i) z[i] = acc[register_of(slot, part * kEntries + i)];
-      float m = softmax::largest(z);
-      if (part == 0) m = fmaxf(m, peak[slot]);  // wherever in the tile it is: a maximum that comes early does no harm
-      softmax::absorb(rows.state[slot], quad_largest(m), z);
-      if (kKeep) keep(z, rows, slot, part, thread, v0, peak[slot], p);
+      for (int slot = 0; slot < kThreadRows; ++slot) {
+        float z[kEntries];
+        part_of(acc, slot, first + i, z);
+        most[i][slot] = softmax::largest(z);
+        // Wherever in the tile the target is: a maximum that comes early does no harm.
+        if (first + i == 0) most[i][slot] = fmaxf(most[i][slot], peak[slot]);
+      }
+#pragma unroll
+    for (int by = 1; by < 4; by *= 2)
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+        for (int slot = 0; slot < kThreadRows; ++slot)
+          most[i][slot] = fmaxf(most[i][slot], __shfl_xor_sync(0xffffffffu, most[i][slot], by));
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      float e[kThreadRows][kEntries];
+#pragma unroll
+      for (int slot = 0; slot < kThreadRows; ++slot) {
+        part_of(acc, slot, first + i, e[slot]);
+        softmax::absorb(rows.state[slot], most[i][slot], e[slot]);
+      }
+      if (kKeep) keep(e, rows, first + i, thread, v0, peak, p);
     }
   }
 }
