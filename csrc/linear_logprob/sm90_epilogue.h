@@ -1,5 +1,5 @@
-// What a consumer of sm90_kernel.h does with its half of a tile: logits, the target's taken out, the rest absorbed into the rows'
-// states, exponentials kept on request. A thread works in place on its 96 logits, 8 columns of a row at a time.
+// What a consumer of sm90_kernel.h does with its half of a tile: logits, the target's taken out, the rest absorbed into the
+// rows' states, exponentials kept on request. A thread works in place on its 96 logits, 8 columns of a row at a time.
 #pragma once
 
 #include "sm90_tiles.h"
@@ -130,7 +130,8 @@ struct alignas(16) Adjacent {
 // Keeps a part's exponentials, the target's too, which was taken out of them: a quad exchanges its pairs of columns, so that
 // each of its threads stores 8 that are adjacent, and the quad a row's 64 bytes. The vocabulary is a multiple of 8. Called by
 // whole warps.
-__device__ __forceinline__ void keep(float (&e)[kThreadRows][kEntries], const ThreadRows& rows, int part, int thread, int v0, const float (&peak)[kThreadRows], const ScanParams& p) {
+__device__ __forceinline__ void keep(float (&e)[kThreadRows][kEntries], const ThreadRows& rows, int part, int thread, int v0,
+                                     const float (&peak)[kThreadRows], const ScanParams& p) {
   const int first = v0 + part * kPart, q = thread % 4;
   std::uint32_t word[kThreadRows][4];
 #pragma unroll

@@ -10,11 +10,11 @@
 //     consumer 1        | multiply rows 64 to 127                      | absorb them | ...
 //
 // A step is 4 WGMMAs m64n192k16 of each consumer. Consumer 1 starts kLead steps late and stays behind: while one absorbs, the
-// other has the tensor cores to itself and catches up what it was behind, so that they see one unbroken row of WGMMAs.
+// other has the tensor cores to itself, as far as the slots go that both have to release.
 //
-// Accuracy. Tensor cores truncate their accumulator after every 16 of K: at D = 4096 that puts log-probs off by 4e-5 to 1e-4, in
-// this kernel as in any GEMM. So a thread has two sets of 96 registers: tensor cores add up 512 of K in one, and that is added
-// to the other, rounded to nearest. While one consumer adds, the other multiplies.
+// Accuracy. Tensor cores truncate their accumulator after every 16 of K: at D = 4096 a GEMM that leaves all of K to them has
+// log-probs off by 4e-5 to 1e-4. So a thread has two sets of 96 registers: tensor cores add up 512 of K in one, and that is
+// added to the other, rounded to nearest. While one consumer adds, the other multiplies.
 //
 // A slot has two mbarriers. `full` completes when the producer has arrived and 40 KiB have: WGMMAs may read. `empty`
 // completes when every warp that read the slot has arrived. A warp arrives once the *next* step's WGMMAs are queued and those
@@ -42,10 +42,7 @@ constexpr int kThreads = 128 * (1 + kConsumers);
 // the same pool: with more than it has, the consumers would wait for ever.
 constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8, kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters, "the pool");
-#ifndef SRPPO_LEAD
-#define SRPPO_LEAD 2
-#endif
-constexpr int kLead = SRPPO_LEAD;
+constexpr int kLead = 2;  // steps
 static_assert(kLead < kStages, "consumer 0 gets no further than the slots that consumer 1 has not released");
 
 struct Shared {
@@ -65,7 +62,6 @@ __device__ void produce(const CUtensorMap& x, const CUtensorMap& w, const ScanPa
                         const Shared& shared, int rank) {
   constexpr int kShare = kColumns / kCluster;  // rows of the W tile that this block loads, for all
   const int steps = (p.width + kDepth - 1) / kDepth;
-  const std::uint64_t x_policy = hopper::evicted_last(), w_policy = hopper::evicted_first();
   Ring ring;
   for (int i = blockIdx.x / kCluster; i < schedule.units(); i += gridDim.x / kCluster) {
     const Unit unit = schedule.unit(i);
@@ -76,9 +72,9 @@ __device__ void produce(const CUtensorMap& x, const CUtensorMap& w, const ScanPa
         const std::uint32_t full = shared.full(ring.stage), to = shared.w(ring.stage) + rank * kShare * kDepth * 2;
         hopper::wait(shared.empty(ring.stage), ring.phase ^ 1);
         hopper::arrive_expecting(full, kStageBytes);
-        hopper::load_box(shared.x(ring.stage), &x, k * kDepth, r0, full, x_policy);
-        if (kCluster == 1) hopper::load_box(to, &w, k * kDepth, v0, full, w_policy);
-        else hopper::load_box_to(to, &w, k * kDepth, v0, full, w_policy, (1 << kCluster) - 1);
+        hopper::load_box(shared.x(ring.stage), &x, k * kDepth, r0, full);
+        if (kCluster == 1) hopper::load_box(to, &w, k * kDepth, v0, full);
+        else hopper::load_box_to(to, &w, k * kDepth, v0, full, (1 << kCluster) - 1);
       }
     }
   }

@@ -212,8 +212,6 @@ namespace srppo::hopper {
 using emulator::current;
 
 inline emulator::Barrier& at(std::uint32_t barrier, int rank) { return emulator::blocks[rank]->barriers[barrier / 8]; }
-inline std::uint64_t evicted_last() { return 0; }
-inline std::uint64_t evicted_first() { return 0; }
 inline std::uint32_t computed_once(std::uint32_t number) { return number; }
 inline std::uint32_t shared_address(const void*) { return 16; }  // aligned to no more than it must be
 inline void barrier_init(std::uint32_t barrier, int count) { at(barrier, current->block->rank) = {count, count}; }
@@ -237,12 +235,11 @@ inline void wait(std::uint32_t barrier, std::uint32_t parity) {
 inline int cluster_rank() { return current->block->rank; }
 inline void cluster_sync() { emulator::meet(emulator::cluster); }
 inline void prefetch(const CUtensorMap*) {}
-inline void load_box_to(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier, std::uint64_t,
-                        std::uint16_t blocks) {
+inline void load_box_to(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier, std::uint16_t blocks) {
   emulator::loads.push_back({to, barrier, map, x, y, blocks});
 }
-inline void load_box(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier, std::uint64_t policy) {
-  load_box_to(to, map, x, y, barrier, policy, static_cast<std::uint16_t>(1 << current->block->rank));
+inline void load_box(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier) {
+  load_box_to(to, map, x, y, barrier, static_cast<std::uint16_t>(1 << current->block->rank));
 }
 template <int kCount>
 void shrink_registers() {}
