@@ -285,7 +285,7 @@ def linear_logprob(
         workspace_bytes: bound on the exponentials that ``cache`` keeps, by default the size of an fp32 dweight; and on
             what ``recompute`` holds at a time, down to what its smallest blocks take.
         backend: ``"auto"``, ``"native"`` (C++, CPU), ``"triton"`` (GPU), ``"sm90"`` (``"triton"`` with GEMM 1 in CUDA
-            C++, bf16 on Hopper; not yet run on a device), ``"torch"``, or ``"reference"`` (all logits).
+            C++, for bf16 on Hopper, where ``"auto"`` takes it), ``"torch"``, or ``"reference"`` (all logits).
         group: process group over which the vocabulary is cut in rank order; ``weight`` and ``bias`` are then this
             rank's shard (sizes may differ), all else is the same on every rank, and so are the results and dhidden.
         grad_weight_out: float32 ``[V, D]`` to which dweight is added in place of ``weight.grad``.
@@ -297,8 +297,10 @@ def linear_logprob(
         TypeError, ValueError: an argument that does not fit, by name; on a CPU also the first target outside the
             vocabulary, on a GPU a device-side assertion.
 
-    Exactness: log-probs are fp32-exact (errors of a few 1e-6) whatever the inputs' dtype, and a token's bits do not
-    depend on the tokens it shares a call with, nor on the plan. So the PPO ratio of an unchanged model is exactly 1.
+    Exactness: log-probs are fp32-exact (errors of a few 1e-6) whatever the inputs' dtype; those of ``"triton"`` as far
+    as tensor cores are, which truncate (4e-5 to 1e-4 at D = 4096 on an H100, as a GEMM with fp32 results has). A
+    token's bits do not depend on the tokens it shares a call with, nor on the plan: the PPO ratio of an unchanged model
+    is exactly 1.
     """
     check_head(
         "linear_logprob", hidden, weight, targets, bias=bias, mask=mask, temperature=temperature,
