@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs
-"""Two passes over memory beside the GEMMs.
+"""Small kernels beside the GEMMs.
 
+    list_kernel     which rows are live, in order, and how many
     gather_kernel   live rows, one after another, and zeros after them
     scale_kernel    an upstream gradient times a gradient that was formed for 1; in place a factor of 1 ends it at once
 
-Both read on the device what they depend on, so nothing waits.
+They read on the device what they depend on, so nothing waits.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 from srppo_kernels import _triton
 
 SCALED, SCALE_PROGRAMS = 4096, 2048  # elements of a step; programs at most: a factor of 1 costs their start alone
+LISTED = 4096  # rows of a step
 GATHERED = (4, 1024)  # rows and columns that a program of gather_kernel takes
 
 
@@ -61,6 +63,37 @@ def scale(formed: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: boo
 
 
 @triton.jit
+def list_kernel(
+    live,  # [n] bool
+    index,  # [n] int64
+    count,  # [1] int32
+    n,
+    BLOCK: tl.constexpr,
+):
+    """One program: 8192 rows are two steps, where a prefix sum and a scatter of torch's are seven launches."""
+    total = 0
+    for start in range(0, n, BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        here = tl.load(live + r, mask=r < n, other=0).to(tl.int32)
+        tl.store(index + total + tl.cumsum(here, 0) - 1, r.to(tl.int64), mask=here > 0)
+        total += tl.sum(here, 0)
+    for start in range(total, n, BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        tl.store(index + r, tl.zeros((BLOCK,), tl.int64), mask=r < n)
+    tl.store(count, total)
+
+
+def listed(live: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows where ``live`` (``[n]`` bool) in ascending order, then zeros, ``[n]`` int64; and their number, ``[1]``."""
+    n = live.shape[0]
+    index = live.new_empty(n, dtype=torch.int64)
+    count = live.new_empty(1, dtype=torch.int32)
+    with _triton.on_device(live):
+        list_kernel[(1,)](live.contiguous(), index, count, n, BLOCK=LISTED, num_warps=8)
+    return index, count
+
+
+@triton.jit
 def gather_kernel(
     matrix,
     index,  # [n] int64
@@ -94,7 +127,11 @@ def gather(matrix: Tensor, index: Tensor, count: Tensor) -> Tensor:
 
 
 def cases() -> Iterator[_triton.CompileCase]:
-    """What the two compile as; triton_gradients lists them among its own."""
+    """What they compile as; triton_gradients lists them among its own."""
+    yield _triton.CompileCase(
+        "row list", list_kernel, {"live": "*i1", "index": "*i64", "count": "*i32", "n": "i32"}, {"BLOCK": LISTED},
+        num_warps=8,
+    )  # fmt: skip
     for name, out, formed, in_place in (
         ("in place, bf16", "bf16", "bf16", True),
         ("in place, fp32", "fp32", "fp32", True),

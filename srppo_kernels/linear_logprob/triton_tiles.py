@@ -111,12 +111,8 @@ class RowList:
 
 
 def row_list(live: Tensor) -> RowList:
-    """The rows where ``live`` (``[n]`` bool), by a prefix sum and a scatter."""
-    n = live.shape[0]
-    position = live.cumsum(0)
-    index = position.new_zeros(n + 1)
-    index.scatter_(0, torch.where(live, position - 1, n), torch.arange(n, device=live.device))
-    return RowList(index[:n], position[-1:].int())
+    """The rows where ``live`` (``[n]`` bool)."""
+    return RowList(*triton_passes.listed(live))
 
 
 def gather_rows(matrix: Tensor, rows: RowList) -> Tensor:

@@ -262,6 +262,17 @@ def test_an_upstream_gradient_is_multiplied_in_place_where_the_graph_is_freed(op
         assert [g.data_ptr() for g in second] == [t.data_ptr() for t in formed[-1][:2]]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 4095, 4096, 4097, 9000])
+def test_rows_are_listed(n, share):
+    from srppo_kernels.linear_logprob.triton_tiles import row_list
+
+    live = torch.rand(n) < share
+    rows, want = row_list(live), live.nonzero()[:, 0]
+    assert rows.count.tolist() == [len(want)]
+    assert torch.equal(rows.index[: len(want)], want) and (rows.index[len(want) :] == 0).all()
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32, torch.float16), (torch.float64,) * 2])
 @pytest.mark.parametrize("elements", [0, 1, 5000])
 def test_scale(elements, dtypes):
