@@ -1,7 +1,7 @@
 // Whether this machine's tiles multiply as amx_tile.h expects: asked once, before the first use.
 //
 // Small whole numbers, whose products and sums are exact in bf16 and fp32 in any order, so that every bit is known: 33
-// rows (a block of 32, and one of 16 with a row in it) and 544 steps of K, 512 in a first block and 32 in one that is
+// rows (a block of 32, and one of 16 with a row in it) and kTileBlock + 32 steps of K, the last 32 in a block that is
 // added to it. A virtual machine that gets a tile wrong costs the tiles, and nothing else.
 #pragma once
 

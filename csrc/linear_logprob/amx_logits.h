@@ -1,11 +1,16 @@
-// Logits of a block of bf16 rows over a part of the vocabulary, on AMX tiles: what cpu.cpp does with vector tiles, in
-// another order of loops.
+// Logits of a block of bf16 rows over a part of the vocabulary, on AMX tiles, for amx_softmax.h.
 //
-// kTileChunk columns at a time, K in blocks of kTileBlock, and within these a panel of 32 columns over all rows. What a
-// panel's multiplications read and write is then 1 KB of each row and 1 KB of its logits, whatever the width: 1 MB at
-// 512 rows, half of an L2 cache, so that a task can have many rows. Packing a panel costs about a tenth of its
-// multiplications with 512 rows and a quarter with 256: tiles are that fast, and a head is read from memory once for
-// each block of rows.
+// The head's rows are the left operand: a tile of them is 16 rows of 64 bytes as they lie in memory. The hidden states
+// are the right one, packed in pairs of K once a call. So nothing of the head is shuffled, and a register of sums has
+// an entry a row and 16 hidden states across: the softmax runs down columns, 16 hidden states a vector, and never
+// across lanes.
+//
+//   z of a panel of 32 hidden states:  [entries][32]
+//
+// kTileChunk entries at a time, K in blocks of kTileBlock, and within these a panel over all entries. The chunk's rows
+// are copied first, an odd number of cache lines apart: heads are often a power of two wide, and the rows of a tile
+// would share a set of L1. In use are then 336 KB of the head, and of each hidden state 1.25 KB and 1 KB of logits:
+// 1.5 MB with 512 of them, in an L2 of 2 MB, where the softmax finds the logits.
 #pragma once
 
 #include <algorithm>
@@ -17,74 +22,88 @@
 
 namespace srppo {
 
-constexpr std::int64_t kTileRowBlock = 512;  // rows a task
-constexpr std::int64_t kTileChunk = 256;     // columns: a row's logits of them are 1 KB
+constexpr std::int64_t kTileRowBlock = 512;  // hidden states a task
+constexpr std::int64_t kTileChunk = 256;     // entries: 32 KB of logits a panel
 
-class TileLogits {
+// Hidden states, packed: panel by panel, [K in whole tiles / 2][32] pairs each.
+class TileRows {
  public:
   // fp32_tile.h's pack_panel, for pairs of bf16 in the bits of a float: 32 rows of `steps` to [steps][32].
   using Pack = void (*)(const float* const* sources, std::int64_t steps, float* panel);
 
-  // `weight` is [vocab][stride], `width` of each row.
-  TileLogits(const std::uint16_t* weight, std::int64_t stride, std::int64_t width, std::int64_t vocab,
-             std::int64_t rows, Pack pack)
-      : weight_(weight), weight_stride_(stride), width_(width), vocab_(vocab), pack_(pack), stride_(tile_stride(width)),
-        rows_(whole_tiles(rows, kTileRows) * stride_), panel_(kTileBlock / 2 * kTilePanel),
-        ends_(width % 2 ? kTilePanel * kTileBlock / 2 : 0), zeros_(kTileBlock / 2) {
-    std::fill(rows_.data(), rows_.data() + whole_tiles(rows, kTileRows) * stride_, std::uint16_t{0});
-    std::fill(zeros_.data(), zeros_.data() + kTileBlock / 2, 0.0f);
-  }
+  TileRows(std::int64_t width, std::int64_t rows)
+      : width_(width), pairs_(whole_tiles(width, kTileDepth) / 2),
+        data_(whole_tiles(rows, kTilePanel) * pairs_) {}
 
-  // `x.row(i)` is where a row begins, and `row_at(r)` the i of the block's r-th. K's padding stays 0.
+  const std::uint32_t* panel(std::int64_t number) { return data_.data() + number * kTilePanel * pairs_; }
+
+  // `x.row(i)` is where a row begins, and `row_at(r)` the i of the r-th; rows from `count` on are 0.
   template <class Rows, class RowAt>
-  void set_rows(const Rows& x, std::int64_t count, const RowAt& row_at) {
-    for (std::int64_t r = 0; r < count; ++r)
-      std::memcpy(rows_.data() + r * stride_, x.row(row_at(r)), static_cast<std::size_t>(2 * width_));
-  }
-
-  // z[count][size] of entries [v0, v0 + size); z has room for whole panels. The caller holds tiles::InUse.
-  void multiply(std::int64_t count, std::int64_t v0, std::int64_t size, float* z, std::int64_t ldz) {
-    const std::int64_t depths = std::max<std::int64_t>(1, (width_ + kTileBlock - 1) / kTileBlock);
-    for (std::int64_t c = 0; c < size; c += kTileChunk) {
-      const std::int64_t panels = (std::min(kTileChunk, size - c) + kTilePanel - 1) / kTilePanel;
-      for (std::int64_t i = 0; i < depths * panels; ++i) {
-        const std::int64_t k = i / panels * kTileBlock, p = c + i % panels * kTilePanel;
-        const std::int64_t depth = whole_tiles(std::min(width_ - k, kTileBlock), kTileDepth);
-        read(v0 + p, v0 + size, k);
-        const std::int64_t shares = (count + 2 * kTileRows - 1) / (2 * kTileRows);
-        if (i + 1 == depths * panels) ahead(v0 + c + kTileChunk, 0, shares);
-        else ahead(v0 + c + (i + 1) % panels * kTilePanel, (i + 1) / panels * kTileBlock, shares);
-        tile_multiply(count, kTilePanel, rows_.data() + k, stride_, panel_.data(), depth, z + p, ldz, k > 0,
-                      [this] { fetch(); });
-      }
+  void set_panel(std::int64_t number, const Rows& x, std::int64_t count, const RowAt& row_at, Pack pack) {
+    const std::int64_t here = (width_ + 1) / 2;
+    Scratch<float> ends(width_ % 2 ? kTilePanel * here : 0), zeros(here);
+    std::fill(zeros.data(), zeros.data() + here, 0.0f);
+    const float* sources[kTilePanel];
+    for (std::int64_t i = 0; i < kTilePanel; ++i) {
+      sources[i] = zeros.data();
+      if (number * kTilePanel + i >= count) continue;
+      const auto* row = x.row(row_at(number * kTilePanel + i));
+      sources[i] = reinterpret_cast<const float*>(row);
+      if (width_ % 2 == 0) continue;
+      float* copy = ends.data() + i * here;  // what follows an odd row is another's
+      copy[here - 1] = 0.0f;
+      std::memcpy(copy, row, static_cast<std::size_t>(2 * width_));
+      sources[i] = copy;
     }
+    auto* to = reinterpret_cast<float*>(data_.data() + number * kTilePanel * pairs_);
+    pack(sources, here, to);
+    std::fill(to + here * kTilePanel, to + pairs_ * kTilePanel, 0.0f);
   }
 
  private:
-  // Packs steps [k, k + kTileBlock) of K of entries [begin, begin + 32), zero from `end` on.
-  void read(std::int64_t begin, std::int64_t end, std::int64_t k) {
-    const std::int64_t depth = std::min(width_ - k, kTileBlock), pairs = (depth + 1) / 2;
-    const float* sources[kTilePanel];
-    for (std::int64_t i = 0; i < kTilePanel; ++i) {
-      sources[i] = zeros_.data();
-      if (begin + i >= end) continue;
-      const std::uint16_t* row = weight_ + (begin + i) * weight_stride_ + k;
-      sources[i] = reinterpret_cast<const float*>(row);
-      if (depth % 2 == 0) continue;
-      float* copy = ends_.data() + i * kTileBlock / 2;  // what follows an odd row is another's
-      copy[pairs - 1] = 0.0f;
-      std::memcpy(copy, row, static_cast<std::size_t>(2 * depth));
-      sources[i] = copy;
-    }
-    auto* panel = reinterpret_cast<float*>(panel_.data());
-    pack_(sources, pairs, panel);
-    std::fill(panel + pairs * kTilePanel, panel + whole_tiles(depth, kTileDepth) / 2 * kTilePanel, 0.0f);
+  std::int64_t width_, pairs_;
+  Scratch<std::uint32_t> data_;
+};
+
+class TileLogits {
+  static constexpr std::int64_t kStride = tile_stride(kTileBlock);
+
+ public:
+  static constexpr std::int64_t kCopyBytes = 2 * kTileChunk * kStride;
+
+  // `weight` is [vocab][stride], `width` of each row.
+  TileLogits(const std::uint16_t* weight, std::int64_t stride, std::int64_t width, std::int64_t vocab)
+      : weight_(weight), weight_stride_(stride), width_(width), vocab_(vocab), copy_(kTileChunk * kStride) {}
+
+  // z[panels][kTileChunk][32] of entries [v0, v0 + size), size <= kTileChunk; `next` is where the next call's begin.
+  // The caller holds tiles::InUse.
+  void multiply(TileRows& rows, std::int64_t first_panel, std::int64_t panels, std::int64_t v0, std::int64_t size,
+                std::int64_t next, float* z) {
+    std::int64_t k = 0;
+    do {  // once where K is empty, for the zeros
+      const std::int64_t depth = std::min(width_ - k, kTileBlock), whole = whole_tiles(depth, kTileDepth);
+      const std::int64_t tiles_here = whole_tiles(size, kTileRows);
+      for (std::int64_t i = 0; i < tiles_here; ++i) {
+        std::uint16_t* to = copy_.data() + i * kStride;
+        const std::int64_t filled = i < size ? depth : 0;
+        std::memcpy(to, weight_ + (v0 + i) * weight_stride_ + k, static_cast<std::size_t>(2 * filled));
+        std::fill(to + filled, to + whole, std::uint16_t{0});
+      }
+      const bool last = k + kTileBlock >= width_;
+      ahead(last ? next : v0, last ? 0 : k + kTileBlock, panels * ((size + 2 * kTileRows - 1) / (2 * kTileRows)));
+      for (std::int64_t p = 0; p < panels; ++p) {
+        tile_multiply(size, kTilePanel, copy_.data(), kStride, rows.panel(first_panel + p) + k / 2 * kTilePanel, whole,
+                      z + p * kTileChunk * kTilePanel, kTilePanel, k > 0, [this] { fetch(); });
+      }
+      k += kTileBlock;
+    } while (k < width_);
   }
 
-  // The 32 x 1 KB that are packed next are brought to L2 in shares, between the multiplications of this panel.
+ private:
+  // What is copied next is brought to L2 in shares, between the multiplications.
   void ahead(std::int64_t begin, std::int64_t k, std::int64_t shares) {
     next_ = weight_ + begin * weight_stride_ + k;
-    next_rows_ = std::clamp<std::int64_t>(vocab_ - begin, 0, kTilePanel);
+    next_rows_ = std::clamp<std::int64_t>(vocab_ - begin, 0, kTileChunk);
     next_bytes_ = 2 * std::min(width_ - k, kTileBlock);
     share_ = (next_rows_ + shares - 1) / shares;
   }
@@ -100,11 +119,7 @@ class TileLogits {
 
   const std::uint16_t* weight_;
   std::int64_t weight_stride_, width_, vocab_;
-  Pack pack_;
-  std::int64_t stride_;
-  Scratch<std::uint16_t> rows_;
-  Scratch<std::uint32_t> panel_;
-  Scratch<float> ends_, zeros_;
+  Scratch<std::uint16_t> copy_;
   const std::uint16_t* next_ = nullptr;
   std::int64_t next_rows_ = 0, next_bytes_ = 0, share_ = 0;
 };

@@ -30,11 +30,24 @@ struct Partial {
   float m, s, t, zy;
 };
 
+// Per row, of `n` rows: its place in the hidden states, and where its exponentials are kept; nullptr for in order.
+struct RowArgs {
+  std::int64_t n;
+  const std::int64_t *target, *row_of, *kept_row_of;
+  const float* temperatures;  // or nullptr, and `temperature` for all
+  float temperature;
+
+  std::int64_t row(std::int64_t i) const { return row_of ? row_of[i] : i; }
+  std::int64_t kept_row(std::int64_t i) const { return kept_row_of ? kept_row_of[i] : i; }
+  float temperature_of(std::int64_t i) const { return temperatures ? temperatures[i] : temperature; }
+};
+
 }  // namespace
 }  // namespace srppo
 
 #define SRPPO_KERNELS "../linear_logprob/cpu_kernels.h"
 #include "../common/each_level.h"
+#include "amx_softmax.h"
 
 namespace srppo {
 namespace {
@@ -81,6 +94,8 @@ struct Packer {
 
 constexpr std::int64_t kRowBlock = 336;    // rows a task: packing a panel is then 1 or 2 % of its multiplications
 constexpr std::int64_t kRowBytes = 48 << 20;  // of a block's rows and logits, all threads together: many take fewer rows
+constexpr std::int64_t kTileRowBytes = 16 << 20;  // of rows packed at once for AMX tiles, which all threads read
+constexpr std::int64_t kTileFewestRows = 128;  // a task, there
 constexpr std::int64_t kWidestPanel = 32;  // vocabulary entries, at AVX-512
 
 // Rows of the head a panel at a time, packed for the tiles.
@@ -145,7 +160,7 @@ struct VectorTile {
   std::int64_t panel;
 };
 
-// Logits of a block of rows with vector instructions; TileLogits has the same functions.
+// Logits of a block of rows with vector instructions.
 class VectorLogits {
  public:
   VectorLogits(const Matrix& weight, const Packer& packer, const VectorTile& tile, std::int64_t rows)
@@ -190,6 +205,71 @@ class VectorLogits {
   PanelReader reader_;
 };
 
+#if defined(__x86_64__)
+// The scan of bf16 inputs on AMX tiles. Rows are packed once, kTileRowBytes of them at a time, by all threads for all.
+// A task is a vocabulary group and a block of them, blocks innermost, so that a group is in L3 for all but the first.
+void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const RowArgs& of, const float* biases,
+                   std::int64_t group, std::uint16_t* kept, float* kept_max, TileRows::Pack pack, Partial* partials) {
+  const std::int64_t vocab = w.rows, width = x.width, groups = (vocab + group - 1) / group;
+  const auto* weight = reinterpret_cast<const std::uint16_t*>(w.data);
+  const auto softmax = kept ? (args.entropy ? &tile_softmax<true, true> : &tile_softmax<false, true>)
+                            : (args.entropy ? &tile_softmax<true, false> : &tile_softmax<false, false>);
+  const std::int64_t threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
+  const std::int64_t packed = kTileRowBytes / std::max<std::int64_t>(1, 2 * whole_tiles(width, kTileDepth));
+  const std::int64_t most = std::max(kTileRowBlock, packed / kTileRowBlock * kTileRowBlock);
+  // Many threads take fewer rows a task, as elsewhere.
+  const std::int64_t room = (kRowBytes / threads - TileLogits::kCopyBytes) / (4 * kTileChunk) / kTilePanel * kTilePanel;
+  const std::int64_t most_block = std::clamp(room, kTileFewestRows, kTileRowBlock);
+  for (std::int64_t first = 0; first < of.n; first += most) {
+    const std::int64_t count = std::min(most, of.n - first), panels = (count + kTilePanel - 1) / kTilePanel;
+    const std::int64_t blocks = (panels * kTilePanel + most_block - 1) / most_block;
+    const std::int64_t block = (panels + blocks - 1) / blocks;  // panels
+    TileRows rows(width, count);
+    torch::stable::parallel_for(0, panels, 1, [&](std::int64_t begin, std::int64_t end) {
+      const auto row_at = [&](std::int64_t r) { return of.row(first + r); };
+      for (std::int64_t p = begin; p < end; ++p) rows.set_panel(p, x, count, row_at, pack);
+    });
+    torch::stable::parallel_for(0, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+      Scratch<float> z(block * kTilePanel * kTileChunk);
+      Scratch<TileState> states(block);
+      TileLogits logits(weight, w.stride, width, vocab);
+      const tiles::InUse in_use;
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t g = task / blocks, p0 = task % blocks * block, here = std::min(block, panels - p0);
+        const std::int64_t v0 = g * group, size = std::min(group, vocab - v0);
+        bool plain = args.logit_scale == 1.0f && args.softcap == 0.0f && !biases;
+        for (std::int64_t r = 0; r < here * kTilePanel; ++r) {
+          TileState& state = states.data()[r / kTilePanel];
+          const std::int64_t at = r % kTilePanel, local = p0 * kTilePanel + r, i = first + local;
+          const bool live = local < count;  // the last panel may have rows of zeros
+          if (at == 0) state.begin();
+          state.temperature[at] = live ? of.temperature_of(i) : 1.0f;
+          plain = plain && state.temperature[at] == 1.0f;
+          const std::int64_t column = live ? of.target[i] - v0 : -1;
+          state.column[at] = column < size ? column : -1;
+          state.kept[at] = live && kept ? kept + of.kept_row(i) * vocab + v0 : nullptr;
+        }
+        for (std::int64_t c = 0; c < size; c += kTileChunk) {
+          const std::int64_t entries = std::min(kTileChunk, size - c);
+          const bool more = c + kTileChunk < size || task + 1 == end;
+          const std::int64_t next = more ? v0 + c + kTileChunk : (task + 1) / blocks * group;
+          logits.multiply(rows, p0, here, v0 + c, entries, next, z.data());
+          for (std::int64_t p = 0; p < here; ++p)
+            softmax(args, z.data() + p * kTileChunk * kTilePanel, c, entries, biases ? biases + v0 + c : nullptr, plain,
+                    states.data()[p]);
+        }
+        for (std::int64_t r = 0; r < here * kTilePanel && p0 * kTilePanel + r < count; ++r) {
+          const TileState& state = states.data()[r / kTilePanel];
+          const std::int64_t at = r % kTilePanel, i = first + p0 * kTilePanel + r;
+          partials[g * of.n + i] = {state.m[at], state.s[at], state.t[at], state.zy[at]};
+          if (kept_max) kept_max[of.kept_row(i) * groups + g] = state.reference[at];
+        }
+      }
+    });
+  }
+}
+#endif
+
 Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                            const Tensor& targets, const std::optional<Tensor>& index,
                            const std::optional<Tensor>& row_temperature, double temperature, double logit_scale,
@@ -200,16 +280,18 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
   STD_TORCH_CHECK(width == w.width, "srppo_native: hidden and weight have different widths");
   check(targets, ScalarType::Long, -1, "targets");
   const std::int64_t n = targets.numel();
-  const auto* target = static_cast<const std::int64_t*>(targets.const_data_ptr());
   const auto longs = [&](const std::optional<Tensor>& tensor, const char* name) -> const std::int64_t* {
     if (!tensor) return nullptr;
     check(*tensor, ScalarType::Long, n, name);
     return static_cast<const std::int64_t*>(tensor->const_data_ptr());
   };
-  const std::int64_t* row_of = longs(index, "index");
-  const std::int64_t* kept_row_of = longs(kept_rows, "kept_rows");
+  const RowArgs of{n,
+                   static_cast<const std::int64_t*>(targets.const_data_ptr()),
+                   longs(index, "index"),
+                   longs(kept_rows, "kept_rows"),
+                   floats(row_temperature, n, "row_temperature"),
+                   static_cast<float>(temperature)};
   const float* biases = floats(bias, vocab, "bias");
-  const float* temperatures = floats(row_temperature, n, "row_temperature");
   char* kept_data = nullptr;
   float* kept_max = nullptr;
   std::int64_t kept_item = 4;
@@ -231,7 +313,7 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
                   SRPPO_AT_LEVEL(panel_width)()};
   Packer packer{false, width, SRPPO_AT_LEVEL(widen_bf16), SRPPO_AT_LEVEL(widen_fp16)};
   const bool pairs = x.type == ScalarType::BFloat16 && w.type == ScalarType::BFloat16;
-  const bool on_tiles = pairs && cpu_level() >= CpuLevel::amx;
+  const bool on_tiles = pairs && cpu_level() >= CpuLevel::amx && (!kept || kept_item == 2);
 #if defined(__x86_64__)
   if (pairs && cpu_level() >= CpuLevel::avx512_bf16) {
     packer.pairs = true;
@@ -248,12 +330,12 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
   const std::int64_t ldz = (std::min(group, vocab) + tile.panel - 1) / tile.panel * tile.panel + 16;
   const std::int64_t threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
   const std::int64_t room = std::max<std::int64_t>(1, kRowBytes / (threads * 4 * (ldz + width) * 64)) * 64;
-  const std::int64_t most = std::min(on_tiles ? kTileRowBlock : kRowBlock, room), row_blocks = (n + most - 1) / most;
-  const std::int64_t even = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
-  const std::int64_t block = on_tiles ? whole_tiles(even, 2 * kTileRows) : even;
+  const std::int64_t most = std::min(kRowBlock, room), row_blocks = (n + most - 1) / most;
+  const std::int64_t block = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
   std::vector<Partial> partials(static_cast<std::size_t>(groups * n));
 
-  const auto scan = [&](std::int64_t begin, std::int64_t end, auto& logits) {
+  const auto scan = [&](std::int64_t begin, std::int64_t end) {
+    VectorLogits logits(w, packer, tile, block);
     Scratch<float> z(block * ldz);
     std::int64_t packed_block = -1;
     for (std::int64_t task = begin; task < end; ++task) {
@@ -262,33 +344,28 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
       const std::int64_t first = at * block, count = std::min(block, n - first);
       if (packed_block != at) {
         packed_block = at;
-        logits.set_rows(x, count, [&](std::int64_t r) { return row_of ? row_of[first + r] : first + r; });
+        logits.set_rows(x, count, [&](std::int64_t r) { return of.row(first + r); });
       }
       const std::int64_t v0 = g * group, size = std::min(group, vocab - v0);
       logits.multiply(count, v0, size, z.data(), ldz);
       for (std::int64_t r = 0; r < count; ++r) {
-        const std::int64_t i = first + r, column = target[i] - v0;
-        const std::int64_t to = kept_row_of ? kept_row_of[i] : i;
-        const Partial partial =
-            softmax_row(args, z.data() + r * ldz, size, biases ? biases + v0 : nullptr,
-                        temperatures ? temperatures[i] : static_cast<float>(temperature),
-                        column >= 0 && column < size ? column : -1,
-                        kept_data ? kept_data + (to * vocab + v0) * kept_item : nullptr);
+        const std::int64_t i = first + r, column = of.target[i] - v0, to = of.kept_row(i);
+        const Partial partial = softmax_row(args, z.data() + r * ldz, size, biases ? biases + v0 : nullptr,
+                                            of.temperature_of(i), column >= 0 && column < size ? column : -1,
+                                            kept_data ? kept_data + (to * vocab + v0) * kept_item : nullptr);
         partials[static_cast<std::size_t>(g * n + i)] = partial;
         if (kept_max) kept_max[to * groups + g] = partial.m;
       }
     }
   };
-  torch::stable::parallel_for(0, groups * row_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-    if (on_tiles) {
-      TileLogits logits(reinterpret_cast<const std::uint16_t*>(w.data), w.stride, width, vocab, block, tile.pack_panel);
-      const tiles::InUse in_use;
-      scan(begin, end, logits);
-    } else {
-      VectorLogits logits(w, packer, tile, block);
-      scan(begin, end, logits);
-    }
-  });
+  if (on_tiles) {
+#if defined(__x86_64__)
+    scan_on_tiles(x, w, args, of, biases, group, reinterpret_cast<std::uint16_t*>(kept_data), kept_max, tile.pack_panel,
+                  partials.data());
+#endif
+  } else {
+    torch::stable::parallel_for(0, groups * row_blocks, 1, scan);
+  }
 
   Tensor state = torch::stable::new_empty(targets, {4, n}, ScalarType::Float);
   float* out = mutable_floats(state);

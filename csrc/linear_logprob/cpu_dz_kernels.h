@@ -3,7 +3,8 @@
 // Plain loops over a block of numbers, which the compiler vectorises: they need integer operations (bf16, exponents) that
 // the vector vocabulary does not have.
 
-// log x of 2^-126 <= x <= 1 to 2e-7: x = 2^k m with m in [sqrt(1/2), sqrt(2)), log m = 2 artanh((m - 1) / (m + 1)).
+// log x of a normal x > 0 to 2e-7 and the rounding of the result: x = 2^k m with m in [sqrt(1/2), sqrt(2)),
+// log m = 2 artanh((m - 1) / (m + 1)).
 SRPPO_INLINE float log_of(float x) {
   std::int32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -1,4 +1,5 @@
-// out (+)= A B with bf16 factors and an fp32 result: what a CPU's BLAS rounds to bf16, and so cannot add up exactly.
+// out (+)= A B with bf16 factors and an fp32 result: what a CPU's BLAS rounds to bf16, and so cannot add up exactly. On
+// AMX tiles also with a bf16 result, rounded once.
 //
 // GEMMs 2 and 3 of srppo_kernels/linear_logprob where parts of them are added: dhidden over vocabulary chunks, dweight
 // over chunks of rows or into a caller's buffer. A comes as [M, K] (dZ of dX = dZ W) or as [K, M] (dZ of dW = dZ^T X),
@@ -135,6 +136,10 @@ void pack_a_rows(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int
   for (std::int64_t k = 0; transposed && k < depth; k += kTileDepth) {  // 16 pairs of rows of A
     for (std::int64_t i = 0; i < kTileDepth / 2; ++i) {
       const std::uint16_t *row = a.row(k0 + k + 2 * i), *next = a.row(k0 + k + 2 * i + 1);
+      for (std::int64_t ahead = kTileDepth + 2 * i; ahead < kTileDepth + 2 * i + 2; ++ahead) {
+        const std::uint16_t* later = a.row(k0 + k + ahead);  // a vocabulary apart: the hardware does not run ahead
+        for (std::int64_t j = 0; later && j < count; j += 32) __builtin_prefetch(later + r0 + j, 0, 2);
+      }
       interleave(row ? row + r0 : nullptr, next ? next + r0 : nullptr, count, width, scratch + i * width);
     }
     transpose_words(reinterpret_cast<const float*>(scratch), width, count, reinterpret_cast<float*>(out + k),
@@ -147,37 +152,63 @@ void pack_a_rows(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int
   }
 }
 
-// What the tasks of a thread pack into. Panels of B stay from one task to the next where all of K is one block.
+// What the tasks of a thread pack into. Panels of B stay from one task to the next where all of K is one block. `sums`
+// is what a bf16 result is rounded from: a panel of columns, or all of a task's where K takes several blocks.
 struct TileScratch {
   Scratch<std::uint16_t> packed;
   Scratch<std::uint32_t> panels, pairs;
+  Scratch<float> sums;
   bool whole;            // `panels` has room for all of a task's
   std::int64_t c0 = -1;  // and these columns' are there
 
-  TileScratch(std::int64_t rows, std::int64_t columns, bool whole_panels)
+  TileScratch(std::int64_t rows, std::int64_t columns, bool whole_panels, bool rounds)
       : packed(rows * tile_stride(2 * kPairs)), panels(kPairs * (whole_panels ? columns : kTilePanel)),
-        pairs(kTileDepth / 2 * rows), whole(whole_panels) {
+        pairs(kTileDepth / 2 * rows), sums(rounds ? rows * (whole_panels ? kTilePanel : columns) : 0),
+        whole(whole_panels) {
     std::fill(packed.data(), packed.data() + rows * tile_stride(2 * kPairs), std::uint16_t{0});  // rows beyond the last
   }
 };
 
+// Brings the panel of B that is packed next to L2 in shares, between multiplications: a line of each of up to 1024
+// rows, where the hardware does not run ahead.
+struct NextPanel {
+  const Bf16Matrix& b;
+  std::int64_t row, end, column, share;
+
+  void fetch() {
+    const std::int64_t to = std::min(end, row + share);
+    for (; row < to; ++row) __builtin_prefetch(b.row(row) + column, 0, 2);
+  }
+};
+
+// `out` is float, or where it is nullptr `rounded` is bf16, which is written once.
 void product_task_on_tiles(const Bf16Matrix& a, const Bf16Matrix& b, bool transposed, bool add, std::int64_t r0,
-                           std::int64_t count, std::int64_t c0, std::int64_t width, float* out, std::int64_t ldo,
-                           TileScratch& scratch) {
+                           std::int64_t count, std::int64_t c0, std::int64_t width, float* out, std::uint16_t* rounded,
+                           std::int64_t ldo, TileScratch& scratch) {
   const std::int64_t stride = tile_stride(2 * kPairs);
+  const std::int64_t lds = scratch.whole ? kTilePanel : whole_tiles(width, kTilePanel);  // of `sums`
+  const auto round_rows = SRPPO_AT_LEVEL(round_rows);
   for (std::int64_t k0 = 0; k0 < b.rows; k0 += 2 * kPairs) {
     const std::int64_t depth = whole_tiles(std::min(b.rows - k0, 2 * kPairs), kTileDepth);
     pack_a_rows(a, transposed, r0, count, k0, depth, scratch.packed.data(), stride, scratch.pairs.data());
     for (std::int64_t c = 0; c < width; c += kTilePanel) {
       const std::int64_t here = std::min(width - c, kTilePanel);
+      const bool packed = scratch.whole && scratch.c0 == c0, last = c + kTilePanel >= width;
       std::uint32_t* panel = scratch.panels.data() + (scratch.whole ? c * kPairs : 0);
-      for (std::int64_t p = 0; p < depth / 2 && scratch.c0 != c0; ++p) {
+      for (std::int64_t p = 0; p < depth / 2 && !packed; ++p) {
         const std::uint16_t *row = b.row(k0 + 2 * p), *next = b.row(k0 + 2 * p + 1);
         const auto at = [&](const std::uint16_t* from) { return from ? from + c0 + c : nullptr; };
         interleave(at(row), at(next), here, kTilePanel, panel + p * kTilePanel);
       }
-      float* to = out + r0 * ldo + c0 + c;
-      tile_multiply(count, here, scratch.packed.data(), stride, panel, depth, to, ldo, add || k0 > 0);
+      const std::int64_t begin = last ? k0 + 2 * kPairs : k0, end = std::min(b.rows, begin + 2 * kPairs);
+      const std::int64_t blocks = (depth + kTileBlock - 1) / kTileBlock;
+      const std::int64_t turns = (count + 2 * kTileRows - 1) / (2 * kTileRows) * blocks;
+      const std::int64_t column = c0 + (last ? 0 : c + kTilePanel);
+      NextPanel ahead{b, packed ? end : begin, end, column, (end - begin + turns - 1) / turns};
+      float* to = out ? out + r0 * ldo + c0 + c : scratch.sums.data() + (scratch.whole ? 0 : c);
+      tile_multiply(count, out ? here : kTilePanel, scratch.packed.data(), stride, panel, depth, to, out ? ldo : lds,
+                    (out && add) || k0 > 0, [&ahead] { ahead.fetch(); });
+      if (!out && k0 + 2 * kPairs >= b.rows) round_rows(to, lds, count, here, rounded + r0 * ldo + c0 + c, ldo);
     }
   }
   if (scratch.whole) scratch.c0 = c0;
@@ -188,16 +219,19 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
   const std::int64_t m = transposed ? a.columns : a.rows, n = b.columns;
   STD_TORCH_CHECK((transposed ? a.rows : a.columns) == b.rows, "srppo_native: a and b have different depths");
   STD_TORCH_CHECK(result.is_cpu() && result.dim() == 2 && result.size(0) == m && result.size(1) == n &&
-                      result.scalar_type() == ScalarType::Float && (result.stride(1) == 1 || n <= 1),
-                  "srppo_native: out must be a float32 CPU matrix of ", m, " rows of ", n, " contiguous columns");
-  float* out = mutable_floats(result);
+                      (result.stride(1) == 1 || n <= 1),
+                  "srppo_native: out must be a CPU matrix of ", m, " rows of ", n, " contiguous columns");
+  const bool on_tiles = cpu_level() >= CpuLevel::amx, rounds = result.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(result.scalar_type() == ScalarType::Float || (rounds && on_tiles && !add && b.rows > 0),
+                  "srppo_native: out must be float32, or bfloat16 on AMX tiles where nothing is added to");
+  float* out = rounds ? nullptr : mutable_floats(result);
+  auto* rounded = rounds ? static_cast<std::uint16_t*>(result.mutable_data_ptr()) : nullptr;
   const std::int64_t ldo = result.stride(0);
   if (b.rows == 0) {
     for (std::int64_t i = 0; !add && i < m; ++i) std::fill(out + i * ldo, out + i * ldo + n, 0.0f);
     return;
   }
   if (m == 0 || n == 0) return;
-  const bool on_tiles = cpu_level() >= CpuLevel::amx;
   const std::int64_t most_rows = on_tiles ? kTileTaskRows : kRows;
   const std::int64_t most_columns = on_tiles ? kTileTaskColumns : kColumns;
   // Blocks of equal size, of whole tiles and panels; a small result is cut by columns until every thread has one.
@@ -221,10 +255,10 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
   };
   torch::stable::parallel_for(0, row_blocks * column_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     if (on_tiles) {
-      TileScratch scratch(rows, columns, b.rows <= 2 * kPairs);
+      TileScratch scratch(rows, columns, b.rows <= 2 * kPairs, rounds);
       const tiles::InUse in_use;
       tasks(begin, end, [&](std::int64_t r0, std::int64_t count, std::int64_t c0, std::int64_t width) {
-        product_task_on_tiles(a, b, transposed, add, r0, count, c0, width, out, ldo, scratch);
+        product_task_on_tiles(a, b, transposed, add, r0, count, c0, width, out, rounded, ldo, scratch);
       });
       return;
     }

@@ -12,3 +12,14 @@ static void transpose_words(const float* source, std::int64_t lds, std::int64_t 
     }
   }
 }
+
+// out[rows][columns] = source, in bf16.
+static void round_rows(const float* source, std::int64_t lds, std::int64_t rows, std::int64_t columns,
+                       std::uint16_t* out, std::int64_t ldo) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < columns; c += W) {
+      const int here = lanes_left(columns - c);
+      store_bf16(out + r * ldo + c, load(source + r * lds + c, here), here);
+    }
+  }
+}

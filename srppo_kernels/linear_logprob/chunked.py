@@ -57,7 +57,8 @@ class Head:
 class Residual(NamedTuple):
     """Exponentials that a forward keeps for its gradients; empty where the plan keeps nothing.
 
-    By row of ``kept``; the Triton backend fills both by position among the live rows.
+    By row of ``kept``; the Triton backend fills both by position among the live rows. On AMX tiles another number
+    takes the place of a group's maximum, up to 60 below it (csrc/linear_logprob/amx_softmax.h).
     """
 
     kept: Tensor  # [rows, V]: exp(z - maximum of its vocabulary group)

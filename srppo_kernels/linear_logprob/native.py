@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FASTER_LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
 ROW_BLOCK = 336  # kRowBlock of csrc/linear_logprob/cpu.cpp
 TILE_ROW_BLOCK = 512  # kTileRowBlock of amx_logits.h
+TILE_FEWEST_ROWS = 128  # kTileFewestRows of cpu.cpp
+TILE_ROW_BYTES = 16 << 20  # kTileRowBytes of cpu.cpp
+TILE_COPY_BYTES = 2 * 256 * 672  # kCopyBytes of amx_logits.h: entries of the head, 640 of K and padding
 ROW_BYTES = 48 << 20  # kRowBytes of cpu.cpp
 PANEL = 32  # vocabulary entries packed at a time, at most
 
@@ -52,27 +55,36 @@ def not_faster() -> str:
 
 def workspace_bytes(rows: int, width: int, vocab: int, group: int) -> int:
     """Of all threads: packed rows, a panel packed and widened, two rows, logits; and four numbers a row and group."""
-    columns = -(-min(group, vocab) // PANEL) * PANEL + 16
+    columns = _whole(min(group, vocab)) + 16
     room = max(1, ROW_BYTES // (_threads() * 4 * (columns + width) * 64)) * 64
     block = min(rows, ROW_BLOCK, room)
     scratch = 4 * (block * width + 2 * (PANEL + 1) * width + block * columns)
-    if _on_tiles():  # of bf16 inputs: whole tiles of rows and cache lines, 512 of K of a panel, twice where K is odd
-        block = -(-min(rows, TILE_ROW_BLOCK, room) // PANEL) * PANEL
-        tiles = 2 * block * (width + 64) + 2 * 512 * (2 * PANEL + 1) + 4 * block * columns
-        scratch = max(scratch, tiles)
-    return scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)
+    packed = 0
+    if on_tiles():  # of bf16 inputs: rows packed for all threads; for each, logits of 256 entries and 40 bytes a row
+        row_bytes = max(1, 2 * _whole(width))
+        most = max(TILE_ROW_BLOCK, TILE_ROW_BYTES // row_bytes // TILE_ROW_BLOCK * TILE_ROW_BLOCK)
+        packed = _whole(min(rows, most)) * row_bytes
+        room = (ROW_BYTES // _threads() - TILE_COPY_BYTES) // 1024 // PANEL * PANEL
+        block = min(_whole(rows), max(TILE_FEWEST_ROWS, min(TILE_ROW_BLOCK, room)))
+        scratch = max(scratch, (4 * 256 + 40) * block + TILE_COPY_BYTES)
+    return packed + scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)
+
+
+def _whole(size: int) -> int:
+    return -(-size // PANEL) * PANEL
 
 
 def product_bytes(width: int) -> int:
     """Of all threads: a block of A and panels of B, packed (kRows or kTileTaskRows, kPairs, of cpu_product.cpp)."""
-    if _on_tiles():  # A by rows, an odd number of cache lines each; pairs of A^T on their way there; B of all columns
-        columns = min(-(-width // PANEL) * PANEL, 2048)
-        return (512 * (2 * 1056 + 4 * 16) + 4 * 512 * columns) * _threads()
+    if on_tiles():  # A by rows, an odd number of cache lines each; pairs of A^T on their way there; all columns of B
+        # and a panel of sums, or a panel of B and all sums
+        return (512 * (2 * 1056 + 4 * 16) + 4 * 512 * (min(_whole(width), 2048) + PANEL)) * _threads()
     return 4 * 512 * (ROW_BLOCK + PANEL) * _threads()
 
 
 @_extension.constant_when_traced
-def _on_tiles() -> bool:
+def on_tiles() -> bool:
+    """Whether bf16 products run on AMX tiles."""
     return _extension.build_info()["cpu_level"] == "amx"
 
 

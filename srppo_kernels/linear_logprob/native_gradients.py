@@ -2,9 +2,10 @@
 
 A native kernel turns a vocabulary chunk's kept exponentials into dz, formed in fp32 (``p_y - 1`` too) and rounded
 once, in the memory of the exponentials where nobody needs them again. Then ``dX = dz W`` and ``dW = dz^T X`` are one
-GEMM each, with fp32 accumulators: in bf16 torch's returns what is rounded once, to the dtype that the gradient has
-anyway. Where several chunks add up, or a caller's fp32 buffer is added to, a native GEMM adds unrounded
-(csrc/linear_logprob/cpu_product.cpp). In fp32 a native GEMM (cpu_product_fp32.cpp) takes both where MKL's is slower.
+GEMM each, with fp32 accumulators: in bf16 torch's, or a native one on AMX tiles, returns what is rounded once, to the
+dtype that the gradient has anyway. Where several chunks add up, or a caller's fp32 buffer is added to, a native GEMM
+adds unrounded (csrc/linear_logprob/cpu_product.cpp). In fp32 a native GEMM (cpu_product_fp32.cpp) takes both where
+MKL's is slower.
 Without kept exponentials the forward's scan makes a chunk's anew.
 """
 
@@ -176,9 +177,10 @@ def _add(destination: Tensor, part: Tensor, accumulate: bool) -> None:
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool, add: bool) -> None:
-    """``out (+)= a @ b`` (``a.T @ b``), unrounded: where out is wider than a, as a caller's buffer may be."""
+    """``out (+)= a @ b`` (``a.T @ b``); unrounded where out is wider than a, as a caller's buffer may be."""
     rows_are_contiguous = out.stride(1) == b.stride(1) == 1
-    if a.dtype == torch.bfloat16 and out.dtype == torch.float32 and rows_are_contiguous:
+    rounds = out.dtype == torch.bfloat16 and not add and a.numel() > 0 and native.on_tiles()
+    if a.dtype == torch.bfloat16 and (out.dtype == torch.float32 or rounds) and rows_are_contiguous:
         torch.ops.srppo_native.linear_logprob_product(a, b, transposed, add, out)
     elif a.dtype == out.dtype == torch.float32 and rows_are_contiguous and fp32_product_is_native():
         torch.ops.srppo_native.linear_logprob_product_fp32(a, b, transposed, add, out)

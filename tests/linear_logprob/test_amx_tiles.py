@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not {"fma", "avx2"} <= set(FLAGS.split()), reason="the emulator takes AVX2 and FMA"),
     pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine"),
 ]
-TILE, PANEL, BLOCK = 16, 32, 512
+TILE, PANEL, BLOCK = 16, 32, 640
 
 SOURCE = """
 #define SRPPO_TILES "tests/linear_logprob/amx_emulator.h"
@@ -49,12 +49,23 @@ void multiply(std::int64_t rows, std::int64_t columns, const std::uint16_t* x, s
   const InUse in_use;
   tile_multiply(rows, columns, x, stride, panel, depth, z, ldz, add);
 }
+// z [size][count], in chunks.
 void logits(std::int64_t count, const std::uint16_t* x, std::int64_t width, const std::uint16_t* w, std::int64_t stride,
-            std::int64_t vocab, std::int64_t v0, std::int64_t size, float* z, std::int64_t ldz) {
-  TileLogits logits(w, stride, width, vocab, count, pack);
-  logits.set_rows(Rows{x, width}, count, [](std::int64_t r) { return r; });
+            std::int64_t vocab, std::int64_t v0, std::int64_t size, float* z) {
+  TileRows rows(width, count);
+  const std::int64_t panels = (count + kTilePanel - 1) / kTilePanel;
+  for (std::int64_t p = 0; p < panels; ++p)
+    rows.set_panel(p, Rows{x, width}, count, [](std::int64_t r) { return r; }, pack);
+  TileLogits logits(w, stride, width, vocab);
+  Scratch<float> part(panels * kTileChunk * kTilePanel);
   const InUse in_use;
-  logits.multiply(count, v0, size, z, ldz);
+  for (std::int64_t c = 0; c < size; c += kTileChunk) {
+    const std::int64_t entries = std::min(kTileChunk, size - c);
+    logits.multiply(rows, 0, panels, v0 + c, entries, v0 + c + kTileChunk, part.data());
+    for (std::int64_t j = 0; j < entries; ++j)
+      for (std::int64_t r = 0; r < count; ++r)
+        z[(c + j) * count + r] = part.data()[(r / kTilePanel * kTileChunk + j) * kTilePanel + r % kTilePanel];
+  }
 }
 std::int64_t stride_of(std::int64_t depth) { return tile_stride(depth); }
 const char* check(int fault) {
@@ -126,7 +137,7 @@ def host(tmp_path_factory) -> ctypes.CDLL:
     host.stride_of.restype = ctypes.c_int64
     host.stride_of.argtypes = [ctypes.c_int64]
     size, address = ctypes.c_int64, ctypes.c_void_p
-    host.logits.argtypes = [size, address, size, address, size, size, size, size, address, size]
+    host.logits.argtypes = [size, address, size, address, size, size, size, size, address]
     host.multiply.argtypes = [size, size, address, size, address, size, address, size, ctypes.c_bool]
     return host
 
@@ -227,14 +238,14 @@ def test_logits_of_a_part_of_the_vocabulary(host, width):
     w[:, width:] = torch.nan
     exact = x.double() @ w[:, :width].double().T
     for v0, size in ((0, 700), (300, 1), (44, 613)):
-        z = torch.full((count, whole(size, PANEL) + 16), torch.nan)
-        arguments = (width, pointer(w), w.stride(0), vocab, v0, size, pointer(z), z.stride(0))
-        host.logits(count, pointer(x), *arguments)
-        assert (z[:, :size].double() - exact[:, v0 : v0 + size]).abs().max() < 1e-4
-        assert torch.equal(z[:, size : whole(size, PANEL)], torch.zeros(count, whole(size, PANEL) - size))
-        row, want = pointer(x[7]), z[7, :size].clone()
-        host.logits(1, row, *arguments)
-        assert torch.equal(z[0, :size], want)
+        z = torch.full((size, count), torch.nan)
+        arguments = (width, pointer(w), w.stride(0), vocab, v0, size)
+        host.logits(count, pointer(x), *arguments, pointer(z))
+        assert (z.double().T - exact[:, v0 : v0 + size]).abs().max() < 1e-4
+        alone = torch.full((size, 1), torch.nan)
+        host.logits(1, pointer(x[7]), *arguments, pointer(alone))
+        want = z[:, 7]
+        assert torch.equal(alone[:, 0], want)
         if width:
             columns = min(size, PANEL)
             assert torch.equal(multiply(host, x[7:8], w[v0 : v0 + columns, :width])[0], want[:columns])

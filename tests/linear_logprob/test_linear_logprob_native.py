@@ -101,6 +101,25 @@ def test_kept_exponentials(level, dtype):
         assert relative(a, b.double()) < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("climb", [{600: 100.0}, {256: 50.0, 512: 64.0}, {256: -90.0, 512: 120.0, 1800: 200.0}])
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_kept_exponentials_of_rows_with_a_late_maximum(level, climb):
+    """From an entry on all are that many nats above the first ones, of which a scan by chunks has kept some by then."""
+    p = make("random", n=40, v=2300, dtype=torch.bfloat16)
+    with torch.no_grad():
+        p.hidden[:, 0], p.weight[:, 0] = 10.0, 0.0
+        for first, nats in climb.items():
+            p.weight[first:, 0] = nats / 10
+    gradients = []
+    for backend in ("native", "torch"):
+        with _extension.cpu_level(level):
+            out = p.run(entropy=True, plan="cache", workspace_bytes=BIG, backend=backend)
+        assert out.entropy.isfinite().all()
+        gradients.append(torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), p.inputs()))
+    for a, b in zip(*gradients, strict=True):
+        assert relative(a, b.double()) < 5e-3
+
+
 def test_auto_takes_it_where_it_was_measured():
     p = make("random", n=4, d=4, v=9, grad=(False, False))
     for level in ALL_LEVELS:
