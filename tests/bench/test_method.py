@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from bench.core import live_bytes
-from bench.method import VERY_LONG, Effort, Samples, Spread, extra_memory, interleave, quantile
+from bench.method import VERY_LONG, CpuClock, CudaClock, Effort, Samples, Spread, extra_memory, interleave, quantile
 
 
 class FakeClock:
     """Time as a script tells it: every sample of a call lasts what the call returns."""
 
-    def __init__(self):
+    def __init__(self, paired=False):
+        self.paired = paired
         self.order = []
 
     def repeats(self, call):
@@ -56,6 +57,42 @@ def test_providers_take_turns_in_a_rotating_order_with_the_floor_first():
     calls = [lambda name=name: (name, 0.2) for name in "abc"]
     interleave(lambda: ("floor", 1.0), calls, Effort(seconds=0, least=3, samples=3), clock)
     assert clock.order == ["floor", "a", "b", "c", "floor", "b", "c", "a", "floor", "c", "a", "b"]
+
+
+def test_clocks_that_pair_time_a_floor_of_its_own_before_every_call():
+    clock = FakeClock(paired=True)
+    calls = [lambda name=name: (name, 0.2) for name in "ab"]
+    bare, _ = interleave(lambda: ("floor", 1.0), calls, Effort(seconds=0, least=2, samples=2), clock)
+    each = ["floor", "floor"]
+    assert clock.order == [*each, "a", *each, "b", *each, "b", *each, "a"]
+    assert len(bare.seconds) == 4  # the first floor of each two only sets the clock
+
+
+def test_which_clocks_pair():
+    assert CudaClock.paired
+    assert not CpuClock.paired
+
+
+class PowerLimited(FakeClock):
+    """A call takes a tenth longer after one that draws a GPU's limit; "idle" does not."""
+
+    def sample(self, call, repeats):
+        hot = bool(self.order) and self.order[-1] != "idle"
+        return super().sample(call, repeats) * (1.1 if hot else 1.0)
+
+    def cold(self, call):
+        return self.sample(call, 1)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_power_that_the_call_before_drew_leaves_the_ratio_alone_where_clocks_pair(paired):
+    """The floor beside itself is 1, whatever else takes turns with it."""
+    floor, idle, effort = lambda: ("floor", 0.1), lambda: ("idle", 0.2), Effort(seconds=0, least=4, samples=4)
+    bare, (same, other) = interleave(floor, [floor, idle], effort, PowerLimited(paired=paired))
+    assert (same.ratios == pytest.approx([1.0] * 4)) is paired
+    if paired:
+        assert other.ratios == pytest.approx([2.0] * 4)
+        assert bare.seconds == pytest.approx([0.11] * 8)
 
 
 def test_an_interval_spans_every_visit():
