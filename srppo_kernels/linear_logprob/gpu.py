@@ -2,7 +2,8 @@
 
     triton_tiles.py       tile shapes, row lists, what the kernels share
     triton_scan.py        GEMM 1 with the softmax's state in its epilogue
-    triton_gradients.py   dZ, from kept exponentials or from logits computed anew
+    triton_gradients.py   what follows it: dZ, then GEMMs 2 and 3
+    triton_dz.py          dZ, from kept exponentials or from logits computed anew
     triton_products.py    GEMMs 2 and 3 over rows that only the device can count
     triton_passes.py      gathering rows, scaling a gradient that is formed
 

@@ -126,8 +126,8 @@ def gather(matrix: Tensor, index: Tensor, count: Tensor) -> Tensor:
     return out
 
 
-def cases() -> Iterator[_triton.CompileCase]:
-    """What they compile as; triton_gradients lists them among its own."""
+def compile_cases() -> Iterator[_triton.CompileCase]:
+    """One of each, and what each dtype makes of them."""
     yield _triton.CompileCase(
         "row list", list_kernel, {"live": "*i1", "index": "*i64", "count": "*i32", "n": "i32"}, {"BLOCK": LISTED},
         num_warps=8,
