@@ -32,10 +32,10 @@ from srppo_kernels.linear_logprob.triton_tiles import (
     column_part,
     for_width,
     group_size,
-    load,
+    head_tile,
     logits,
-    multiply_add,
     operand,
+    placed,
 )
 
 if TYPE_CHECKING:
@@ -221,12 +221,8 @@ def logits_dz_kernel(
     ENTROPY: tl.constexpr,
     ZERO_ALL: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    band = pid // (SUPER * groups)
-    blocks = tl.minimum(tl.cdiv(n, BM) - band * SUPER, SUPER)
-    within = pid - band * SUPER * groups
-    first = within // blocks * GROUP
-    r0 = (band * SUPER + within % blocks) * BM
+    r0, group = placed(tl.program_id(0), n, groups, BM, SUPER)
+    first = group * GROUP
     live = tl.load(count)
     if r0 >= live and not ZERO_ALL:
         return
@@ -244,11 +240,9 @@ def logits_dz_kernel(
     H: tl.constexpr = BN // PARTS
     for tile in tl.range(0, tl.cdiv(tl.minimum(GROUP, entries - first), BN), flatten=FLAT):
         v0 = first + tile * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(tl.cdiv(width, BK)):
-            left = load(x, r0, k * BK, n, width, stride_xr, 1, BM, BK, TMA_X)
-            right = load(w, v0, k * BK, entries, width, stride_wv, stride_wd, BN, BK, TMA_W)
-            acc = multiply_add(left, right.T, acc, WIDEN, PRECISION)
+        acc = head_tile(
+            x, w, r0, v0, n, entries, width, stride_xr, stride_wv, stride_wd, BM, BN, BK, TMA_X, TMA_W, WIDEN, PRECISION
+        )
         for part in tl.static_range(PARTS):
             v = v0 + part * H + tl.arange(0, H)
             z = column_part(acc, part, PARTS, BM, BN)

@@ -25,6 +25,7 @@ from srppo_kernels.linear_logprob.triton_tiles import (
     load,
     multiply_add,
     operand,
+    placed,
     tile_of,
 )
 
@@ -56,13 +57,8 @@ def product_kernel(
     COUNT_BOUNDS_K: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    columns = tl.cdiv(n, BN)
-    band = pid // (SUPER * columns)
-    blocks = tl.minimum(tl.cdiv(m, BM) - band * SUPER, SUPER)
-    within = pid - band * SUPER * columns
-    m0 = (band * SUPER + within % blocks) * BM
-    n0 = within // blocks * BN
+    m0, column = placed(tl.program_id(0), m, tl.cdiv(n, BN), BM, SUPER)
+    n0 = column * BN
     live = tl.load(count)
     depth = k
     if COUNT_BOUNDS_K:

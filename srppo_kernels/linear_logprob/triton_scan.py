@@ -33,10 +33,10 @@ from srppo_kernels.linear_logprob.triton_tiles import (
     for_width,
     gather_rows,
     group_size,
-    load,
+    head_tile,
     logits,
-    multiply_add,
     operand,
+    placed,
     row_list,
     tile_of,
 )
@@ -127,12 +127,7 @@ def scan_kernel(
     KEEP: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    band = pid // (SUPER * groups)
-    blocks = tl.minimum(tl.cdiv(n, BM) - band * SUPER, SUPER)
-    within = pid - band * SUPER * groups
-    group = within // blocks
-    r0 = (band * SUPER + within % blocks) * BM
+    r0, group = placed(tl.program_id(0), n, groups, BM, SUPER)
     live = tl.load(count)
     if r0 >= live:
         return
@@ -150,11 +145,9 @@ def scan_kernel(
     H: tl.constexpr = BN // PARTS
     for tile in tl.range(0, tl.cdiv(tl.minimum(GROUP, vocab - first), BN), flatten=FLAT):
         v0 = first + tile * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(tl.cdiv(width, BK)):
-            a = load(x, r0, k * BK, n, width, stride_xr, 1, BM, BK, TMA_X)
-            b = load(w, v0, k * BK, vocab, width, stride_wv, stride_wd, BN, BK, TMA_W)
-            acc = multiply_add(a, b.T, acc, WIDEN, PRECISION)
+        acc = head_tile(
+            x, w, r0, v0, n, vocab, width, stride_xr, stride_wv, stride_wd, BM, BN, BK, TMA_X, TMA_W, WIDEN, PRECISION
+        )
         for part in tl.static_range(PARTS):
             v = v0 + part * H + tl.arange(0, H)
             z = column_part(acc, part, PARTS, BM, BN)

@@ -168,6 +168,31 @@ def multiply_add(a, b, acc, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def placed(pid, rows, columns, BM: tl.constexpr, SUPER: tl.constexpr):
+    """``(first row, column of the grid)`` of a program; row blocks of BM run fastest within a band of SUPER of them."""
+    band = pid // (SUPER * columns)
+    blocks = tl.minimum(tl.cdiv(rows, BM) - band * SUPER, SUPER)
+    within = pid - band * SUPER * columns
+    column = within // blocks
+    return (band * SUPER + within % blocks) * BM, column
+
+
+@triton.jit
+def head_tile(
+    x, w, r0, v0, rows, vocab, width, stride_xr, stride_wv, stride_wd,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA_X: tl.constexpr, TMA_W: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``x[r0 : r0 + BM] @ w[v0 : v0 + BN].T`` in fp32: a tile of what logits are made of."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(tl.cdiv(width, BK)):
+        a = load(x, r0, k * BK, rows, width, stride_xr, 1, BM, BK, TMA_X)
+        b = load(w, v0, k * BK, vocab, width, stride_wv, stride_wd, BN, BK, TMA_W)
+        acc = multiply_add(a, b.T, acc, WIDEN, PRECISION)
+    return acc
+
+
+@triton.jit
 def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
     """Left and right columns of a tile; moves nothing between threads."""
     return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
