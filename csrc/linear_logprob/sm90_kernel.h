@@ -92,8 +92,8 @@ __device__ __forceinline__ void release(const Shared& shared, int stage) {
   }
 }
 
-// sum = this consumer's rows of the X tile times W tile^T, over `steps` stages from `ring` on. `signal`: step `at_step` lets
-// the other consumer start.
+// sum = this consumer's rows of the X tile times W tile^T, over `steps` stages from `ring` on. `signal`: the step that lets the
+// other consumer start, or -1.
 template <int kCluster>
 __device__ __forceinline__ void multiply(float (&sum)[kLogits], const Shared& shared, Ring& ring, int steps, int consumer,
                                          int signal) {
