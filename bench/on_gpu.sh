@@ -2,8 +2,8 @@
 # On a machine with an NVIDIA GPU, in a checkout: proves and measures, in two calls of five minutes or so, or in one of ten.
 #
 #     bench/on_gpu.sh FOLDER tests      triton small sm90, at once, then sanitizer
-#     bench/on_gpu.sh FOLDER measure    tiles bench
-#     bench/on_gpu.sh FOLDER [triton|small|sm90|sanitizer|tiles|bench|alltiles]...    without stages: tests, then measure
+#     bench/on_gpu.sh FOLDER measure    around tiles bench
+#     bench/on_gpu.sh FOLDER [triton|small|sm90|sanitizer|around|tiles|bench|alltiles]...    without stages: tests, then measure
 #
 # Needs torch (a CUDA build, 2.11 or later), triton, pytest, hypothesis and rich there, and no network; uses pytest-xdist and
 # pytest-timeout where they are installed. Nothing is installed. An extension in srppo_kernels/ that imports and has CUDA kernels is
@@ -18,11 +18,11 @@ out=${1:?a folder for the results}
 shift
 stages=" ${*:-tests measure} "
 stages=${stages/ tests / triton small sm90 sanitizer }
-stages=${stages/ measure / tiles bench }
+stages=${stages/ measure / around tiles bench }
 for stage in $stages; do
     case $stage in
-        triton | small | sm90 | sanitizer | tiles | bench | alltiles) ;;
-        *) echo "unknown stage '$stage': tests, measure, triton, small, sm90, sanitizer, tiles, bench or alltiles" >&2 && exit 2 ;;
+        triton | small | sm90 | sanitizer | around | tiles | bench | alltiles) ;;
+        *) echo "unknown stage '$stage': tests, measure, triton, small, sm90, sanitizer, around, tiles, bench or alltiles" >&2 && exit 2 ;;
     esac
 done
 mkdir -p "$out"
@@ -92,6 +92,13 @@ for stage in $stages; do
                     tests/ppo_loss/test_losses_gpu.py -k "(ragged_sizes and 129-257) or kept_exponentials or test_value_loss" \
                     || failed=1
             fi
+            ;;
+        around) # on Hopper: exponentials around maxima, the default, and around the targets' logits
+            for target in 0 1; do
+                SRPPO_SM90_AROUND_TARGET=$target run "around$target" 60 python3 bench/run.py --device cuda --budget 40 \
+                    --op linear_logprob linear_ppo_loss linear_ppo_loss_frozen linear_logprob_grad --shape 8192xqwen3-8b \
+                    --provider srppo --no-plot --out "$out/around$target.csv" || failed=1
+            done
             ;;
         tiles) run tiles 60 python3 bench/tiles.py --quick || failed=1 ;;
         bench) # what is left of ten minutes, four at most, as its file is written at its end

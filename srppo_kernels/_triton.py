@@ -42,6 +42,7 @@ KERNEL_MODULES: tuple[str, ...] = (
     "srppo_kernels.linear_logprob.triton_dz",
     "srppo_kernels.linear_logprob.triton_passes",
     "srppo_kernels.linear_logprob.triton_products",
+    "srppo_kernels.linear_logprob.triton_reference",
     "srppo_kernels.linear_logprob.triton_scan",
     "srppo_kernels.log_ratio.triton_reward",
     "srppo_kernels.ppo_loss.triton_losses",

@@ -12,17 +12,17 @@
 
 namespace srppo::sm90 {
 
-template <bool kPlain, bool kKeep, int kCluster>
+template <bool kPlain, bool kKeep, bool kAroundReference, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     scan_gemm_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w,
                      const __grid_constant__ ScanParams p) {
   extern __shared__ std::uint8_t memory[];
-  scan_block<kPlain, kKeep, kCluster>(x, w, p, memory);
+  scan_block<kPlain, kKeep, kAroundReference, kCluster>(x, w, p, memory);
 }
 
-template <bool kPlain, bool kKeep, int kCluster>
+template <bool kPlain, bool kKeep, bool kAroundReference, int kCluster>
 void launch(const CUtensorMap& x, const CUtensorMap& w, const ScanParams& p, int blocks, cudaStream_t stream) {
-  const auto kernel = scan_gemm_kernel<kPlain, kKeep, kCluster>;
+  const auto kernel = scan_gemm_kernel<kPlain, kKeep, kAroundReference, kCluster>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -37,13 +37,13 @@ void launch(const CUtensorMap& x, const CUtensorMap& w, const ScanParams& p, int
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, x, w, p));
 }
 
-template <int kCluster>
+template <bool kAroundReference, int kCluster>
 void choose(const CUtensorMap& x, const CUtensorMap& w, const ScanParams& p, int blocks, cudaStream_t stream) {
   const bool plain = !p.bias && !p.inverse_temperatures && p.softcap == 0.0f;
-  if (plain && p.kept) launch<true, true, kCluster>(x, w, p, blocks, stream);
-  else if (plain) launch<true, false, kCluster>(x, w, p, blocks, stream);
-  else if (p.kept) launch<false, true, kCluster>(x, w, p, blocks, stream);
-  else launch<false, false, kCluster>(x, w, p, blocks, stream);
+  if (plain && p.kept) launch<true, true, kAroundReference, kCluster>(x, w, p, blocks, stream);
+  else if (plain) launch<true, false, kAroundReference, kCluster>(x, w, p, blocks, stream);
+  else if (p.kept) launch<false, true, kAroundReference, kCluster>(x, w, p, blocks, stream);
+  else launch<false, false, kAroundReference, kCluster>(x, w, p, blocks, stream);
 }
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -63,9 +63,10 @@ CUtensorMap boxes(const Tensor& matrix, int box_rows, const char* name) {
 // Fills state and target_logits of the first *count rows, and kept and kept_max if given. Where a row's target is in no group
 // (a shard of the vocabulary), its target_logits entry is left as it was.
 void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets,
-          const std::optional<Tensor>& inverse_temperatures, const Tensor& count, double scale, double softcap,
-          double inverse_temperature, std::int64_t group, std::int64_t cluster, const Tensor& state,
-          const Tensor& target_logits, const std::optional<Tensor>& kept, const std::optional<Tensor>& kept_max) {
+          const std::optional<Tensor>& inverse_temperatures, const std::optional<Tensor>& reference, const Tensor& count,
+          double scale, double softcap, double inverse_temperature, std::int64_t group, std::int64_t cluster,
+          const Tensor& state, const Tensor& target_logits, const std::optional<Tensor>& kept,
+          const std::optional<Tensor>& kept_max) {
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const std::int64_t n = x.size(0), vocab = weight.size(0);
@@ -81,11 +82,13 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
   p.bias = device_data<float>(bias, ScalarType::Float, vocab, "bias");
   p.targets = device_data<std::int64_t>(targets, ScalarType::Long, n, "targets");
   p.inverse_temperatures = device_data<float>(inverse_temperatures, ScalarType::Float, n, "inverse_temperatures");
+  const std::int64_t padded = (n + cluster * kRows - 1) / (cluster * kRows) * cluster * kRows;
+  p.reference = device_data<float>(reference, ScalarType::Float, padded, "reference");
   p.count = device_data<int>(count, ScalarType::Int, 1, "count");
   p.state = const_cast<float*>(device_data<float>(state, ScalarType::Float, 3 * groups * n, "state"));
   p.target_logits = const_cast<float*>(device_data<float>(target_logits, ScalarType::Float, n, "target_logits"));
   if (kept) {
-    const std::int64_t parts = (vocab + kPart - 1) / kPart;
+    const std::int64_t part = p.reference ? kColumns : kPart, parts = (vocab + part - 1) / part;
     STD_TORCH_CHECK(kept->is_cuda() && kept->scalar_type() == ScalarType::BFloat16 && kept->dim() == 2 &&
                         kept->size(0) >= n && kept->size(1) == vocab && vocab % 8 == 0 && kept->stride(1) == 1 &&
                         kept->stride(0) % 8 == 0 && reinterpret_cast<std::uintptr_t>(kept->const_data_ptr()) % 16 == 0,
@@ -114,8 +117,9 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
   const Schedule most{static_cast<int>((n + kRows - 1) / kRows), p.vocab, p.group, wide};
   const int clusters = attribute(cudaDevAttrMultiProcessorCount, device) / wide;
   const int blocks = wide * (clusters < most.units() ? clusters : most.units());
-  if (wide == 1) choose<1>(x_boxes, w_boxes, p, blocks, current_stream(x));
-  else choose<2>(x_boxes, w_boxes, p, blocks, current_stream(x));
+  const auto around_reference = wide == 1 ? choose<true, 1> : choose<true, 2>;
+  const auto around_maxima = wide == 1 ? choose<false, 1> : choose<false, 2>;
+  (p.reference ? around_reference : around_maxima)(x_boxes, w_boxes, p, blocks, current_stream(x));
 }
 
 }  // namespace srppo::sm90
@@ -123,8 +127,8 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
 STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
   m.def(
       "linear_logprob_scan_sm90(Tensor x, Tensor weight, Tensor? bias, Tensor targets, Tensor? inverse_temperatures, "
-      "Tensor count, float scale, float softcap, float inverse_temperature, int group, int cluster, Tensor(a!) state, "
-      "Tensor(b!) target_logits, Tensor(c!)? kept, Tensor(d!)? kept_max) -> ()");
+      "Tensor? reference, Tensor count, float scale, float softcap, float inverse_temperature, int group, int cluster, "
+      "Tensor(a!) state, Tensor(b!) target_logits, Tensor(c!)? kept, Tensor(d!)? kept_max) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(srppo_native, CUDA, m) { m.impl("linear_logprob_scan_sm90", TORCH_BOX(&srppo::sm90::scan)); }

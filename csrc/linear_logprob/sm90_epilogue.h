@@ -14,11 +14,12 @@ struct ScanParams {
   const float* bias;                  // [V], or null
   const std::int64_t* targets;        // [n]
   const float* inverse_temperatures;  // [n], or null
+  const float* reference;             // [n up to whole clusters]: what exponentials are around; null: the maximum so far
   const int* count;                   // live rows
   float* state;                       // [3, groups, n]
   float* target_logits;               // [n]
   __nv_bfloat16* kept;                // [n, V] exponentials
-  float* kept_max;                    // [n, parts]: the maximum that they are around
+  float* kept_max;                    // [n, parts; tiles with a reference]: what they are around
   std::int64_t stride_kept, stride_max;
   int n, width, vocab, group;
   float scale, softcap, inverse_softcap, inverse_temperature;  // softcap 0: none
@@ -127,21 +128,27 @@ struct alignas(16) Adjacent {
   std::uint32_t words[4];  // 8 exponentials
 };
 
-// Keeps a part's exponentials, the target's too, which was taken out of them: a quad exchanges its pairs of columns, so that
-// each of its threads stores 8 that are adjacent, and the quad a row's 64 bytes. The vocabulary is a multiple of 8. Called by
-// whole warps.
-__device__ __forceinline__ void keep(float (&e)[kThreadRows][kEntries], const ThreadRows& rows, int part, int thread, int v0,
-                                     const float (&peak)[kThreadRows], const ScanParams& p) {
-  const int first = v0 + part * kPart, q = thread % 4;
+// The target's exponential, where it was taken out of a part's.
+__device__ __forceinline__ void put_targets(float (&e)[kThreadRows][kEntries], const ThreadRows& rows, int first, int thread,
+                                            const float (&peak)[kThreadRows]) {
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot) {
+    if (!(peak[slot] > kLowest)) continue;
+    const float of_target = softmax::exp2_of((peak[slot] - rows.state[slot].m) * softmax::kLog2e);
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i)
+      e[slot][i] = first + column_of(thread, i) == rows.target[slot] ? of_target : e[slot][i];
+  }
+}
+
+// Keeps exponentials of columns `first` to `first` + kPart: a quad exchanges its pairs of columns, so that each of its threads
+// stores 8 that are adjacent, and the quad a row's 64 bytes. The vocabulary is a multiple of 8. Called by whole warps.
+__device__ __forceinline__ void keep(const float (&e)[kThreadRows][kEntries], const ThreadRows& rows, int first, int thread,
+                                     const ScanParams& p) {
+  const int q = thread % 4;
   std::uint32_t word[kThreadRows][4];
 #pragma unroll
   for (int slot = 0; slot < kThreadRows; ++slot) {
-    if (peak[slot] > kLowest) {
-      const float of_target = softmax::exp2_of((peak[slot] - rows.state[slot].m) * softmax::kLog2e);
-#pragma unroll
-      for (int i = 0; i < kEntries; ++i)
-        e[slot][i] = first + column_of(thread, i) == rows.target[slot] ? of_target : e[slot][i];
-    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const __nv_bfloat162 pair = __floats2bfloat162_rn(e[slot][2 * i], e[slot][2 * i + 1]);
@@ -155,7 +162,16 @@ __device__ __forceinline__ void keep(float (&e)[kThreadRows][kEntries], const Th
     const std::int64_t row = hopper::computed_once(rows.first + row_offset(slot));  // as above
     const Adjacent mine{{word[slot][0], word[slot][1], word[slot][2], word[slot][3]}};
     *reinterpret_cast<Adjacent*>(p.kept + row * p.stride_kept + first + 8 * q) = mine;
-    if (q == 0) p.kept_max[row * p.stride_max + first / kPart] = rows.state[slot].m;
+  }
+}
+
+// What the kept exponentials of a part, or of a tile, are around.
+__device__ __forceinline__ void keep_maxima(const ThreadRows& rows, int thread, int column, const ScanParams& p) {
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot) {
+    if (thread % 4 != 0 || !rows.is_live(slot)) continue;
+    const std::int64_t row = hopper::computed_once(rows.first + row_offset(slot));
+    p.kept_max[row * p.stride_max + column] = rows.state[slot].m;
   }
 }
 
@@ -199,9 +215,97 @@ __device__ __forceinline__ void absorb_tile(float (&acc)[kLogits], ThreadRows& r
         part_of(acc, slot, first + i, e[slot]);
         softmax::absorb(rows.state[slot], most[i][slot], e[slot]);
       }
-      if (kKeep) keep(e, rows, first + i, thread, v0, peak, p);
+      const int column = v0 + (first + i) * kPart;
+      if (kKeep) {
+        put_targets(e, rows, column, thread, peak);
+        keep(e, rows, column, thread, p);
+        if (column < p.vocab) keep_maxima(rows, thread, column / kPart, p);
+      }
     }
   }
+}
+
+// The same around a reference that was there before the first tile, which saves the maxima, their exchanges and a factor a
+// part. It may lie anywhere: a row whose sum of a tile passes kMost is taken once more, around its own maximum of that tile,
+// and stays there. The target's exponential is not kept: what takes its place is the caller's business.
+constexpr float kMost = 1099511627776.0f;  // 2^40: of larger exponents the product with log2 e has lost digits
+
+// Sums around the rows' m, and what is kept.
+template <bool kKeep>
+__device__ __forceinline__ void sum_tile(const float (&acc)[kLogits], const ThreadRows& rows, int thread, int v0,
+                                         float (&s)[kThreadRows], float (&t)[kThreadRows], const ScanParams& p) {
+  softmax::Sums sums[kThreadRows];
+#pragma unroll
+  for (int part = 0; part < kColumns / kPart; ++part) {
+    float e[kThreadRows][kEntries];
+#pragma unroll
+    for (int slot = 0; slot < kThreadRows; ++slot) {
+      part_of(acc, slot, part, e[slot]);
+      softmax::exponentials(sums[slot], rows.state[slot].m, e[slot]);
+    }
+    if (kKeep) keep(e, rows, v0 + part * kPart, thread, p);
+  }
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot) {
+    s[slot] = sums[slot].s[0] + sums[slot].s[1];
+    t[slot] = sums[slot].t[0] + sums[slot].t[1];
+  }
+}
+
+// Moves the rows of `beyond` (a bit a lane of the warp) to their maximum of a tile.
+__device__ __forceinline__ void raise(const float (&acc)[kLogits], ThreadRows& rows, int thread,
+                                      const unsigned (&beyond)[kThreadRows]) {
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot) {
+    float most = rows.state[slot].m;
+#pragma unroll
+    for (int i = 0; i < kRowLogits; ++i) most = fmaxf(most, acc[register_of(slot, i)]);
+#pragma unroll
+    for (int by = 1; by < 4; by *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, by));
+    const bool own = beyond[slot] >> thread % 32 / 4 * 4 & 0xfu;  // by any of the row's quad
+    softmax::add(rows.state[slot], own ? most : rows.state[slot].m, 0.0f, 0.0f);
+  }
+}
+
+// What keep() does, in pairs of columns and without exchanges: rare, and to need no registers beside it.
+__device__ __forceinline__ void keep_again(const float (&acc)[kLogits], const ThreadRows& rows, int thread, int v0,
+                                           const ScanParams& p) {
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot) {
+    const int row = hopper::computed_once(rows.first + row_offset(slot));
+    const float m = rows.state[slot].m;
+#pragma unroll
+    for (int i = 0; i < kRowLogits; i += 2) {
+      const float left = softmax::exp2_of((acc[register_of(slot, i)] - m) * softmax::kLog2e);
+      const float right = softmax::exp2_of((acc[register_of(slot, i + 1)] - m) * softmax::kLog2e);
+      const int column = v0 + column_of(thread, i);
+      if (row < rows.live && column < p.vocab)
+        *reinterpret_cast<__nv_bfloat162*>(p.kept + row * p.stride_kept + column) = __floats2bfloat162_rn(left, right);
+    }
+  }
+}
+
+template <bool kPlain, bool kKeep>
+__device__ __forceinline__ void absorb_around_reference(float (&acc)[kLogits], ThreadRows& rows, int thread, int v0,
+                                                        const ScanParams& p) {
+  float peak[kThreadRows], s[kThreadRows], t[kThreadRows];
+  to_logits<kPlain>(acc, rows, thread, v0, p);
+  take_targets(acc, rows, thread, v0, peak, p);
+  sum_tile<kKeep>(acc, rows, thread, v0, s, t, p);
+  unsigned beyond[kThreadRows];
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot) beyond[slot] = __ballot_sync(0xffffffffu, !(s[slot] <= kMost));  // or NaN
+  if (beyond[0] | beyond[1]) {
+    raise(acc, rows, thread, beyond);
+    sum_tile<false>(acc, rows, thread, v0, s, t, p);
+    if (kKeep) keep_again(acc, rows, thread, v0, p);
+  }
+#pragma unroll
+  for (int slot = 0; slot < kThreadRows; ++slot) {
+    rows.state[slot].s += s[slot];
+    rows.state[slot].t += t[slot];
+  }
+  if (kKeep) keep_maxima(rows, thread, v0 / kColumns, p);
 }
 
 }  // namespace srppo::sm90

@@ -94,13 +94,17 @@ __device__ __forceinline__ void release(const Shared& shared, int stage) {
 
 // sum = this consumer's rows of the X tile times W tile^T, over `steps` stages from `ring` on. `signal`: the step that lets the
 // other consumer start, or -1.
-template <int kCluster>
+template <bool kAroundReference, int kCluster>
 __device__ __forceinline__ void multiply(float (&sum)[kLogits], const Shared& shared, Ring& ring, int steps, int consumer,
                                          int signal) {
 #pragma unroll
   for (int i = 0; i < kLogits; ++i) sum[i] = 0.0f;
+  float acc[kLogits];
+  if (kAroundReference) {
+#pragma unroll
+    for (int i = 0; i < kLogits; ++i) acc[i] = 0.0f;
+  }
   for (int done = 0; done < steps; done += kBlockSteps) {
-    float acc[kLogits];
     const int until = steps - done < kBlockSteps ? steps : done + kBlockSteps;
     int before = -1;
     for (int step = done; step < until; ++step) {
@@ -127,7 +131,7 @@ __device__ __forceinline__ void multiply(float (&sum)[kLogits], const Shared& sh
   }
 }
 
-template <bool kPlain, bool kKeep, int kCluster>
+template <bool kPlain, bool kKeep, bool kAroundReference, int kCluster>
 __device__ void consume(const ScanParams& p, const Schedule& schedule, const Shared& shared, int rank, int live, int consumer) {
   const int thread = threadIdx.x % 128, steps = (p.width + kDepth - 1) / kDepth;
   Ring ring;
@@ -142,14 +146,17 @@ __device__ void consume(const ScanParams& p, const Schedule& schedule, const Sha
 #pragma unroll
     for (int slot = 0; slot < kThreadRows; ++slot) {
       rows.state[slot] = RowState{};
+      if (kAroundReference) rows.state[slot].m = p.reference[rows.first + row_offset(slot)];
       const std::int64_t target = rows.is_live(slot) ? p.targets[rows.first + row_offset(slot)] : -1;
       rows.target[slot] = target < p.vocab ? static_cast<int>(target) : -1;  // a shard may see another's targets
     }
     for (int tile = 0; tile < tiles; ++tile) {
       float z[kLogits];
-      multiply<kCluster>(z, shared, ring, steps, consumer, signal);
+      multiply<kAroundReference, kCluster>(z, shared, ring, steps, consumer, signal);
       signal = -1;
-      absorb_tile<kPlain, kKeep>(z, rows, thread, unit.group * p.group + tile * kColumns, p);
+      const int v0 = unit.group * p.group + tile * kColumns;
+      if (kAroundReference) absorb_around_reference<kPlain, kKeep>(z, rows, thread, v0, p);
+      else absorb_tile<kPlain, kKeep>(z, rows, thread, v0, p);
     }
     const std::int64_t plane = static_cast<std::int64_t>(schedule.groups()) * p.n;
 #pragma unroll
@@ -157,7 +164,7 @@ __device__ void consume(const ScanParams& p, const Schedule& schedule, const Sha
       RowState state = rows.state[slot];
       state.s = quad_sum(state.s);
       state.t = quad_sum(state.t);
-      state = softmax::finished(state);
+      if (!kAroundReference) state = softmax::finished(state);  // else s is 0 there, around what was given
       if (thread % 4 != 0 || !rows.is_live(slot)) continue;
       float* out = p.state + static_cast<std::int64_t>(unit.group) * p.n + rows.first + row_offset(slot);
       out[0] = state.m;
@@ -170,7 +177,7 @@ __device__ void consume(const ScanParams& p, const Schedule& schedule, const Sha
 // Block ------------------------------------------------------------------------------------------------------------------
 
 // What a thread of the kernel does; `memory` has room for kSharedBytes.
-template <bool kPlain, bool kKeep, int kCluster>
+template <bool kPlain, bool kKeep, bool kAroundReference, int kCluster>
 __device__ __forceinline__ void scan_block(const CUtensorMap& x, const CUtensorMap& w, const ScanParams& p, void* memory) {
   const std::uint32_t base =
       hopper::computed_once((hopper::shared_address(memory) + kAlignment - 1) / kAlignment * kAlignment);
@@ -197,7 +204,7 @@ __device__ __forceinline__ void scan_block(const CUtensorMap& x, const CUtensorM
     if (threadIdx.x == 0) produce<kCluster>(x, w, p, schedule, shared, rank);
   } else {
     hopper::grow_registers<kConsumerRegisters>();
-    consume<kPlain, kKeep, kCluster>(p, schedule, shared, rank, live, group - 1);
+    consume<kPlain, kKeep, kAroundReference, kCluster>(p, schedule, shared, rank, live, group - 1);
   }
   __syncwarp();
   if (kCluster > 1) hopper::cluster_sync();  // the other block may still arrive at barriers of this one

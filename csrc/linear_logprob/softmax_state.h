@@ -56,26 +56,42 @@ SRPPO_INLINE float largest(const float (&z)[kCount]) {
   return m;
 }
 
+// Sums of e^(z - m) and e^(z - m) (z - m), of even and of odd entries: half the latency, half the rounding.
+struct Sums {
+  float s[2] = {0.0f, 0.0f}, t[2] = {0.0f, 0.0f};
+};
+
+// Adds entries to sums around m. `z` becomes e^(z - m).
+template <int kCount>
+SRPPO_INLINE void exponentials(Sums& sums, float m, float (&z)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float shifted = z[i] - m;  // before the product with log2 e: m may be 1e4 and its product has lost the digits
+    z[i] = exp2_of(shifted * kLog2e);
+    sums.s[i % 2] += z[i];
+    sums.t[i % 2] = fmaf(z[i], shifted, sums.t[i % 2]);
+  }
+}
+
+// A state around a maximum that is not below its own, with s and t of further entries around that one added.
+SRPPO_INLINE void add(RowState& state, float m, float s, float t) {
+  // Bounded below: from m = kLowest it would be -2e38, whose product with s overflows, and inf * 0 is NaN.
+  const float fall = fmaxf(state.m - m, kVanished);
+  const float factor = exp2_of(fall * kLog2e);
+  state.t = fmaf(factor, fmaf(state.s, fall, state.t), t);
+  state.s = fmaf(factor, state.s, s);
+  state.m = m;
+}
+
 // Takes entries into a state. `m_part` is the largest of them and of all that other threads take of the same row at this
 // time, so that a row's threads have one m; each has its own s and t, and they add up to the row's. Entries that do not
 // count (the target, or beyond the vocabulary) come as kLowest. `z` becomes e^(z - m).
 template <int kCount>
 SRPPO_INLINE void absorb(RowState& state, float m_part, float (&z)[kCount]) {
   const float m = fmaxf(state.m, m_part);
-  // Bounded below: from m = kLowest it would be -2e38, whose product with s overflows, and inf * 0 is NaN.
-  const float fall = fmaxf(state.m - m, kVanished);
-  const float factor = exp2_of(fall * kLog2e);
-  float s[2] = {0.0f, 0.0f}, t[2] = {0.0f, 0.0f};  // even and odd: half the latency, half the rounding
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float shifted = z[i] - m;  // before the product with log2 e: m may be 1e4 and its product has lost the digits
-    z[i] = exp2_of(shifted * kLog2e);
-    s[i % 2] += z[i];
-    t[i % 2] = fmaf(z[i], shifted, t[i % 2]);
-  }
-  state.t = fmaf(factor, fmaf(state.s, fall, state.t), t[0] + t[1]);
-  state.s = fmaf(factor, state.s, s[0] + s[1]);
-  state.m = m;
+  Sums sums;
+  exponentials(sums, m, z);
+  add(state, m, sums.s[0] + sums.s[1], sums.t[0] + sums.t[1]);
 }
 
 // Where every entry was ruled out, m is kLowest and s counts them: nothing is what they add up to. A product, so that NaN,

@@ -129,7 +129,8 @@ def gradients(
         assert rows.live is not None  # compaction is left to the kernels
         nonzero = upstream.nonzero(rows) & rows.live
         scalars = RowScalars.of(rows, upstream, acc)
-        dhidden = _on_triton(hidden, head, targets, rows, nonzero, scalars, into, residual, consume, dz_bytes)
+        direct = upstream.h is None and upstream.dlse is None and not group
+        dhidden = _on_triton(hidden, head, targets, rows, nonzero, scalars, into, residual, consume, direct, dz_bytes)
         return replace(rows, live=nonzero), _sum_over_ranks(dhidden, acc, group)
     wanted, position = rows.keep(upstream.nonzero(rows))
     if position is not None:
@@ -155,12 +156,14 @@ def _on_triton(
     into: "Destination",
     residual: Residual | None,
     consume: bool,
+    direct: bool,  # dz is b p_j off the target and b (p_y - 1) at it, and this rank has the whole vocabulary
     dz_bytes: int = 0,
 ) -> Tensor | None:
     temperature, chain = _temperature_and_chain(rows, head, accumulation_dtype(hidden))
     return gpu.over_vocabulary(
-        hidden, head, targets, rows, wanted, scalars.scaled(chain), temperature, into, residual, consume, dz_bytes
-    )
+        hidden, head, targets, rows, wanted, scalars.scaled(chain), temperature, into, residual, consume, direct,
+        dz_bytes,
+    )  # fmt: skip
 
 
 def _temperature_and_chain(rows: Rows, head: Head, acc: torch.dtype) -> tuple[Tensor | None, Tensor | float]:
@@ -262,17 +265,19 @@ def context(
     outputs: RowOutputs,
     residual: Residual,
     backend: str = "torch",
+    group: str = "",
 ) -> Tensor:
-    """``A = sum_{j != y} p_j slope_j W_j``, chain included, ``[count, D]``: a frozen head's dhidden up to row scalars.
+    """``A = sum_j p_j slope_j W_j - slope_y W_y``, chain included, ``[count, D]``: minus a log-prob's dhidden.
 
-    Without the target's own term, because p_y W_y against W_y would cancel where p_y is near 1.
+    The target's two terms are one, ``p_y - 1``, formed without cancellation.
     """
-    one, zero = torch.ones_like(outputs.logprob), torch.zeros_like(outputs.logprob)
-    scalars = RowScalars(one, None, zero, outputs.row_max, outputs.log_sum)
+    scalars = RowScalars(
+        torch.ones_like(outputs.logprob), None, torch.expm1(outputs.logprob), outputs.row_max, outputs.log_sum
+    )
     into = Destination(True, None, None)
     if backend in gpu.FAMILY:
         assert rows.live is not None
-        result = _on_triton(hidden, head, targets, rows, rows.live, scalars, into, residual, True)
+        result = _on_triton(hidden, head, targets, rows, rows.live, scalars, into, residual, True, not group)
     else:
         result = over_groups(hidden, head, targets, rows, scalars, into, residual, None, True)
     assert result is not None
@@ -282,19 +287,18 @@ def context(
 def from_context(
     hidden: Tensor, head: Head, targets: Tensor, rows: Rows, upstream: Upstream, kept: Tensor, group: str
 ) -> tuple[Rows, Tensor]:
-    """``dhidden = dz_y slope_y chain W_y + b A`` from ``A`` of every row of the call: no GEMM at all."""
+    """``dhidden = b A + dlse slope_y chain W_y`` from ``A`` of every row of the call: no GEMM at all."""
     acc = accumulation_dtype(hidden)
     rows, _ = rows.keep(upstream.nonzero(rows))
     scalars = RowScalars.of(rows, upstream, acc)
     _, chain = _temperature_and_chain(rows, head, acc)
-    y = rows.take(targets).long()
     out = rows.block(kept, 0, rows.count, acc) * scalars.b[:, None]  # not in place: it may be the saved tensor itself
     vocab = head.weight.shape[0]
-    if vocab > 0:
-        column, inside = target_column(y, slice(0, vocab))
+    if upstream.dlse is not None and vocab > 0:
+        column, inside = target_column(rows.take(targets).long(), slice(0, vocab))
         column = column[:, 0]
         target_weight = head.weight[column].to(acc)
-        factor = torch.where(inside, scalars.at_target * chain, 0)
+        factor = torch.where(inside, rows.take(upstream.dlse).to(acc) * chain, 0)
         if head.softcap is not None:
             z = (rows.block(hidden, 0, rows.count, acc) * target_weight).sum(1)
             if head.bias is not None:

@@ -64,6 +64,11 @@ class Residual(NamedTuple):
     kept: Tensor  # [rows, V]: exp(z - maximum of its vocabulary group)
     group_max: Tensor  # [rows, groups], as many as maxima_of says
 
+    @property
+    def around_one(self) -> bool:
+        """Whether a row's exponentials are all around one number."""
+        return self.group_max.shape[1] == 1
+
 
 class RowOutputs(NamedTuple):
     """Per computed row, in the accumulation dtype."""
@@ -96,7 +101,9 @@ def kept_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def maxima_of(vocab: int, backend: str) -> int:
     """How many maxima a row of kept exponentials has."""
-    return gpu.maxima(vocab) if backend in gpu.FAMILY else -(-vocab // GROUP)
+    if backend in gpu.FAMILY:
+        return 1 if backend == "sm90" and sm90.AROUND_TARGET else gpu.maxima(vocab)
+    return -(-vocab // GROUP)
 
 
 def mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,9 @@
     triton_scan.py        GEMM 1 with the softmax's state in its epilogue
     triton_gradients.py   what follows it: dZ, then GEMMs 2 and 3
     triton_dz.py          dZ, from kept exponentials or from logits computed anew
+    triton_reference.py   what precedes and follows a scan around the targets' logits
     triton_products.py    GEMMs 2 and 3 over rows that only the device can count
-    triton_passes.py      gathering rows, scaling a gradient that is formed
+    triton_passes.py      listing and gathering rows, scaling a gradient that is formed
 
 Backend "sm90" is the same with GEMM 1 in CUDA C++ (sm90.py).
 
@@ -72,6 +73,7 @@ def over_vocabulary(
     into: "Destination",
     residual: "Residual | None",
     consume: bool,
+    direct: bool,
     dz_bytes: int,
 ) -> Tensor | None:
     """dhidden of ``rows``, and dweight and dbias into their destination; ``wanted`` (``[count]``) have a gradient."""
@@ -79,13 +81,13 @@ def over_vocabulary(
 
     return triton_gradients.over_vocabulary(
         hidden[rows.start : rows.stop], head, rows.take(targets).long(), wanted, scalars, temperature, into, residual,
-        rows.live, consume=consume, dense=rows.dense, dz_bytes=dz_bytes,
+        rows.live, consume=consume, direct=direct, dense=rows.dense, dz_bytes=dz_bytes,
     )  # fmt: skip
 
 
-def scan_bytes(rows: int, width: int, vocab: int, item: int, group: int = GROUP) -> int:
-    """Rows gathered, three numbers a row and group, and what lists the rows."""
-    return rows * (width * item + 12 * -(-vocab // group) + 48)
+def scan_bytes(rows: int, width: int, vocab: int, item: int, group: int = GROUP, tiles: int = 0) -> int:
+    """Rows gathered, three numbers a row and group, one a tile (where they have one), and what lists the rows."""
+    return rows * (width * item + 12 * -(-vocab // group) + 4 * tiles + 48)
 
 
 def chunk_entries(rows: int, vocab: int, item: int, dz_bytes: int, group: int = GROUP) -> int:
@@ -95,12 +97,12 @@ def chunk_entries(rows: int, vocab: int, item: int, dz_bytes: int, group: int = 
 
 
 def backward_bytes(
-    rows: int, width: int, vocab: int, item: int, kept_item: int, *, in_place: bool, dz_bytes: int = 0
+    rows: int, width: int, vocab: int, item: int, kept_item: int, *, in_place: bool, around_one: bool, dz_bytes: int = 0
 ) -> int:
-    """Beyond exponentials that are kept: rows gathered twice, scalars, and dZ and an fp32 dhidden where chunks add
-    up."""
+    """Beyond exponentials that are kept: rows gathered twice, scalars, and dZ and an fp32 dhidden where chunks add up,
+    or where a row's exponentials are around one number."""
     size = rows * (2 * width * item + 96)
     if in_place:
-        return size
+        return size + (4 * rows * width if around_one else 0)
     entries = chunk_entries(max(1, rows), vocab, kept_item, dz_bytes)
     return size + rows * (-(-entries // 8) * 8 * kept_item + (4 * width if entries < vocab else 0))

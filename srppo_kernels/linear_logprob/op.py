@@ -88,7 +88,7 @@ def _linear_logprob(
             for a in range(0, rows.count, chunk):
                 part = rows.part(a, a + chunk)
                 result = forward(x, head, y, part, entropy=False, backend=backend, residual=residual, group=group)
-                part.put(kept, grads.context(x, head, y, part, result, residual, backend))
+                part.put(kept, grads.context(x, head, y, part, result, residual, backend, group))
                 for whole, values in zip([*outputs, *norm], result, strict=True):
                     part.put(whole, values)
             spare.give_back(residual.kept)

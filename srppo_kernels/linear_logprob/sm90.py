@@ -10,6 +10,7 @@ float64 (README.md). tests/linear_logprob/test_linear_logprob_sm90.py proves it 
 anywhere, under an emulator.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 GROUP = 1536
 ROWS = 128  # of a block
 CLUSTER = 2  # blocks that share the loads of W
+TILE = 192  # columns of a tile
+# Whether exponentials are around the targets' logits and not around maxima (triton_reference.py): fewer instructions a
+# logit, and GEMMs 2 and 3 straight from what is kept. Shown right on the host, not yet run on a device, hence not the
+# default.
+AROUND_TARGET = os.environ.get("SRPPO_SM90_AROUND_TARGET", "") == "1"
 NOT_IN_ROWS = "TMA reads rows that are contiguous and start at multiples of 16 bytes, and the weight's do not"
 LARGEST = 2**31 - 8 * GROUP  # rows, and vocabulary entries, that the kernel counts in 32 bits
 
@@ -101,43 +107,58 @@ def scan(
     Where only the call shows that TMA cannot read the head (its address), Triton's scan runs, and one line says so.
     """
     from srppo_kernels.linear_logprob import triton_scan
-    from srppo_kernels.linear_logprob.triton_scan import MERGED_ROWS, merge_kernel
+    from srppo_kernels.linear_logprob.gpu import PART, maxima
+    from srppo_kernels.linear_logprob.triton_reference import references, settle
     from srppo_kernels.linear_logprob.triton_tiles import LOWEST, gather_rows, row_list
 
     assert rows.index is None and kept_rows is None, "on this backend rows are compacted on the device"
     reason = operand_obstacle(hidden, head.weight)
     if reason:
         _extension.warn_once(f"sm90:{reason}", f"srppo: running Triton's scan instead of the one for sm_90a: {reason}")
-        return triton_scan.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     n, vocab = rows.count, head.weight.shape[0]
-    hidden = hidden[rows.start : rows.stop]
-    out = hidden.new_zeros(4, n, dtype=torch.float32)
-    out[0] = LOWEST.value
-    if min(n, vocab) == 0:
-        return out
+    around_one = residual is not None and residual.around_one
+    if min(n, vocab) == 0 or (reason and not around_one):
+        return triton_scan.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     listed = row_list(rows.live if rows.live is not None else y.new_ones(n, dtype=torch.bool))
-    groups = -(-vocab // group)
-    state = out.new_empty(3, groups, n)
+    targets = y.index_select(0, listed.index)
+    if reason:  # the residual needs one number a row, and Triton's scan keeps maxima: all are brought to the largest
+        assert residual is not None
+        parts = residual._replace(group_max=residual.group_max.new_empty(n, maxima(vocab)))
+        out = triton_scan.scan(hidden, head, y, temperature, rows, entropy, parts, kept_rows)
+        below = out.new_full((n,), -torch.inf)
+        settle(residual, parts.group_max, PART, below, out, listed, targets, head, zero_all=rows.dense)
+        return out
+    x = gather_rows(hidden[rows.start : rows.stop], listed)
+    inverse = None if temperature is None else temperature.float().reciprocal().index_select(0, listed.index)
+    out = x.new_zeros(4, n, dtype=torch.float32)
+    out[0] = LOWEST.value
+    cluster = cluster or (CLUSTER if n > ROWS else 1)
+    state = out.new_empty(3, -(-vocab // group), n)
     target_logits = out.new_zeros(n)
+    reference, kept_max = None, None if residual is None else residual.group_max
+    if AROUND_TARGET:
+        whole = ROWS * cluster  # blocks of the last cluster read beyond the rows
+        reference = references(x, head, targets, inverse, listed, -(-n // whole) * whole)
+        kept_max = None if residual is None else out.new_empty(n, -(-vocab // TILE))
     torch.ops.srppo_native.linear_logprob_scan_sm90(
-        gather_rows(hidden, listed),
+        x,
         head.weight,
         None if head.bias is None else head.bias.float().contiguous(),
-        y.index_select(0, listed.index),
-        None if temperature is None else temperature.float().reciprocal().index_select(0, listed.index),
+        targets,
+        inverse,
+        reference,
         listed.count,
         head.logit_scale,
         0.0 if head.softcap is None else head.softcap,
         1 / head.temperature,
         group,
-        cluster or (CLUSTER if n > ROWS else 1),
+        cluster,
         state,
         target_logits,
         None if residual is None else residual.kept,
-        None if residual is None else residual.group_max,
+        kept_max,
     )
-    with _triton.on_device(hidden):
-        merge_kernel[(-(-n // MERGED_ROWS),)](
-            state, target_logits, listed.index, listed.count, out, n, groups, BM=MERGED_ROWS
-        )
+    triton_scan.merge(state, target_logits, listed, out)
+    if residual is not None and kept_max is not None and reference is not None:
+        settle(residual, kept_max, TILE, reference, out, listed, targets, head, zero_all=rows.dense)
     return out

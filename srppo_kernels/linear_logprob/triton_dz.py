@@ -7,7 +7,8 @@
 Rows with no gradient (masked, or clipped by PPO) are not there: both kernels write dZ by position in the list of rows
 that have one. In place that moves rows up over rows that were read before, where a program takes all rows of its
 columns in ascending order: position p holds what was at a position >= p. Where every kept row has a gradient none
-moves, and programs take blocks of rows instead, in the order in which they lie in memory.
+moves, and programs take blocks of rows instead, in the order in which they lie in memory; or nothing is done, where the
+products can read the exponentials themselves (triton_reference.py).
 """
 
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ def form_dz(
 @triton.jit
 def dz_kernel(
     kept,  # [rows, V of the chunk] exponentials
-    kept_max,  # [rows, maxima]
+    kept_max,  # [rows, maxima], or [rows] where AROUND_ONE
     source,  # [n] int64, position in `kept` of a position here, ascending
     y,  # [n] int64, local to the chunk
     scalars,  # [6, n] fp32: b, h, dz at the target, m, log S, 1 / temperature
@@ -97,6 +98,8 @@ def dz_kernel(
     ENTROPY: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ZERO_ALL: tl.constexpr,
+    AROUND_ONE: tl.constexpr,
+    ONLY_MOVE: tl.constexpr,
 ):
     pid = tl.program_id(0)
     live = tl.load(count)
@@ -108,15 +111,15 @@ def dz_kernel(
         if pid * (MAXIMA * PART) < entries:
             dz_rows(
                 kept, kept_max, source, y, scalars, dz, pid * MAXIMA, 0, end, live, n, entries, stride_kept, stride_max,
-                stride_dz, softcap, PART, MAXIMA, ROWS, ENTROPY, SOFTCAP, True,
+                stride_dz, softcap, PART, MAXIMA, ROWS, ENTROPY, SOFTCAP, AROUND_ONE, True,
             )  # fmt: skip
-    else:
+    elif not ONLY_MOVE:
         wide = tl.cdiv(entries, STILL_MAXIMA * PART)
         first = pid // wide * (STILL_ROWS * STILL_BLOCKS)
         dz_rows(
             kept, kept_max, source, y, scalars, dz, pid % wide * STILL_MAXIMA, first,
             tl.minimum(end, first + STILL_ROWS * STILL_BLOCKS), live, n, entries, stride_kept, stride_max, stride_dz,
-            softcap, PART, STILL_MAXIMA, STILL_ROWS, ENTROPY, SOFTCAP, False,
+            softcap, PART, STILL_MAXIMA, STILL_ROWS, ENTROPY, SOFTCAP, AROUND_ONE, False,
         )  # fmt: skip
 
 
@@ -143,6 +146,7 @@ def dz_rows(
     ROWS: tl.constexpr,
     ENTROPY: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    AROUND_ONE: tl.constexpr,
     MOVES: tl.constexpr,
 ):
     """dZ of rows ``first`` to ``end`` and MAXIMA parts, zero from ``live`` on."""
@@ -156,7 +160,7 @@ def dz_rows(
         row = tl.load(source + r, mask=here, other=0)
         e = tl.load(kept + row[:, None, None] * stride_kept + v[None, :, :], mask=inside, other=0.0).to(tl.float32)
         around = tl.load(
-            kept_max + row[:, None] * stride_max + part[None, :],
+            kept_max + row[:, None] * stride_max + (0 if AROUND_ONE else 1) * part[None, :],
             mask=here[:, None] & (part * PART < entries)[None, :], other=LOWEST,
         )  # fmt: skip
         at = scalars + r
@@ -287,16 +291,22 @@ def from_kept(
     dz: Tensor,
     head: "Head",
     switches: dict[str, bool],
+    *,
+    only_move: bool = False,
 ) -> None:
+    """``only_move``: rows that all stay where they are are left as they are."""
     n, entries = dz.shape
-    kept, kept_max = residual.kept[:, v], residual.group_max[:, v.start // PART :]
+    kept, kept_max = residual.kept[:, v], residual.group_max
+    if not residual.around_one:
+        kept_max = kept_max[:, v.start // PART :]
     still = -(-n // (DZ_STILL_ROWS * DZ_STILL_BLOCKS)) * -(-entries // (PART * DZ_STILL_MAXIMA))
     dz_kernel[(max(still, -(-entries // (PART * DZ_MAXIMA))),)](
         kept, kept_max, source, target, packed, rows.count, dz, n, entries,
         kept.stride(0), kept_max.stride(0), dz.stride(0), head.softcap or 1.0,
         PART=PART, MAXIMA=DZ_MAXIMA, ROWS=DZ_ROWS, STILL_MAXIMA=DZ_STILL_MAXIMA, STILL_ROWS=DZ_STILL_ROWS,
         STILL_BLOCKS=DZ_STILL_BLOCKS, STEP=STEP, IN_PLACE=dz.data_ptr() == kept.data_ptr(),
-        ENTROPY=switches["ENTROPY"], SOFTCAP=switches["SOFTCAP"], ZERO_ALL=switches["ZERO_ALL"], num_warps=8,
+        ENTROPY=switches["ENTROPY"], SOFTCAP=switches["SOFTCAP"], ZERO_ALL=switches["ZERO_ALL"],
+        AROUND_ONE=residual.around_one, ONLY_MOVE=only_move, num_warps=8,
     )  # fmt: skip
 
 
@@ -337,18 +347,8 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
     plain = {"ENTROPY": True, "BIAS": False, "SOFTCAP": False, "ROW_TEMPERATURE": False, "ZERO_ALL": False}
     every = dict.fromkeys(plain, True)
     for name, on in (("plain", {**plain, "ENTROPY": False}), ("entropy", plain), ("every option", every)):
-        yield _triton.CompileCase(
-            f"dz: {name}", dz_kernel,
-            {
-                "kept": "*bf16", "kept_max": "*fp32", "source": "*i64", "y": "*i64", "scalars": "*fp32",
-                "count": "*i32", "dz": "*bf16", "softcap": "fp32",
-                **dict.fromkeys(("n", "entries", "stride_kept", "stride_max", "stride_dz"), "i32"),
-            },
-            {"PART": PART, "MAXIMA": DZ_MAXIMA, "ROWS": DZ_ROWS, "STEP": STEP, "IN_PLACE": True,
-             "STILL_MAXIMA": DZ_STILL_MAXIMA, "STILL_ROWS": DZ_STILL_ROWS, "STILL_BLOCKS": DZ_STILL_BLOCKS,
-             **{key: on[key] for key in ("ENTROPY", "SOFTCAP", "ZERO_ALL")}},
-            num_warps=8, multiples_of_16=("entries", "stride_kept", "stride_dz"),
-        )  # fmt: skip
+        for around_one in (False, True):
+            yield _from_kept_case(f"{name}, around one number" if around_one else name, on, around_one)
         for arch, tile in (BUSY_SCAN_TILES if on is every else SCAN_TILES).items():
             if on is plain:
                 yield _from_logits_case("row temperature, bf16", arch, tile, "bf16", {**on, "ROW_TEMPERATURE": True})
@@ -359,6 +359,22 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
         "column sums", column_sums_kernel,
         {"dz": "*bf16", "count": "*i32", "out": "*fp32", "entries": "i32", "stride_dz": "i32"},
         {"ACCUMULATE": True, "ROWS": 32, "COLUMNS": 128}, multiples_of_16=("entries", "stride_dz"),
+    )  # fmt: skip
+
+
+def _from_kept_case(name: str, on: dict[str, bool], around_one: bool) -> _triton.CompileCase:
+    return _triton.CompileCase(
+        f"dz: {name}", dz_kernel,
+        {
+            "kept": "*bf16", "kept_max": "*fp32", "source": "*i64", "y": "*i64", "scalars": "*fp32",
+            "count": "*i32", "dz": "*bf16", "softcap": "fp32",
+            **dict.fromkeys(("n", "entries", "stride_kept", "stride_max", "stride_dz"), "i32"),
+        },
+        {"PART": PART, "MAXIMA": DZ_MAXIMA, "ROWS": DZ_ROWS, "STEP": STEP, "IN_PLACE": True,
+         "STILL_MAXIMA": DZ_STILL_MAXIMA, "STILL_ROWS": DZ_STILL_ROWS, "STILL_BLOCKS": DZ_STILL_BLOCKS,
+         "AROUND_ONE": around_one, "ONLY_MOVE": around_one and not (on["ENTROPY"] or on["SOFTCAP"]),
+         **{key: on[key] for key in ("ENTROPY", "SOFTCAP", "ZERO_ALL")}},
+        num_warps=8, multiples_of_16=("entries", "stride_kept", "stride_dz"),
     )  # fmt: skip
 
 

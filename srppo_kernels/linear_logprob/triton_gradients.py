@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from srppo_kernels import _triton
-from srppo_kernels.linear_logprob import triton_dz
-from srppo_kernels.linear_logprob.chunked import add_mm
+from srppo_kernels.linear_logprob import triton_dz, triton_passes
+from srppo_kernels.linear_logprob.chunked import add_mm, mm
 from srppo_kernels.linear_logprob.gpu import chunk_entries
 from srppo_kernels.linear_logprob.triton_products import columns_product, rows_product
 from srppo_kernels.linear_logprob.triton_scan import options
-from srppo_kernels.linear_logprob.triton_tiles import gather_rows, group_size, row_list
+from srppo_kernels.linear_logprob.triton_tiles import RowList, gather_rows, group_size, row_list
 
 if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.backward import Destination, RowScalars
     from srppo_kernels.linear_logprob.chunked import Head, Residual
 
+FEW = 16  # up to one row in so many with no gradient is multiplied: to leave it out takes dz, as long as that
 WIDE_PART = 16384  # entries of dweight that cuBLAS forms in fp32 before they are added
 
 
@@ -41,25 +42,27 @@ def over_vocabulary(
     kept: Tensor | None,  # [n] bool: the rows that the residual holds, in order
     *,
     consume: bool,
+    direct: bool,
     dense: bool,
     dz_bytes: int,
 ) -> Tensor | None:
     """Writes dweight and dbias and returns dhidden ``[n, D]``, in which rows that are not wanted hold anything.
 
-    ``dense``: most rows are wanted, so the products run over all of them, on cuBLAS.
+    ``direct``: dz is b p_j off the target and b (p_y - 1) at it. ``dense``: most rows are wanted, so the products run
+    over all of them, on cuBLAS.
     """
     n, vocab, device = hidden.shape[0], head.weight.shape[0], hidden.device
     if min(n, vocab) == 0:
         return _nothing(hidden, into)
+    if residual is not None and residual.around_one and direct and head.softcap is None and into.bias is None:
+        assert kept is not None
+        return _from_exponentials(
+            hidden, head, y, wanted, scalars, temperature, into, residual, kept, consume=consume, dense=dense
+        )
     dtype = dz_dtype(hidden.dtype, head.weight.dtype)
     rows = row_list(wanted)
     x = gather_rows(hidden, rows)
-    inverse = torch.ones_like(scalars.b) if temperature is None else temperature.reciprocal()
-    if temperature is None:
-        inverse = inverse / head.temperature
-    h = torch.zeros_like(scalars.b) if scalars.h is None else scalars.h
-    planes = [scalars.b, h, scalars.at_target, scalars.row_max, scalars.log_sum, inverse]
-    packed = torch.stack([plane.index_select(0, rows.index) for plane in planes])
+    packed = _packed(scalars, temperature, head, rows)
     target = y.index_select(0, rows.index)
     in_place = residual is not None and consume and residual.kept.dtype == dtype
     entries = vocab if in_place else chunk_entries(n, vocab, dtype.itemsize, dz_bytes, group_size(device))
@@ -99,6 +102,68 @@ def over_vocabulary(
         return None
     position = (wanted.cumsum(0) - 1).clamp_min_(0)
     return dhidden.index_select(0, position)
+
+
+def _packed(scalars: "RowScalars", temperature: Tensor | None, head: "Head", rows: RowList) -> Tensor:
+    """What dz's kernels read of a row, ``[6, n]`` by position."""
+    inverse = torch.ones_like(scalars.b) if temperature is None else temperature.reciprocal()
+    if temperature is None:
+        inverse = inverse / head.temperature
+    h = torch.zeros_like(scalars.b) if scalars.h is None else scalars.h
+    planes = [scalars.b, h, scalars.at_target, scalars.row_max, scalars.log_sum, inverse]
+    return torch.stack([plane.index_select(0, rows.index) for plane in planes])
+
+
+def _from_exponentials(
+    hidden: Tensor,
+    head: "Head",
+    y: Tensor,
+    wanted: Tensor,
+    scalars: "RowScalars",
+    temperature: Tensor | None,
+    into: "Destination",
+    residual: "Residual",
+    live: Tensor,
+    *,
+    consume: bool,
+    dense: bool,
+) -> Tensor | None:
+    """``dX = F (E W)`` and ``dW = E^T (F X)``, with a row's F and the E of triton_reference.py: no dz is formed.
+
+    Rows with no gradient have F = 0 and are multiplied all the same, except where E may be overwritten, products end at
+    the count, and such rows are more than one in FEW: then dz is formed over E, which moves the others up.
+    """
+    kept, columns = residual.kept[: hidden.shape[0]], into.weight
+    factor = torch.where(wanted, scalars.b * torch.exp(-scalars.log_sum), 0)
+    products_move = consume and not dense
+    listed = live
+    if products_move:
+        few = (live & ~wanted).sum() * FEW <= live.sum()
+        listed = torch.where(few, live, wanted)
+    rows = row_list(listed)
+    if products_move:
+        source = (live.cumsum(0) - 1).index_select(0, rows.index)
+        switches = {**options(head, False), "ZERO_ALL": False}
+        packed, target = _packed(scalars, temperature, head, rows), y.index_select(0, rows.index)
+        with _triton.on_device(hidden):
+            whole = slice(0, kept.shape[1])
+            triton_dz.from_kept(residual, source, target, packed, rows, whole, kept, head, switches, only_move=True)
+        last = source.index_select(0, (rows.count - 1).clamp_min(0))
+        factor = torch.where(last >= rows.count, wanted.to(factor.dtype), factor)  # they moved, and are dz
+    x = triton_passes.gather(hidden, rows.index, rows.count, factor=factor.index_select(0, rows.index))
+    products = _Products(rows.count, cublas=dense and _same_dtype(x, head.weight, kept.dtype))
+    if columns is not None:
+        products.columns(kept, x, columns, accumulate=into.accumulate_weight)
+    if not into.hidden:
+        return None
+    if products.cublas:
+        sums = mm(kept, head.weight, torch.float32)
+    else:
+        sums = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+        products.rows(kept, head.weight, sums, accumulate=False)
+    position = (listed.cumsum(0) - 1).clamp_min_(0)
+    everything = rows.count.new_full((1,), hidden.shape[0])
+    return triton_passes.gather(sums, position, everything, factor=factor, dtype=hidden.dtype)
 
 
 def _nothing(hidden: Tensor, into: "Destination") -> Tensor | None:

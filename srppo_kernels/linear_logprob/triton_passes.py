@@ -2,7 +2,7 @@
 """Small kernels beside the GEMMs.
 
     list_kernel     which rows are live, in order, and how many
-    gather_kernel   live rows, one after another, and zeros after them
+    gather_kernel   live rows, one after another, and zeros after them; on request times a factor a row
     scale_kernel    an upstream gradient times a gradient that was formed for 1; in place a factor of 1 ends it at once
 
 They read on the device what they depend on, so nothing waits.
@@ -97,6 +97,7 @@ def listed(live: Tensor) -> tuple[Tensor, Tensor]:
 def gather_kernel(
     matrix,
     index,  # [n] int64
+    factor,  # [n] fp32
     count,  # [1] int32
     out,  # [n, width]
     n,
@@ -105,24 +106,38 @@ def gather_kernel(
     stride_c,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.load(index + r, mask=r < n, other=0)
     at = matrix + row[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c
-    values = tl.load(at, mask=(r < tl.load(count))[:, None] & (c < width)[None, :], other=0.0)
+    here = r < tl.load(count)
+    if FACTOR:
+        by = tl.load(factor + r, mask=here, other=0.0)
+        here = here & (by != 0)  # 0 whatever the row holds
+        values = tl.load(at, mask=here[:, None] & (c < width)[None, :], other=0.0).to(tl.float32) * by[:, None]
+        values = values.to(out.dtype.element_ty)
+    else:
+        values = tl.load(at, mask=here[:, None] & (c < width)[None, :], other=0.0)
     tl.store(out + r.to(tl.int64)[:, None] * width + c[None, :], values, mask=(r < n)[:, None] & (c < width)[None, :])
 
 
-def gather(matrix: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    """``matrix[index]``, contiguous, with zeros from row ``count`` on, whatever is in the matrix."""
-    (n, width), (rows, columns) = matrix.shape, GATHERED
-    out = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+def gather(
+    matrix: Tensor, index: Tensor, count: Tensor, *, factor: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``matrix[index]``, contiguous, with zeros from row ``count`` on, whatever is in the matrix.
+
+    ``factor``: an fp32 number for each row of the result, in ``dtype``; a row times 0 is 0, be it NaN.
+    """
+    (width, n), (rows, columns) = (matrix.shape[1], index.shape[0]), GATHERED
+    out = torch.empty(n, width, dtype=dtype or matrix.dtype, device=matrix.device)
     if out.numel() > 0:
         with _triton.on_device(matrix):
             gather_kernel[(-(-n // rows), -(-width // columns))](
-                matrix, index, count, out, n, width, *matrix.stride(), ROWS=rows, COLUMNS=columns, num_warps=8
-            )
+                matrix, index, count if factor is None else factor, count, out, n, width, *matrix.stride(), ROWS=rows,
+                COLUMNS=columns, FACTOR=factor is not None, num_warps=8,
+            )  # fmt: skip
     return out
 
 
@@ -142,13 +157,18 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
             {"out": f"*{out}", "formed": f"*{formed}", "upstream": "*fp32", "elements": "i64"},
             {"BLOCK": SCALED, "IN_PLACE": in_place, "DOUBLE": False}, num_warps=8, multiples_of_16=("elements",),
         )  # fmt: skip
-    for name, kind in (("bf16", "bf16"), ("fp32", "fp32")):
+    for name, kind, out, factor in (
+        ("bf16", "bf16", "bf16", False),
+        ("fp32", "fp32", "fp32", False),
+        ("bf16, times a factor", "bf16", "bf16", True),
+        ("fp32 to bf16, times a factor", "fp32", "bf16", True),
+    ):
         yield _triton.CompileCase(
             f"gather: {name}", gather_kernel,
             {
-                "matrix": f"*{kind}", "index": "*i64", "count": "*i32", "out": f"*{kind}",
+                "matrix": f"*{kind}", "index": "*i64", "factor": "*fp32", "count": "*i32", "out": f"*{out}",
                 **dict.fromkeys(("n", "width", "stride_r"), "i32"),
             },
-            {"stride_c": 1, "ROWS": GATHERED[0], "COLUMNS": GATHERED[1]}, num_warps=8,
+            {"stride_c": 1, "ROWS": GATHERED[0], "COLUMNS": GATHERED[1], "FACTOR": factor}, num_warps=8,
             multiples_of_16=("width", "stride_r"),
         )  # fmt: skip

@@ -4,7 +4,7 @@
     scan_kernel     a program takes a row block and a vocabulary group: z by tiles, absorbed into (m, s, t) in
                     registers. The target's logit is stored by the one program that meets it; exponentials are kept
                     on request
-    merge_kernel    a row's groups, merged in vocabulary order
+    merge_kernel    a row's groups, merged
 
 Logits exist as fp32 accumulators only. Row blocks run fastest inside a band of SUPER: the programs that run at one time
 then share the band's rows and walk through the same few weight tiles, and both stay in L2.
@@ -27,6 +27,7 @@ from srppo_kernels.linear_logprob.triton_tiles import (
     LOWEST,
     SCAN_TILES,
     SUPER,
+    RowList,
     Tile,
     arithmetic,
     column_part,
@@ -44,7 +45,7 @@ from srppo_kernels.linear_logprob.triton_tiles import (
 if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.chunked import Head, Residual
 
-MERGED_ROWS = 128
+MERGED = (32, 32)  # rows and groups that a step of merge_kernel takes
 
 
 @triton.jit
@@ -181,31 +182,45 @@ def merge_kernel(
     n,
     groups,
     BM: tl.constexpr,
+    BG: tl.constexpr,
 ):
+    """Twice over the groups, BG at a time: the maximum of all first, so that no load waits for an exponential."""
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     here = r < tl.load(count)
+    n64 = tl.cast(n, tl.int64)  # a size of 1 is a constant here, which has no .to
+    plane = tl.cast(groups, tl.int64) * n64
     m = tl.full((BM,), LOWEST, tl.float32)
+    for g0 in range(0, groups, BG):
+        g = g0 + tl.arange(0, BG)
+        inside = (g < groups)[:, None] & here[None, :]
+        at = state + g.to(tl.int64)[:, None] * n64 + r[None, :]
+        m = tl.maximum(m, tl.max(tl.load(at, mask=inside, other=LOWEST), 0))
     s = tl.zeros((BM,), tl.float32)
     t = tl.zeros((BM,), tl.float32)
-    plane = tl.cast(groups, tl.int64) * n  # a size of 1 is a constant here, which has no .to
-    at = state + r
-    for _ in range(groups):
-        m_group = tl.load(at, mask=here, other=0.0)
-        s_group = tl.load(at + plane, mask=here, other=0.0)
-        t_group = tl.load(at + 2 * plane, mask=here, other=0.0)
-        m_new = tl.maximum(m, m_group)
-        a = tl.exp2((m - m_new) * LOG2E)
-        c = tl.exp2((m_group - m_new) * LOG2E)
-        t = a * (t + s * (m - m_new)) + c * (t_group + s_group * (m_group - m_new))
-        s = a * s + c * s_group
-        m = m_new
-        at += n
+    for g0 in range(0, groups, BG):
+        g = g0 + tl.arange(0, BG)
+        inside = (g < groups)[:, None] & here[None, :]
+        at = state + g.to(tl.int64)[:, None] * n64 + r[None, :]
+        fall = tl.load(at, mask=inside, other=LOWEST) - m[None, :]
+        s_group = tl.load(at + plane, mask=inside, other=0.0)
+        t_group = tl.load(at + 2 * plane, mask=inside, other=0.0)
+        c = tl.exp2(fall * LOG2E)
+        s += tl.sum(c * s_group, 0)
+        t += tl.sum(c * (t_group + s_group * fall), 0)
     row = tl.load(index + r, mask=here, other=0)
-    n = tl.cast(n, tl.int64)
     tl.store(out + row, m, mask=here)
-    tl.store(out + n + row, s, mask=here)
-    tl.store(out + 2 * n + row, t, mask=here)
-    tl.store(out + 3 * n + row, tl.load(target_logits + r, mask=here, other=0.0), mask=here)
+    tl.store(out + n64 + row, s, mask=here)
+    tl.store(out + 2 * n64 + row, t, mask=here)
+    tl.store(out + 3 * n64 + row, tl.load(target_logits + r, mask=here, other=0.0), mask=here)
+
+
+def merge(state: Tensor, target_logits: Tensor, rows: RowList, out: Tensor) -> None:
+    """``[3, groups, n]`` states by position, merged into ``(m, s, t, z_y)`` by row, ``[4, n]``; other rows stay."""
+    n, groups = state.shape[2], state.shape[1]
+    with _triton.on_device(state):
+        merge_kernel[(-(-n // MERGED[0]),)](
+            state, target_logits, rows.index, rows.count, out, n, groups, BM=MERGED[0], BG=MERGED[1]
+        )
 
 
 def scan(
@@ -259,9 +274,7 @@ def scan(
             **arithmetic(device, hidden.dtype, weight.dtype), **switches, KEEP=residual is not None,
             PAIRS=tile.pairs and residual is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        merge_kernel[(-(-n // MERGED_ROWS),)](
-            state, target_logits, listed.index, listed.count, out, n, groups, BM=MERGED_ROWS
-        )
+    merge(state, target_logits, listed, out)
     return out
 
 
@@ -326,10 +339,9 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
         "state": "*fp32", "target_logits": "*fp32", "index": "*i64", "count": "*i32", "out": "*fp32", "n": "i32",
         "groups": "i32",
     }  # fmt: skip
-    yield _triton.CompileCase("merge", merge_kernel, types, {"BM": MERGED_ROWS})
-    yield _triton.CompileCase(
-        "merge: one row, one group", merge_kernel, types, {"BM": MERGED_ROWS, "n": 1, "groups": 1}
-    )
+    blocks = dict(zip(("BM", "BG"), MERGED, strict=True))
+    yield _triton.CompileCase("merge", merge_kernel, types, blocks)
+    yield _triton.CompileCase("merge: one row, one group", merge_kernel, types, {**blocks, "n": 1, "groups": 1})
 
 
 def _case(

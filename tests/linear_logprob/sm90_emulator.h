@@ -152,6 +152,16 @@ T shuffle(T value, int lane) {
   return value;
 }
 
+unsigned ballot(bool value) {
+  Meeting& warp = current->block->warps[current->index / 32];
+  std::uint32_t(&values)[32] = warp.values[warp.generation & 1];
+  values[current->index % 32] = value;
+  meet(warp);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= values[lane] << lane;
+  return bits;
+}
+
 void land(const Load& load) {
   for (auto& block : blocks) {
     if (!(load.blocks >> block->rank & 1)) continue;
@@ -204,6 +214,7 @@ T __shfl_xor_sync(unsigned, T value, int by) {
   return emulator::shuffle(value, emulator::current->index % 32 ^ by);
 }
 inline int __shfl_sync(unsigned, int value, int lane) { return emulator::shuffle(value, lane); }
+inline unsigned __ballot_sync(unsigned, bool value) { return emulator::ballot(value); }
 inline void __syncwarp() { emulator::meet(emulator::current->block->warps[emulator::current->index / 32]); }
 inline void __syncthreads() { emulator::meet(emulator::current->block->all); }
 

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from srppo_kernels import _extension, explain, linear_logprob, linear_ppo_loss
 from srppo_kernels.linear_logprob import gpu, sm90
-from srppo_kernels.linear_logprob.chunked import Head, Residual
+from srppo_kernels.linear_logprob.chunked import Head, Residual, maxima_of
 from srppo_kernels.linear_logprob.rows import Rows
 
+STEP = 128  # triton_dz.STEP
 N, D, V = 700, 200, 5008  # ragged row blocks, steps of K, tiles and groups; more units than one cluster takes
 
 
-@pytest.fixture(scope="module")
-def hopper():
+@pytest.fixture(params=[False, True], ids=["maximum", "target"])
+def hopper(request, monkeypatch):
+    """A device for the kernel, and what its exponentials are around."""
+    monkeypatch.setattr(sm90, "AROUND_TARGET", request.param)
     x = torch.zeros(1, 8, device="cuda", dtype=torch.bfloat16)
     reason = sm90.obstacle(x, x)
     if reason:
@@ -51,12 +54,24 @@ class Call:
         if keep:
             n, v = len(p.targets), p.weight.shape[0]
             kept = p.hidden.new_full((n, v), float("nan"))
-            self.residual = Residual(kept, p.hidden.new_empty(n, gpu.maxima(v), dtype=torch.float32))
+            self.residual = Residual(kept, p.hidden.new_empty(n, maxima_of(v, "sm90"), dtype=torch.float32))
 
     def run(self, scan=sm90.scan, **how) -> Tensor:
         return scan(
             self.problem.hidden, self.head, self.y, self.temperature, self.rows, True, self.residual, None, **how
         )
+
+
+def check_kept(residual: Residual, z: Tensor, targets: Tensor, tolerance: float) -> None:
+    """Exponentials of logits ``z`` [rows, V], those of the first rows that were kept."""
+    live, v = z.shape
+    if not residual.around_one:
+        around = residual.group_max[:live].double().repeat_interleave(gpu.PART, 1)[:, :v]
+        exact = (z - around).exp()
+    else:  # minus the sum of the others in the target's place
+        exact = (z - residual.group_max[:live].double()).exp().scatter(1, targets[:, None], 0.0)
+        exact.scatter_(1, targets[:, None], -exact.sum(1, keepdim=True))
+    assert ((residual.kept[:live].double() - exact).abs() <= exact.abs() * tolerance + 1e-30).all()
 
 
 def on_device(p: Problem) -> Problem:
@@ -115,10 +130,9 @@ def test_kept_exponentials(hopper):
     call.run()
     live = int(call.live.sum())
     z = (call.problem.hidden.double() @ call.problem.weight.double().T)[call.live]
-    around = call.residual.group_max[:live].double().repeat_interleave(gpu.PART, 1)[:, :V]
-    exact = (z - around).exp()
-    assert ((call.residual.kept[:live].double() - exact).abs() <= exact / 128 + 1e-30).all()
-    assert call.residual.kept[live:].isnan().all()
+    check_kept(call.residual, z, call.problem.targets[call.live], 1 / 128)
+    end = -(-live // STEP) * STEP if sm90.AROUND_TARGET else live  # what a product's last step of K reads is zero
+    assert (call.residual.kept[live:end] == 0).all() and call.residual.kept[end:].isnan().all()
 
 
 @pytest.mark.gpu
@@ -142,8 +156,7 @@ def test_more_than_2_to_the_31_kept(hopper):
     last = slice(16900, 17000)
     z = p.hidden[last].double() @ p.weight.double().T
     assert (got[2][last] - z.logsumexp(1)).abs().max() < 1e-4
-    around = call.residual.group_max[last].double().repeat_interleave(gpu.PART, 1)
-    assert ((call.residual.kept[last].double() - (z - around).exp()).abs() < 1e-2).all()
+    check_kept(Residual(*(t[last] for t in call.residual)), z, p.targets[last], 1e-2)
 
 
 @pytest.mark.gpu

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from backends import compile_host, needs_triton, pointer
-from linear_logprob.head_problems import make, value_bound
+from linear_logprob.head_problems import make, relative, value_bound
 from linear_logprob.test_linear_logprob_sm90 import Call, outputs
 from torch import Tensor
 
+from srppo_kernels import linear_loss
 from srppo_kernels.linear_logprob import gpu, sm90
 
 CSRC = Path(__file__).parents[2] / "csrc" / "linear_logprob"
@@ -30,18 +31,25 @@ using namespace srppo::sm90;
 CUtensorMap x_map, w_map;
 ScanParams params;
 
-template <bool kPlain, bool kKeep, int kCluster>
-void block() { scan_block<kPlain, kKeep, kCluster>(x_map, w_map, params, nullptr); }
+template <bool kPlain, bool kKeep, bool kAroundReference, int kCluster>
+void block() { scan_block<kPlain, kKeep, kAroundReference, kCluster>(x_map, w_map, params, nullptr); }
+
+template <bool kAroundReference, int kCluster>
+int launch_around(int blocks, unsigned seed) {
+  const bool plain = !params.bias && !params.inverse_temperatures && params.softcap == 0.0f;
+  const auto kernel = plain ? (params.kept ? block<true, true, kAroundReference, kCluster>
+                                           : block<true, false, kAroundReference, kCluster>)
+                            : (params.kept ? block<false, true, kAroundReference, kCluster>
+                                           : block<false, false, kAroundReference, kCluster>);
+  return emulator::launch(kernel, blocks, kCluster, seed);
+}
 
 template <int kCluster>
-int launch(bool keep, int blocks, unsigned seed) {
+int launch(int blocks, unsigned seed) {
 #ifdef PLAIN_ONLY
-  return kCluster == 2 && !keep ? emulator::launch(block<true, false, 2>, blocks, 2, seed) : -1;
+  return kCluster == 2 && !params.kept ? emulator::launch(block<true, false, AROUND, 2>, blocks, 2, seed) : -1;
 #else
-  const bool plain = !params.bias && !params.inverse_temperatures && params.softcap == 0.0f;
-  const auto kernel = plain ? (keep ? block<true, true, kCluster> : block<true, false, kCluster>)
-                            : (keep ? block<false, true, kCluster> : block<false, false, kCluster>);
-  return emulator::launch(kernel, blocks, kCluster, seed);
+  return params.reference ? launch_around<true, kCluster>(blocks, seed) : launch_around<false, kCluster>(blocks, seed);
 #endif
 }
 
@@ -50,7 +58,7 @@ extern "C" int scan(const ScanParams* p, const std::uint16_t* x, const std::uint
   params = *p;
   x_map = {x, p->n, p->width, p->width, kRows};
   w_map = {w, p->vocab, p->width, p->width, kColumns / cluster};
-  return cluster == 1 ? launch<1>(p->kept, blocks, seed) : launch<2>(p->kept, blocks, seed);
+  return cluster == 1 ? launch<1>(blocks, seed) : launch<2>(blocks, seed);
 }
 """
 
@@ -60,7 +68,8 @@ class ScanParams(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "bias", "targets", "inverse_temperatures", "count", "state", "target_logits", "kept", "kept_max")),
+            "bias", "targets", "inverse_temperatures", "reference", "count", "state", "target_logits", "kept",
+            "kept_max")),
         *((name, ctypes.c_int64) for name in ("stride_kept", "stride_max")),
         *((name, ctypes.c_int) for name in ("n", "width", "vocab", "group")),
         *((name, ctypes.c_float) for name in ("scale", "softcap", "inverse_softcap", "inverse_temperature")),
@@ -71,7 +80,7 @@ class Scan:
     """A call of the kernel: inputs, then ``run`` fills the outputs."""
 
     def __init__(self, *, n=200, live=150, width=136, vocab=1208, group=384, scale=1.0, softcap=0.0, temperature=1.0,
-                 bias=False, row_temperature=False, keep=False):  # fmt: skip
+                 bias=False, row_temperature=False, keep=False, around=False):  # fmt: skip
         self.n, self.live, self.vocab, self.group = n, live, vocab, group
         self.scale, self.softcap, self.temperature, self.keep = scale, softcap, temperature, keep
         self.x = torch.randn(n, width).bfloat16()
@@ -79,15 +88,20 @@ class Scan:
         self.targets = torch.randint(0, vocab, (n,))
         self.bias = torch.randn(vocab) if bias else None
         self.inverse = 1 / (torch.rand(n) + 0.5) if row_temperature else None
+        self.reference = None
+        if around:  # the target's logit, or far from it: 300 below e^(z - m) is inf
+            z, y = self.logits(), self.targets[:live, None].clamp(0, vocab - 1)
+            self.reference = torch.zeros(-(-n // 256) * 256)
+            self.reference[:live] = z.gather(1, y)[:, 0] + torch.tensor([0.0, -40, -300, 15]).repeat(n)[:live]
 
     def run(self, host: ctypes.CDLL, *, cluster=2, blocks=2, seed=0) -> int:
         groups = -(-self.vocab // self.group)
         self.state = torch.full((3, groups, self.n), float("nan"))
         self.target_logits = torch.full((self.n,), float("nan"))
         self.kept = torch.full((self.n, self.vocab), float("nan"), dtype=torch.bfloat16)
-        self.kept_max = torch.full((self.n, -(-self.vocab // 32)), float("nan"))
+        self.kept_max = torch.full((self.n, -(-self.vocab // self.columns())), float("nan"))
         count = torch.tensor([self.live], dtype=torch.int32)
-        optional = {"bias": self.bias, "inverse_temperatures": self.inverse}
+        optional = {"bias": self.bias, "inverse_temperatures": self.inverse, "reference": self.reference}
         if self.keep:
             optional |= {"kept": self.kept, "kept_max": self.kept_max}
         tensors = {"targets": self.targets, "count": count, "state": self.state, "target_logits": self.target_logits}
@@ -99,6 +113,10 @@ class Scan:
             inverse_temperature=1 / self.temperature,
         )  # fmt: skip
         return host.scan(ctypes.byref(p), pointer(self.x), pointer(self.w), cluster, blocks, seed)
+
+    def columns(self) -> int:
+        """Entries that share what they are kept around."""
+        return 32 if self.reference is None else sm90.TILE
 
     def logits(self) -> Tensor:
         z = self.x[: self.live].double() @ self.w.double().T
@@ -115,7 +133,10 @@ class Scan:
         others = z.scatter(1, mine, -torch.inf) if bool((mine == y).all()) else z
         # One accumulator over 512 of K: its error goes with the root of the number of products.
         bound = 3e-6 + 4e-7 * float(z.abs().max()) * max(1, self.x.shape[1] / 128) ** 0.5
-        assert (m - z.amax(1)).abs().max() < bound
+        if self.reference is None:
+            assert (m - z.amax(1)).abs().max() < bound
+        else:  # raised where 28 above it would be passed, to a maximum that is met
+            assert ((m == self.reference[: self.live]) | (m > z.amax(1) - 28)).all() and (m <= z.amax(1) + 16).all()
         e = (others - m[:, None]).exp()
         assert (s / e.sum(1) - 1).abs().max() < 2 * bound
         want = (e * (others - m[:, None]).clamp(min=-1e4)).sum(1)
@@ -123,10 +144,11 @@ class Scan:
         assert (self.target_logits[: self.live] - z.gather(1, mine)[:, 0]).abs().max() < bound
         assert self.state[:, :, self.live :].isnan().all() and self.target_logits[self.live :].isnan().all()
         if self.keep:
-            around = self.kept_max[: self.live].double().repeat_interleave(32, 1)[:, : self.vocab]
-            exact = (z - around).exp()
+            around = self.kept_max[: self.live].double().repeat_interleave(self.columns(), 1)[:, : self.vocab]
+            exact = ((z if self.reference is None else others) - around).exp()
             assert ((self.kept[: self.live].double() - exact).abs() <= exact * 2**-8 + 1e-37).all()
-            assert (around <= m[:, None]).all() and (self.kept[: self.live].double() < 1.01).all()
+            largest = 1.01 if self.reference is None else 2.0**40
+            assert (around <= m[:, None]).all() and (self.kept[: self.live].double() < largest).all()
         assert not self.keep or self.kept[self.live :].isnan().all()
 
 
@@ -143,6 +165,7 @@ def host(tmp_path_factory):
     return compile_host(SOURCE.replace("KERNEL", "csrc/linear_logprob/sm90_kernel.h"), tmp_path_factory.mktemp("sm90"))
 
 
+@pytest.mark.parametrize("around", [False, True], ids=["maximum", "reference"])
 @pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize(
     "options",
@@ -154,8 +177,8 @@ def host(tmp_path_factory):
     ],
     ids=lambda o: "-".join(o) or "plain",
 )
-def test_the_kernel(host, options, cluster):
-    scan = Scan(**options)
+def test_the_kernel(host, options, cluster, around):
+    scan = Scan(**options, around=around)
     assert scan.run(host, cluster=cluster, blocks=2) == 0
     scan.check()
 
@@ -173,8 +196,8 @@ def test_the_kernel(host, options, cluster):
     ],
 )
 def test_shapes(host, shape, cluster, blocks):
-    scan = Scan(**shape)
     for seed in range(2):
+        scan = Scan(**shape, around=seed == 1)
         assert scan.run(host, cluster=cluster, blocks=blocks, seed=seed) == 0
         if scan.live:
             scan.check()
@@ -182,21 +205,25 @@ def test_shapes(host, shape, cluster, blocks):
             assert scan.state.isnan().all()
 
 
-def test_bits_of_a_row(host):
+@pytest.mark.parametrize("around", [False, True], ids=["maximum", "reference"])
+def test_bits_of_a_row(host, around):
     """They depend on neither its neighbours, nor its place, nor clusters and blocks, nor what is kept, nor the order in
     which things happen."""
-    whole, few = Scan(keep=True), Scan(n=9, live=9)
+    whole, few = Scan(keep=True, around=around), Scan(n=9, live=9, around=around)
     order = torch.randperm(whole.live)
     few.x, few.w, few.targets = whole.x[order[:9]], whole.w, whole.targets[order[:9]]
+    if around:
+        few.reference[:9] = whole.reference[order[:9]]
     assert whole.run(host, cluster=2, blocks=2, seed=1) == 0
     assert few.run(host, cluster=1, blocks=3, seed=2) == 0
     assert torch.equal(few.state, whole.state[:, :, order[:9]])
     assert torch.equal(few.target_logits, whole.target_logits[order[:9]])
 
 
-def test_targets_of_another_shard(host):
+@pytest.mark.parametrize("around", [False, True], ids=["maximum", "reference"])
+def test_targets_of_another_shard(host, around):
     """A target before or behind the vocabulary, even inside its last tile, is nobody's: its logit stays as it was."""
-    scan = Scan(vocab=1208, keep=True)
+    scan = Scan(vocab=1208, keep=True, around=around)
     scan.targets[:4] = torch.tensor([-3, 1208, 1279, 10**9])
     assert scan.run(host) == 0
     assert scan.target_logits[:4].isnan().all() and scan.target_logits[4 : scan.live].isfinite().all()
@@ -204,20 +231,32 @@ def test_targets_of_another_shard(host):
     assert (s / (scan.logits()[:4] - m[:, None]).exp().sum(1) - 1).abs().max() < 1e-5
 
 
-def test_entries_that_a_bias_rules_out(host):
+@pytest.mark.parametrize("around", [False, True], ids=["maximum", "reference"])
+def test_entries_that_a_bias_rules_out(host, around):
     """-inf on a whole group and on the first parts of another: neither NaN nor a trace of them."""
-    scan = Scan(bias=True, vocab=1210)
+    scan = Scan(bias=True, vocab=1210, around=around)
     scan.bias[:400] = scan.bias[700:] = -torch.inf
     scan.targets.clamp_(400, 699)
     assert scan.run(host) == 0
     state = scan.state[:, :, : scan.live]
-    assert state.isfinite().all() and (state[1:, 0] == 0).all() and (state[0, 0] == torch.tensor(LOWEST)).all()
+    assert state.isfinite().all() and (state[1:, 0] == 0).all()
+    assert (state[0, 0] == (scan.reference[: scan.live] if around else torch.tensor(LOWEST))).all()
     scan.check()
 
 
+def test_one_logit_raises_a_row(host):
+    """Whichever of the row's four threads holds it, and with what earlier tiles have added up."""
+    scan = Scan(bias=True, keep=True, around=True)
+    scan.bias[205] = 130  # the third thread's, in the group's second tile
+    scan.reference -= 20
+    assert scan.run(host) == 0
+    scan.check()
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["maximum", "reference"])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_a_nan_stays_in_its_row(host, softcap):
-    scan = Scan(softcap=softcap)
+def test_a_nan_stays_in_its_row(host, softcap, around):
+    scan = Scan(softcap=softcap, around=around)
     scan.x[3, 7] = torch.nan
     assert scan.run(host) == 0
     s = scan.state[1, :, : scan.live]
@@ -229,14 +268,15 @@ def emulated(host):
     """torch.ops.srppo_native.linear_logprob_scan_sm90 on CPU tensors, by the schema that sm90.cu defines."""
 
     def run(
-        x, w, bias, targets, inverse, count, scale, softcap, temperature, group, cluster, state, logits, kept, most
-    ):
+        x, w, bias, targets, inverse, reference, count, scale, softcap, temperature, group, cluster, state, logits,
+        kept, most,
+    ):  # fmt: skip
         def address(t: Tensor | None) -> int | None:
             assert t is None or t.stride(-1) == 1
             return None if t is None else t.data_ptr()
 
         p = ScanParams(
-            *map(address, (bias, targets, inverse, count, state, logits, kept, most)),
+            *map(address, (bias, targets, inverse, reference, count, state, logits, kept, most)),
             0 if kept is None else kept.stride(0), 0 if most is None else most.stride(0), *x.shape, w.shape[0], group,
             scale, softcap, 1 / softcap if softcap else 0.0, temperature,
         )  # fmt: skip
@@ -257,30 +297,67 @@ def emulated(host):
 
 
 @needs_triton
+@pytest.mark.parametrize("kind", ["random", "far"])
+def test_a_loss_around_targets(emulated, kind, monkeypatch):
+    """From references to gradients: the scan's own exponentials, settled, and multiplied as they are."""
+    monkeypatch.setattr(sm90, "AROUND_TARGET", True)
+    monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
+    p = make(n=40, d=24, v=704, dtype=torch.bfloat16, temperature=0.8)
+    if kind == "far":  # logits up to 100 above the target's: some rows are raised, in several tiles or from inf
+        with torch.no_grad():
+            p.hidden *= torch.linspace(1, 12, 40)[:, None]
+    from srppo_kernels.linear_logprob import triton_reference
+
+    raised = []
+    settle_kernel = triton_reference.settle
+
+    def settle(residual, around, *rest, **more):
+        raised.append(int((around.amax(1) > around[:, 0]).sum()))
+        settle_kernel(residual, around, *rest, **more)
+
+    monkeypatch.setattr(triton_reference, "settle", settle)
+    weights = torch.linspace(-1, 1, 40)
+    loss, _ = linear_loss(
+        p.hidden, p.weight, p.targets, lambda lp, h, w: ((lp * w).sum(), {}), weights, backend="sm90", **p.options
+    )
+    twin = p.double()
+    want = (twin.oracle()[0] * weights).sum()
+    assert (loss - want).abs() < 40 * value_bound(p)
+    exact = torch.autograd.grad(want, twin.inputs())
+    for got, right in zip(torch.autograd.grad(loss, p.inputs()), exact, strict=True):
+        assert relative(got, right) < 1.2e-2  # the interpreter truncates to bf16
+    assert len(raised) == 1 and (raised[0] > 2) == (kind == "far")
+
+
+@needs_triton
 @pytest.mark.parametrize(
     "options",
     [{}, {"bias": True, "softcap": 6.0, "logit_scale": 0.5}, {"row_temperature": True}],
     ids=lambda o: "-".join(o) or "plain",
 )
-def test_the_front(emulated, options):
+@pytest.mark.parametrize("around", [False, True], ids=["maximum", "target"])
+def test_the_front(emulated, options, around, monkeypatch):
     """Rows compacted, scanned, merged and put back, beside the Triton scan, and residuals that mean the same."""
     options = dict(options)
+    monkeypatch.setattr(sm90, "AROUND_TARGET", around)
     per_row = options.pop("row_temperature", False)
     p = make(n=40, d=24, v=704, dtype=torch.bfloat16, mask=torch.rand(40) > 0.3, **options)
     if per_row:
         p.options["temperature"] = torch.rand(40) + 0.5
     p.hidden.requires_grad_(False)
-    call, triton = Call(p, keep=True), Call(p, keep=True)
+    call, triton = Call(p, keep=not around), Call(p, keep=not around)
     got, other, want = outputs(call.run()), outputs(triton.run(gpu.scan)), p.double().oracle()
     for a, b, c in zip(got, other, want, strict=True):
         assert (a - c)[call.live].abs().max() < value_bound(p)
         assert (a - b)[call.live].abs().max() < 2 * value_bound(p)
-    whole = [
-        c.residual.kept[: int(c.live.sum())].double()
-        * c.residual.group_max.double().exp().repeat_interleave(gpu.PART, 1)[: int(c.live.sum()), : p.weight.shape[0]]
-        for c in (call, triton)
-    ]
-    assert torch.allclose(whole[0], whole[1], rtol=2**-6, atol=0)
+    if not around:
+        live = int(call.live.sum())
+        whole = [
+            c.residual.kept[:live].double()
+            * c.residual.group_max.double().exp().repeat_interleave(gpu.PART, 1)[:live, : p.weight.shape[0]]
+            for c in (call, triton)
+        ]
+        assert torch.allclose(whole[0], whole[1], rtol=2**-6, atol=0)
     assert torch.equal(Call(p).run(group=384, cluster=1)[3], call.run()[3])  # z_y has one way to be computed
     assert sm90.obstacle(p.hidden, p.weight).startswith("it is for CUDA devices")
 
@@ -306,7 +383,9 @@ def test_the_emulator_sees(mutant, tmp_path):
     assert source.count(before) == 1
     source = source.replace(before, after).replace('#include "sm90_', '#include "csrc/linear_logprob/sm90_')
     (tmp_path / "kernel.h").write_text(source)
-    broken = compile_host("#define PLAIN_ONLY\n" + SOURCE.replace("KERNEL", str(tmp_path / "kernel.h")), tmp_path)
+    broken = compile_host(
+        "#define PLAIN_ONLY\n#define AROUND false\n" + SOURCE.replace("KERNEL", str(tmp_path / "kernel.h")), tmp_path
+    )
     scan = Scan(n=256, live=256, width=584, vocab=1030)
     if scan.run(broken) == 0:
         with pytest.raises(AssertionError):

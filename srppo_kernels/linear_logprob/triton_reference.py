@@ -1,0 +1,200 @@
+# mypy: allow-untyped-defs
+"""What precedes and follows a scan whose exponentials are around the targets' logits; sm90.py has the scan.
+
+    reference_kernel  z_y of every row, before the scan: a number that all of a row's tiles share
+    settle_kernel     after it: rows that were raised on the way are brought to the one number that they ended with, and
+                      what the gradient has at the target takes the place of its exponential (but for a softcap's head)
+
+With E the kept exponentials around m, s their sum without the target, S that with it, and p_j = E_j / S:
+
+    dz_j = b p_j = (b / S) E_j            j is not the target
+    dz_y = b (p_y - 1) = (b / S) (-s)     as p_y - 1 = -s / S
+
+So with -s for E_y, dZ is E with its rows multiplied by b / S, and GEMMs 2 and 3 read E itself: dX = (b / S) (E W), and
+dW = E^T ((b / S) X). No dZ is formed or stored, and a cache of E serves any number of backwards. E is rounded to bf16
+around any m as well as around the maximum, for bf16 has the exponents of float32.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from srppo_kernels import _triton
+from srppo_kernels.linear_logprob.triton_dz import STEP
+from srppo_kernels.linear_logprob.triton_tiles import LOG2E, RowList, logits
+
+if TYPE_CHECKING:
+    from srppo_kernels.linear_logprob.chunked import Head, Residual
+
+REFERENCED = (4, 512)  # rows and hidden columns that a step of reference_kernel takes
+SETTLED = (8, 512)  # rows and vocabulary entries of a step of settle_kernel
+
+
+@triton.jit
+def reference_kernel(
+    x,  # [n, D] live rows, compacted
+    w,  # [V, D]
+    bias,  # [V] fp32
+    y,  # [n] int64
+    inverse_temperatures,  # [n] fp32
+    count,  # [1] int32
+    reference,  # [padded] fp32
+    padded,
+    width,
+    vocab,
+    stride_xr,
+    stride_wv,
+    stride_wd,
+    scale,
+    softcap,
+    inverse_temperature,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+):
+    """The target's logit; of another rank's target, the nearest entry's. 0 beyond the count, and for NaN and inf."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = r < tl.load(count)
+    target = tl.minimum(tl.maximum(tl.load(y + r, mask=here, other=0), 0), vocab - 1)
+    inverse = tl.load(inverse_temperatures + r, mask=here, other=1.0) if ROW_TEMPERATURE else inverse_temperature
+    acc = tl.zeros((ROWS, BK), tl.float32)
+    for k0 in range(0, width, BK):
+        k = k0 + tl.arange(0, BK)
+        inside = here[:, None] & (k < width)[None, :]
+        a = tl.load(x + r.to(tl.int64)[:, None] * stride_xr + k[None, :], mask=inside, other=0.0)
+        b = tl.load(w + target[:, None] * stride_wv + k.to(tl.int64)[None, :] * stride_wd, mask=inside, other=0.0)
+        acc += a.to(tl.float32) * b.to(tl.float32)
+    z = logits(tl.sum(acc, 1)[None, :], target, vocab, bias, scale, softcap, 1.0, BIAS, SOFTCAP, False)
+    z = tl.sum(z, 0) * inverse
+    tl.store(reference + r, tl.where(here & (tl.abs(z) < 1e30), z, 0.0), mask=r < padded)
+
+
+def references(
+    x: Tensor, head: "Head", y: Tensor, inverse_temperatures: Tensor | None, rows: RowList, padded: int
+) -> Tensor:
+    """The targets' logits by position, ``[padded]``."""
+    reference = x.new_empty(padded, dtype=y.new_empty(0).float().dtype)
+    bias = reference if head.bias is None else head.bias.float().contiguous()
+    with _triton.on_device(x):
+        reference_kernel[(-(-padded // REFERENCED[0]),)](
+            x, head.weight, bias, y, reference if inverse_temperatures is None else inverse_temperatures, rows.count,
+            reference, padded, x.shape[1], head.weight.shape[0], x.stride(0), *head.weight.stride(), head.logit_scale,
+            head.softcap or 0.0, 1 / head.temperature, ROWS=REFERENCED[0], BK=REFERENCED[1],
+            BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
+            ROW_TEMPERATURE=inverse_temperatures is not None,
+        )  # fmt: skip
+    return reference
+
+
+@triton.jit
+def settle_kernel(
+    kept,  # [n, V] exponentials by position
+    around,  # [n, tiles] fp32: what those of a tile are around
+    reference,  # [n] fp32: what all are around, unless the row was raised
+    merged,  # [4, n] m, s, t, z_y by row
+    index,  # [n] int64
+    count,  # [1] int32
+    y,  # [n] int64, by position
+    maximum,  # [n] fp32, by position: m
+    n,
+    vocab,
+    stride_kept,
+    stride_around,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    ZERO_ALL: tl.constexpr,
+    SLOPES: tl.constexpr,
+):
+    """Rows up to the next multiple of STEP, or all, are zero beyond the count, as is a row that holds no numbers.
+
+    SLOPES: of a head with a softcap, whose dz is formed and reads z_y, too, from what is kept.
+    """
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = tl.load(count)
+    end = n if ZERO_ALL else tl.minimum(n, tl.cdiv(live, STEP) * STEP)
+    here = r < live
+    row = tl.load(index + r, mask=here, other=0)
+    m = tl.load(merged + row, mask=here, other=0.0)
+    s = tl.load(merged + tl.cast(n, tl.int64) + row, mask=here, other=0.0)
+    tl.store(maximum + r, m, mask=here)
+    numbers = s < float("inf")  # which a NaN is not either
+    raised = here & numbers & (m > tl.load(reference + r, mask=here, other=0.0))
+    blank = (here & ~numbers) | ((r >= live) & (r < end))
+    at = kept + r.to(tl.int64)[:, None] * stride_kept
+    if tl.max((raised | blank).to(tl.int32), 0) > 0:
+        for v0 in range(0, vocab, COLUMNS):
+            v = v0 + tl.arange(0, COLUMNS)
+            inside = (v < vocab)[None, :]
+            e = tl.load(at + v[None, :], mask=raised[:, None] & inside, other=0.0).to(tl.float32)
+            was = tl.load(
+                around + r.to(tl.int64)[:, None] * stride_around + v[None, :] // TILE, mask=raised[:, None] & inside,
+                other=0.0,
+            )  # fmt: skip
+            e = e * tl.exp2((was - m[:, None]) * LOG2E)
+            e = tl.where(raised[:, None], e, 0.0)
+            tl.store(at + v[None, :], e.to(kept.dtype.element_ty), mask=(raised | blank)[:, None] & inside)
+        tl.debug_barrier()  # the target's entry may be another thread's
+    target = tl.load(y + r, mask=here, other=-1)
+    own = here & numbers & (target >= 0) & (target < vocab)
+    at_target = -s
+    if SLOPES:
+        z = tl.load(merged + 3 * tl.cast(n, tl.int64) + row, mask=own, other=0.0)
+        at_target = tl.exp2((z - m) * LOG2E)
+    tl.store(kept + r.to(tl.int64) * stride_kept + target, at_target.to(kept.dtype.element_ty), mask=own)
+
+
+def settle(
+    residual: "Residual",  # in: what a scan kept; out: E, and m for its one maximum
+    around: Tensor,
+    tile: int,
+    reference: Tensor,
+    merged: Tensor,
+    rows: RowList,
+    y: Tensor,
+    head: "Head",
+    *,
+    zero_all: bool,
+) -> None:
+    """Makes E of what was kept around ``around[position, column // tile]``; a row stays where that is ``reference``."""
+    (n, vocab), kept = (y.shape[0], residual.kept.shape[1]), residual.kept
+    with _triton.on_device(kept):
+        settle_kernel[(-(-n // SETTLED[0]),)](
+            kept, around, reference, merged, rows.index, rows.count, y, residual.group_max, n, vocab, kept.stride(0),
+            around.stride(0), TILE=tile, ROWS=SETTLED[0], COLUMNS=SETTLED[1], STEP=STEP, ZERO_ALL=zero_all,
+            SLOPES=head.softcap is not None, num_warps=8,
+        )  # fmt: skip
+
+
+def compile_cases() -> Iterator[_triton.CompileCase]:
+    """As the scan for sm_90a has them: bf16, and tiles of 192."""
+    plain = dict.fromkeys(("BIAS", "SOFTCAP", "ROW_TEMPERATURE"), False)
+    for name, on in (("plain", plain), ("every option", dict.fromkeys(plain, True))):
+        yield _triton.CompileCase(
+            f"reference: {name}", reference_kernel,
+            {
+                "x": "*bf16", "w": "*bf16", "bias": "*fp32", "y": "*i64", "inverse_temperatures": "*fp32",
+                "count": "*i32", "reference": "*fp32",
+                **dict.fromkeys(("padded", "width", "vocab", "stride_xr", "stride_wv"), "i32"),
+                **dict.fromkeys(("scale", "softcap", "inverse_temperature"), "fp32"),
+            },
+            {"stride_wd": 1, "ROWS": REFERENCED[0], "BK": REFERENCED[1], **on},
+            multiples_of_16=("width", "stride_xr", "stride_wv"),
+        )  # fmt: skip
+    yield _triton.CompileCase(
+        "settle", settle_kernel,
+        {
+            "kept": "*bf16", "around": "*fp32", "reference": "*fp32", "merged": "*fp32", "index": "*i64",
+            "count": "*i32", "y": "*i64", "maximum": "*fp32",
+            **dict.fromkeys(("n", "vocab", "stride_kept", "stride_around"), "i32"),
+        },
+        {"TILE": 192, "ROWS": SETTLED[0], "COLUMNS": SETTLED[1], "STEP": STEP, "ZERO_ALL": True,
+         "SLOPES": False}, num_warps=8,
+        multiples_of_16=("vocab", "stride_kept"),
+    )  # fmt: skip

@@ -1,0 +1,138 @@
+"""Exponentials around the targets' logits (triton_reference.py), as the scan for sm_90a keeps them on request: what is
+kept, and products straight from it, against float64.
+
+The scan is Triton's here, interpreted, and every row is settled from maxima of its own; test_sm90_host.py has the rest.
+"""
+
+import pytest
+import torch
+from backends import needs_triton
+from linear_logprob.head_problems import make, relative, value_bound
+from linear_logprob.test_linear_logprob_sm90 import Call
+
+from srppo_kernels import _extension, linear_loss
+from srppo_kernels.linear_logprob import sm90, triton_dz
+from srppo_kernels.linear_logprob.chunked import Residual
+
+pytestmark = needs_triton
+N, V = 40, 200
+
+
+@pytest.fixture(autouse=True)
+def around_target(monkeypatch):
+    monkeypatch.setattr(sm90, "AROUND_TARGET", True)
+    monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
+    monkeypatch.setattr(sm90, "operand_obstacle", lambda *_: "there is no device")
+    monkeypatch.setattr(_extension, "warn_once", lambda *_: None)
+
+
+@pytest.fixture
+def formed(monkeypatch):
+    """The dz that were formed: whether only where rows move."""
+    calls, from_kept = [], triton_dz.from_kept
+    monkeypatch.setattr(
+        triton_dz,
+        "from_kept",
+        lambda *a, only_move=False: (calls.append(only_move), from_kept(*a, only_move=only_move)),
+    )
+    return calls
+
+
+def some(masked: bool) -> dict[str, torch.Tensor]:
+    return {"mask": torch.arange(N) % 5 > 0} if masked else {}
+
+
+UPSTREAM = {
+    "all": torch.ones(N, dtype=torch.bool),
+    "all but one": torch.arange(N) != 7,
+    "every third": torch.arange(N) % 3 == 0,
+    "the first": torch.arange(N) < 20,
+    "none": torch.zeros(N, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "masked", "dtype"),
+    [
+        *((wanted, True, torch.float32) for wanted in UPSTREAM),
+        *((wanted, False, torch.float32) for wanted in ("all but one", "none")),
+        *(("all", masked, torch.bfloat16) for masked in (False, True)),
+    ],
+)
+def test_a_loss(wanted, masked, dtype, formed):
+    """Its gradients come in where UPSTREAM says; peaked rows and others."""
+    weights = torch.linspace(-1, 1, N).masked_fill(~UPSTREAM[wanted], 0)
+    for kind in ("random", "peaked"):
+        p = make(kind, n=N, d=24, v=V, dtype=dtype, temperature=0.7, **some(masked))
+        loss, _ = linear_loss(
+            p.hidden, p.weight, p.targets, lambda lp, h, w: ((lp * w).sum(), {}), weights, backend="sm90", **p.options
+        )
+        twin = p.double()
+        want = (twin.oracle()[0] * weights).sum()
+        assert (loss - want).abs() < N * value_bound(p)
+        exact = torch.autograd.grad(want, twin.inputs())
+        for got, right in zip(torch.autograd.grad(loss, p.inputs()), exact, strict=True):
+            # The interpreter truncates to bf16, here exponentials twice: half an ulp of 2^-8 a time, and they add up.
+            assert relative(got, right) < (2e-5 if dtype == torch.float32 else 1.2e-2)
+    # Over all rows products need no dz; where they end at a count, rows that move do.
+    assert formed == ([True] * 2 if masked else [])
+
+
+@pytest.mark.parametrize("plan", ["cache", "precompute", "recompute"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"bias": True}], ids=lambda o: "-".join(o) or "plain")
+def test_plans(plan, options):
+    """With the log-prob's gradient alone, with all three outputs', and again: a cache is not used up."""
+    frozen = plan == "precompute"
+    p = make(n=N, d=16, v=V, grad=(True, not frozen), logit_scale=0.8, **some(True), **options)
+    p.options["temperature"] = torch.rand(N) + 0.5
+    twin = p.double()
+    got = p.run(plan=plan, workspace_bytes=1 << 30, backend="sm90", entropy=not frozen, lse=True)
+    want = twin.oracle()
+    upstream = torch.linspace(-1, 1, N)
+    losses = [lambda lp, h, lse: (lp * upstream).sum(), lambda lp, h, lse: (lp * upstream + lse).sum()]
+    if not frozen:
+        losses.append(lambda lp, h, lse: (lp * upstream + h).sum())
+    for loss in (*losses, losses[0]):
+        exact = torch.autograd.grad(loss(*want), twin.inputs(), retain_graph=True)
+        for a, b in zip(torch.autograd.grad(loss(*got), p.inputs(), retain_graph=True), exact, strict=True):
+            assert relative(a, b) < 2e-5
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_is_kept(dense):
+    """E of a row: around one number, -s at the target, a row of zeros for NaN and beyond the count."""
+    p = make(n=N, d=16, v=V, grad=(False, False), **some(not dense))
+    p.hidden[12] = torch.nan
+    call = Call(p, keep=True)
+    kept = torch.full((N + 3, V), torch.nan)
+    call.residual = Residual(kept, torch.full((N + 3, 1), torch.nan))
+    call.rows = type(call.rows)(0, N, live=call.live, dense=dense)
+    m, s, _, _ = call.run()
+    order = call.live.nonzero()[:, 0]
+    fine = (order != 12).nonzero()[:, 0]
+    rows = order[fine]
+    assert torch.equal(call.residual.group_max[fine, 0], m[rows])
+    z = (p.hidden.double() @ p.weight.double().T)[rows]
+    exact = (z - m[rows, None]).exp()
+    exact.scatter_(1, p.targets[rows, None], -s[rows, None].double())
+    assert ((kept[fine] - exact).abs() <= 1e-5 * exact.abs()).all()
+    assert (kept[len(order) : N] == 0).all() and (kept[(order == 12).nonzero()[:, 0]] == 0).all()
+    assert kept[N:].isnan().all()
+
+
+def test_a_nan_without_a_gradient_reaches_nobody(formed):
+    """A row that no loss reads may hold one; where a loss reads it, it is seen."""
+    weights = torch.ones(N)
+    for reads in (0.0, 1.0):
+        p = make(n=N, d=16, v=V)
+        with torch.no_grad():
+            p.hidden[12] = torch.nan
+        weights[12] = reads
+
+        def loss_fn(lp, h, w):
+            return torch.where(w == 0, 0, lp * w).sum(), {}
+
+        loss, _ = linear_loss(p.hidden, p.weight, p.targets, loss_fn, weights, backend="sm90")
+        (dweight,) = torch.autograd.grad(loss, [p.weight])
+        assert bool(dweight.isfinite().all()) == (reads == 0)
+    assert not formed
