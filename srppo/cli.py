@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 from srppo.config import PipelineConfig, fields_and_types, read_yaml
 from srppo.errors import UserError
@@ -141,6 +141,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
+def entry() -> NoReturn:
+    """Runs the command of this process and ends it with the exit code."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    from srppo.distributed import leave
+
+    leave(code)
+
+
 def complain(text: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")  # of several processes, those after the first say who they are
     print(f"srppo: {text}" if rank == "0" else f"srppo: (process {rank}) {text}", file=sys.stderr)
@@ -159,4 +173,4 @@ def write_lines(rows: Sequence[Any], path: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

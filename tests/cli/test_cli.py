@@ -551,6 +551,31 @@ def test_a_real_write_failure_in_a_process_with_a_limit_on_file_size(tiny_models
     assert not (tmp_path / "out").exists() and leftovers(tmp_path) == []
 
 
+# -- the end of the process -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("ends", ["returns 3", "fails"])
+def test_one_of_several_processes_ends_in_order_and_without_a_shutdown_of_its_interpreter(processes, ends):
+    """During which a worker thread of gloo may still ask for the GIL; see ``srppo.distributed.leave``."""
+    code = (
+        "import atexit, srppo.cli as cli\n"
+        "class Global:\n"
+        "    def __del__(self): print('shut down')\n"
+        "kept = Global()\n"
+        "atexit.register(print, 'exit handler')\n"
+        f"cli.main = (lambda: 3) if {ends == 'returns 3'} else (lambda: 1 / 0)\n"
+        "cli.entry()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env={**environment(), "WORLD_SIZE": processes}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split("\n") == ["exit handler", *(["shut down"] if processes == "1" else []), ""]
+    assert done.returncode == (3 if ends == "returns 3" else 1)
+    assert ("ZeroDivisionError: division by zero" in done.stderr) == (ends == "fails")
+
+
 # -- the package ------------------------------------------------------------------------------------------------------
 
 
