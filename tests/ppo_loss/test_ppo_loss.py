@@ -6,8 +6,9 @@ from functools import cache
 import pytest
 import torch
 from backends import BACKENDS, MASKS, NATIVE, make_mask, poison, running, same_bits, threads
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from loss_rounding import absolute_errors
 from torch import Tensor
 
 from srppo_kernels.ppo_loss import PPOStats, ppo_loss, ppo_terms
@@ -71,6 +72,9 @@ def inputs(rows: int, steps: int, kind: str = "gaps", seed: int = 0, spread: flo
     coef=st.sampled_from([None, 0.0, 0.01]),
     seed=st.integers(0, 2**20),
 )
+# Terms that nearly cancel: d = 20 and -19.93 in approx_kl_k1, ratios of 296 and 285 in ratio_var.
+@example(3, 3, "right", "token_mean", 100.0, (0.2, 0.2), None, None, 4084)
+@example(1, 2, "full", "token_mean", 5.0, (0.2, 0.2), None, None, 525)
 def test_is_the_textbook(backend, rows, steps, kind, reduction, spread, clips, dual_clip, coef, seed):
     logprobs, old, advantages, mask, entropy = inputs(rows, steps, kind, seed, spread)
     low, high = clips
@@ -92,10 +96,12 @@ def test_is_the_textbook(backend, rows, steps, kind, reduction, spread, clips, d
         )  # fmt: skip
     gradients = torch.autograd.grad(loss, (lp, h), allow_unused=True, materialize_grads=True)
 
-    # A ratio within rounding of a clip bound may fall on either side of it.
-    d = (lp64 - old.double()).detach().clamp(-20, 20)
+    # A ratio within rounding of a clip bound may fall on either side of it, and so may a log-ratio of the clamp's.
+    raw = (lp64 - old.double()).detach()
+    d = raw.clamp(-20, 20)
     bounds = [1 - low, 1 + high, *([dual_clip] if dual_clip else [])]
     edge = mask & torch.stack([(d.exp() - bound).abs() < 1e-5 for bound in bounds]).any(0)
+    edge |= mask & ((raw.abs() - 20).abs() < 2e-6)
     size = (advantages.double().abs() * d.exp())[mask].max().clamp(min=1) if mask.any() else torch.tensor(1.0)
     weight = 1.0 if reduction == "sum" else 1.0 / max(int(mask.any(1).sum()), 1)
     scale = float(size) * weight
@@ -103,6 +109,7 @@ def test_is_the_textbook(backend, rows, steps, kind, reduction, spread, clips, d
     for got, want in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(got.double()[~edge], want[~edge], rtol=2e-6, atol=1e-6 * weight)
         assert (got[~mask] == 0).all()
+    rounding = absolute_errors(d[mask])
     for field, got in zip(PPOStats._fields, stats, strict=True):
         want = expected_stats[field]
         if want is None:
@@ -112,7 +119,8 @@ def test_is_the_textbook(backend, rows, steps, kind, reduction, spread, clips, d
         assert got.shape == ()
         assert not got.requires_grad
         slack = float(edge.sum()) / max(int(mask.sum()), 1) if field.startswith("clipfrac") else 0.0
-        torch.testing.assert_close(got.double(), want.detach().double(), rtol=3e-6, atol=1e-7 + slack)
+        atol = rounding.get(field, 1e-7) + slack
+        torch.testing.assert_close(got.double(), want.detach().double(), rtol=3e-6, atol=atol)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
