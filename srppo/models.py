@@ -192,7 +192,7 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
     device = choose_device()
     quantized = four_bit(args, device)
     if is_adapter_folder(path):
-        under = adapter_base(path, args)
+        under = args.base_model_name_or_path or adapter_base(path)
         if is_adapter_folder(under):
             raise UserError(
                 f"the base model {under} is an adapter: give the model that it stands on, or merge the two first"
@@ -247,13 +247,11 @@ def check_adapter(what: str, config: Any) -> None:
             )
 
 
-def adapter_base(adapter: str | Path, args: SRPPOConfig) -> str:
-    """The model that an adapter folder stands on: the one given as base, else the one its configuration names."""
-    if args.base_model_name_or_path:
-        return args.base_model_name_or_path
+def adapter_base(adapter: str | Path) -> str:
+    """The model that an adapter folder says it was made on."""
     from peft import PeftConfig
 
-    return PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    return str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from srppo import sharding
 from srppo.errors import UserError
 from srppo.models import (
     Head,
+    adapter_base,
     attach_adapter,
     check_adapter,
     check_same_vocabulary,
@@ -269,7 +271,12 @@ def laid_out_alike(base: Role, sft: Role) -> tuple[Role, Role]:
 
 
 def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tuple[Role, Role, Role]:
-    """Base, SFT and a model to evaluate; an adapter is loaded onto the base that is there."""
+    """Base, SFT and a model to evaluate; an adapter is loaded onto the base that is there, or onto a full SFT model
+    where PPO made it on that.
+
+    Raises:
+        UserError: base and SFT are a model each, and the adapter was made on neither.
+    """
     if not is_adapter_folder(path):
         model = load_model(path, args)
         check_same_vocabulary(base.causal_lm, model, args.base_model_name_or_path, path)
@@ -277,11 +284,27 @@ def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tupl
     elif is_peft(base.model):
         policy = Role("policy", attach_adapter(base.model, path, "policy"), "policy")
     else:
-        shared = attach_adapter(base.causal_lm, path, "policy")
-        base, policy = dataclasses.replace(base, model=shared), Role("policy", shared, "policy")
+        candidates = {args.sft_model_name_or_path: sft, args.base_model_name_or_path: base}
+        under = made_on(path, candidates)
+        shared = attach_adapter(under.causal_lm, path, "policy")
+        base, sft = (dataclasses.replace(role, model=shared) if role is under else role for role in (base, sft))
+        policy = Role("policy", shared, "policy")
     disable_dropout(policy.model)
     check_head(policy)
     return base, sft, dataclasses.replace(policy, layout=min(base.layout, layout_of(policy)))
+
+
+def made_on(adapter: str, models: Mapping[str | None, Role]) -> Role:
+    """That one of some full models, by their paths, which an adapter folder says it was made on: it fits onto each."""
+    named = adapter_base(adapter)
+    place = Path(named).resolve()
+    found = next((role for path, role in models.items() if path and Path(path).resolve() == place), None)
+    if found is None:
+        raise UserError(
+            f"the adapter in {adapter} was made on {named}, which is neither the base nor the SFT model given: if one "
+            "of them is that model, write its path to base_model_name_or_path in adapter_config.json"
+        )
+    return found
 
 
 def build_roles(

@@ -219,6 +219,20 @@ def test_eval_judges_sft_a_tuned_model_and_extrapolated_decoding(tiny_models, da
     assert evaluate(tiny_models, data, out, **adapter_on_full)[0]["metrics"]["eval/objective/kl"] != 0
 
 
+def test_eval_puts_an_adapter_of_ppo_on_the_full_sft_model_that_it_was_made_on(tiny_models, data, tmp_path, capfd):
+    out = tmp_path / "tuned"
+    options = {"sft_model_name_or_path": tiny_models.sft, "max_completion_length": 8}
+    assert main(["train", *train_flags(tiny_models, data, out, use_peft="true", **options)]) == 0
+    told = read_jsonl(out / "metrics.jsonl")[-1]
+    judged = evaluate(tiny_models, data, tmp_path / "eval.jsonl", model_name_or_path=out, **options)[0]["metrics"]
+    assert judged == pytest.approx({name: value for name, value in told.items() if name in judged}, abs=1e-5)
+    named = out / "adapter_config.json"
+    named.write_text(named.read_text().replace(tiny_models.sft, "somewhere/else"))
+    arguments = {"base_model_name_or_path": tiny_models.base, "dataset_name": data, "model_name_or_path": out}
+    assert main(["eval", *flags({**arguments, **options})]) == 2
+    assert "was made on somewhere/else, which is neither the base nor the SFT model given" in capfd.readouterr().err
+
+
 def test_eval_takes_the_train_split_of_a_single_file_and_says_so(tiny_models, tmp_path, capfd):
     source = write_jsonl(tmp_path / "data.jsonl", ROWS)
     assert len(evaluate(tiny_models, source, tmp_path / "out.jsonl")) == 1 + len(ROWS)
