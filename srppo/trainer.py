@@ -52,7 +52,8 @@ class SRPPOTrainer:
         eval_dataset: the same, for evaluation; rows with a completion also give the likelihood of held-out
             demonstrations.
         processing_class: the tokenizer; if absent, that of ``model``, else of ``base_model``.
-        peft_config: a ``LoraConfig`` for the policy in place of the ``lora_*`` settings, for a full SFT model.
+        peft_config: a ``LoraConfig`` for the policy in place of the ``lora_*`` settings, for a full SFT model and
+            ``use_peft``.
         callbacks: called after each iteration as ``callback(trainer, step, metrics)``; may raise ``StopIteration`` to
             end.
         reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.

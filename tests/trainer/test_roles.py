@@ -484,6 +484,11 @@ def test_peft_config_beside_an_sft_adapter_is_refused_as_it_would_be_ignored(tin
         build(tmp_path, tiny_models.base, tiny_models.adapter, LoraConfig(target_modules=["q_proj"]), use_peft=True)
 
 
+def test_peft_config_without_use_peft_is_refused_as_all_weights_would_be_trained(tiny_models, tmp_path):
+    with pytest.raises(UserError, match="peft_config is for adapters: set use_peft=true"):
+        build(tmp_path, tiny_models.base, tiny_models.sft, LoraConfig(target_modules=["q_proj"]))
+
+
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "runs/my/model", "~/model"])
 def test_a_folder_that_is_not_there_is_refused_without_asking_a_hub(tmp_path, monkeypatch, path):
     for loader in (AutoModelForCausalLM, AutoTokenizer):
