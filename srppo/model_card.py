@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from srppo import distributed
 from srppo.config import SRPPOConfig
 from srppo.models import is_peft
 from srppo.roles import Roles
@@ -16,7 +17,10 @@ SHOWN = ("objective/scores", "objective/scores_per_token", "objective/kl", "comp
 def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, Any]], *, sft: str) -> str:
     """Markdown with the front matter that model hubs read; ``sft`` names the SFT model."""
     base = getattr(roles.base.causal_lm.config, "_name_or_path", "") or "a model in memory"
-    kind = f"a LoRA adapter of rank {args.lora_r}" if is_peft(roles.policy.model) else "a fully fine-tuned model"
+    kind = "a fully fine-tuned model"
+    if is_peft(roles.policy.model):  # its rank is that of SFT's adapter or of peft_config, where there was one
+        config: Any = roles.policy.model.peft_config
+        kind = f"a LoRA adapter of rank {config[roles.policy.adapter].r}"
     front = [
         "---",
         "library_name: " + ("peft" if is_peft(roles.policy.model) else "transformers"),
@@ -37,7 +41,7 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
         f"- SFT model: `{sft}`",
         f"- data: `{args.dataset_name or 'given from Python'}`" + (f", prompts: `{prompts}`" if prompts else ""),
         f"- KL penalty: beta {args.kl_coef}{adapted(args, steps)} towards {args.kl_reference}",
-        f"- {len(steps)} iterations of {args.batch_size} prompts",
+        f"- {len(steps)} iterations of {args.batch_size * distributed.size()} prompts",
         "",
     ]
     if args.dataset_name and args.base_model_name_or_path:
@@ -47,7 +51,9 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
         lines += [f"srppo train --config {settings} --output_dir another-folder{afresh}", "```", ""]
     if steps:
         lines += ["| metric | first iteration | last iteration |", "|---|---|---|"]
-        lines += [f"| `{name}` | {steps[0][name]:.3f} | {steps[-1][name]:.3f} |" for name in SHOWN]
+        # what was not a number has no entry, as the KL of a policy that has become NaN
+        told = [{name: f"{entry[name]:.3f}" for name in SHOWN if name in entry} for entry in (steps[0], steps[-1])]
+        lines += [f"| `{name}` | " + " | ".join(entry.get(name, "-") for entry in told) + " |" for name in SHOWN]
         lines.append("")
         lines.append(
             "The reward rises in collapsed runs too: judge the model by its samples and by held-out demonstrations."

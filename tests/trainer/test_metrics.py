@@ -27,7 +27,7 @@ from tiny_runs import (
     with_plots,
 )
 
-from srppo import PipelineConfig, UserError, ppo, run_sft
+from srppo import PipelineConfig, UserError, distributed, ppo, run_sft
 from srppo.evaluation import EVAL_METRICS, answers_match, evaluate_policy
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
 from srppo.model_card import model_card
@@ -328,6 +328,22 @@ def test_model_card_of_a_resumed_run_tells_how_to_start_afresh(tiny_models, tmp_
     assert f"{again}\n" in model_card(run.args, run.roles, [], sft="sft")
     resumed = dataclasses.replace(run.args, resume_from_checkpoint="run/checkpoint-2")
     assert f"{again} --resume_from_checkpoint false\n" in model_card(resumed, run.roles, [], sft="sft")
+
+
+def test_model_card_tells_the_adapters_own_rank_and_the_batch_of_all_processes(tiny_models, tmp_path, monkeypatch):
+    run = trainer(tiny_models, tmp_path, kind="adapter")
+    assert run.args.lora_r == 16
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    card = model_card(run.args, run.roles, [], sft="sft")
+    assert "a LoRA adapter of rank 4," in card and "iterations of 8 prompts" in card
+
+
+def test_model_card_is_written_where_a_metric_was_no_number(tiny_models, tmp_path):
+    run = trainer(tiny_models, tmp_path)
+    first = {"objective/scores": 1.0, "objective/scores_per_token": 0.5, "objective/kl": 0.25}
+    last = {"objective/scores": 2.0, "completions/mean_length": 3.0}
+    card = model_card(run.args, run.roles, [first, last], sft="sft")
+    assert "| `objective/kl` | 0.250 | - |" in card and "| `completions/mean_length` | - | 3.000 |" in card
 
 
 def test_nothing_temporary_is_left(finished):
