@@ -142,14 +142,17 @@ def require_file(path: str | None, option: str = "output_file") -> None:
         require_writable(Path(path).resolve().parent, option)
 
 
-def require_fresh_output(path: Path, *, again: bool = False) -> None:
+def require_fresh_output(path: Path, *, again: bool = False, rollouts: str | Path | None = None) -> None:
     """Stops unless ``path`` is new or empty; what this run's own SFT stage wrote there may be there.
 
     Args:
         again: what a run that was killed before its first checkpoint leaves behind may be there too.
+        rollouts: the folder that such a run saves its rollouts to, which may lie in ``path``.
     """
     allowed = {"sft"}
     if again:
+        if rollouts is not None and Path(rollouts).resolve().is_relative_to(path.resolve()):
+            allowed |= {*Path(rollouts).resolve().relative_to(path.resolve()).parts[:1]}
         allowed |= {
             "srppo_config.yaml",
             "metrics.jsonl",
@@ -363,6 +366,18 @@ def sweep(output_dir: Path) -> None:
             ):
                 os.replace(aside, output_dir / aside.name)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_latest(output_dir: Path, rollouts: str | Path | None) -> None:
+    """Clears up in the folder of a run that goes on from its latest checkpoint; where it has none yet, stops unless the
+    run may begin there.
+
+    Args:
+        rollouts: see :func:`require_fresh_output`.
+    """
+    sweep(output_dir)
+    if not checkpoints(output_dir):
+        require_fresh_output(output_dir, again=True, rollouts=rollouts)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srppo import distributed
-from srppo.checkpoint import require_file, require_new_folder
+from srppo.checkpoint import require_file, require_latest, require_new_folder
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, as_examples, filler_token, load_rows, stop_tokens
@@ -100,6 +100,8 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
         distributed.on_main(
             lambda: require_new_folder(output)
         )  # with the SFT model that is there, a run goes on after its first stage
+    elif resume == "latest":
+        distributed.on_main(lambda: require_latest(output, args.save_rollouts))
     tokenizer = tokenizer_for(model, args.base_model_name_or_path, args)
     train_examples, held_out = load_data(args, tokenizer, console)
     if model is None:

@@ -374,10 +374,12 @@ class SRPPOTrainer:
 
     def find(self, wanted: str) -> Path | None:
         """The checkpoint to go on from, and the output folder made ready for what follows."""
-        checkpoint.sweep(self.output_dir)
+        if wanted == "latest":
+            checkpoint.require_latest(self.output_dir, self.save_rollouts)
+        else:
+            checkpoint.sweep(self.output_dir)
         found = checkpoint.find_checkpoint(wanted, self.output_dir, self.console.warn)
         if found is None:
-            checkpoint.require_fresh_output(self.output_dir, again=True)
             return None
         folder = found[0]
         if folder.resolve().parent != self.output_dir.resolve():

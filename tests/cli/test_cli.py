@@ -303,17 +303,21 @@ def test_bad_data_is_refused_with_its_place_before_anything_is_written(tiny_mode
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "sft"])
-def test_an_output_folder_that_is_not_empty_is_refused_and_untouched(tiny_models, data, tmp_path, capfd, command):
+@pytest.mark.parametrize(
+    ("command", "settings"), [("train", {}), ("train", {"resume_from_checkpoint": "latest"}), ("sft", {})]
+)
+def test_an_output_folder_that_is_not_empty_is_refused_and_untouched(
+    tiny_models, data, tmp_path, capfd, command, settings
+):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "metrics.jsonl").write_text("precious")
-    arguments = train_flags(tiny_models, data, out)
+    (out / "thesis.txt").write_text("precious")
+    arguments = train_flags(tiny_models, data, out, **settings)
     if command == "sft":
         arguments = flags({"base_model_name_or_path": tiny_models.base, "dataset_name": data, "output_dir": out})
     assert main([command, *arguments]) == 2
     assert "exists and is not empty: choose a new folder" in capfd.readouterr().err
-    assert tree(out) == {"metrics.jsonl": b"precious"}
+    assert tree(out) == {"thesis.txt": b"precious"}
 
 
 def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_loaded(tiny_models, data, tmp_path, capfd):

@@ -208,6 +208,17 @@ def test_latest_does_not_start_in_a_folder_with_other_things(tiny_models, tmp_pa
         trainer(tiny_models, tmp_path, resume_from_checkpoint="latest").train()
 
 
+@pytest.mark.parametrize("place", ["rollouts", "kept/rollouts"])
+def test_latest_starts_again_beside_the_rollouts_of_the_run_that_was_interrupted(tiny_models, tmp_path, place):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    options = {"resume_from_checkpoint": "latest", "save_rollouts": tmp_path / "run" / place}
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tiny_models, tmp_path, callbacks=[interrupt], **options).train()
+    assert trainer(tiny_models, tmp_path, **options).train()["step"] == 2
+
+
 class Payload:
     """Unpickling it would make a folder."""
 
