@@ -191,6 +191,8 @@ class SRPPOConfig:
         check_trackers(self.report_to)
         if self.kl_target is not None and self.kl_coef == 0:
             raise UserError("kl_target adapts beta from kl_coef on, so kl_coef must be above 0")
+        if self.value_model == "adapter" and not self.use_peft:
+            raise UserError("value_model=adapter needs use_peft=true; with full fine-tuning the critic is separate")
         if self.reward_normalization == "running" and self.reward_placement == "token":
             raise UserError(
                 "reward_normalization=running is for reward_placement=eos: it tracks the scores of sequences"

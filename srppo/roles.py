@@ -320,8 +320,6 @@ def build_roles(
     ==================  ============================================  ==================================
     """
     value_model = {"auto": "adapter" if args.use_peft else "separate"}.get(args.value_model, args.value_model)
-    if value_model == "adapter" and not args.use_peft:
-        raise UserError("value_model=adapter needs use_peft=true; with full fine-tuning the critic is separate")
     if peft_config is not None and not args.use_peft:
         raise UserError("peft_config is for adapters: set use_peft=true, or leave it out to train all weights")
     base_role, sft_role = frozen_roles(args, base, sft, share=args.use_peft)

@@ -412,6 +412,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_is_named(key, hint):
         ({"output_dir": 3}, "output_dir must be text; got 3"),
         ({"report_to": ["mlflow"]}, r"report_to knows tensorboard, wandb, trackio, none; got \['mlflow'\]"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_coef must be above 0"),
+        ({"value_model": "adapter"}, "value_model=adapter needs use_peft=true"),
         ({"reward_normalization": "running", "reward_placement": "token"}, "running is for reward_placement=eos"),
     ],
 )
