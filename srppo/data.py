@@ -216,6 +216,11 @@ def prepare(
     examples = []
     for number, item in enumerate(rows):
         where, row = item if isinstance(item, tuple) else (f"row {number}", item)
+        if not isinstance(row, Mapping):  # of a path, or a DatasetDict, the rows would be letters or names of splits
+            raise UserError(
+                f"{where} is a {type(row).__name__}: a row must be a mapping, such as {{'prompt': ...}}; "
+                "srppo.data.load_rows reads those of a file"
+            )
         prompt_ids, completion_ids = tokenize_row(where, row, tokenizer, stop_token_ids)
         if not prompt_ids:
             raise UserError(f"{where}: the prompt has no tokens; give it at least one character, or drop the row")

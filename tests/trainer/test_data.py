@@ -203,6 +203,12 @@ def test_a_bad_row_is_refused_with_its_place(row, message):
     assert str(caught.value).startswith("data.jsonl, line 8:")
 
 
+@pytest.mark.parametrize("rows", ["data.jsonl", ["a", "b"], {"train": [{"prompt": "a"}]}])
+def test_what_holds_no_rows_is_refused_as_such_and_not_by_its_letters(rows):
+    with pytest.raises(UserError, match=r"^row 0 is a str: a row must be a mapping, .* reads those of a file"):
+        tokenised(rows)
+
+
 def test_rows_without_a_place_are_counted():
     with pytest.raises(UserError, match=r"^row 1: the prompt has no tokens"):
         tokenised([{"prompt": "a"}, {"prompt": ""}])
