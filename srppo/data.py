@@ -146,6 +146,14 @@ def rows_from_jsonl(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dic
             raise UserError(
                 f'{where} holds a {type(row).__name__}: every line must be one object, such as {{"prompt": ...}}'
             )
+        if "\\ud" in line.lower():  # JSON can hold half of an emoji, and no tokenizer takes it
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise UserError(
+                    f"{where} has {half!r}, half of a character, as of text that was cut: repair it, or drop the row"
+                ) from None
         yield where, row
 
 

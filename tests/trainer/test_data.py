@@ -122,6 +122,7 @@ def bad_file(folder: Path, name: str, content: str | bytes) -> str:
         ("a.jsonl", '{"prompt": "a"}\n\n"text"\n', r"a\.jsonl, line 3 holds a str: every line must be one object"),
         ("a.json", '[{"prompt": "a"}]', r"a\.json, line 1 holds a list: every line must be one object"),
         ("a.json", '[\n {"prompt": "a"}\n]', r"a\.json, line 1 is not valid JSON: .* and not all of them in one list"),
+        ("a.jsonl", '{"prompt": "\\uD83D"}\n', r"a\.jsonl, line 1 has '\\ud83d', half of a character"),
         ("a.jsonl", b'{"prompt": "\xff\xfe"}\n', r"a\.jsonl is not UTF-8 text"),
         ("a.csv", b"prompt\n\xff\xfe\n", r"a\.csv is not UTF-8 text"),
         ("a.csv", "prompt,completion\na,b\nc\n", r"a\.csv, line 3 has a different number of fields than the header"),
@@ -134,6 +135,10 @@ def bad_file(folder: Path, name: str, content: str | bytes) -> str:
 def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         load_rows(bad_file(tmp_path, name, content), "train")
+
+
+def test_a_character_that_is_escaped_in_both_halves_is_read(tmp_path):
+    assert load_rows(bad_file(tmp_path, "a.jsonl", '{"prompt": "\\ud83d\\ude00"}\n'), "train")[0][1] == {"prompt": "😀"}
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.csv", "prompt,completion\na,b\n"), ("a.jsonl", '{"prompt": "a"}\n')])
