@@ -142,13 +142,17 @@ def completion_rows(
     *,
     skip_special_tokens: bool,
 ) -> list[dict[str, Any]]:
-    """A row per completion for people to read, with its score ``[B]`` and KL ``[B]``; the texts are for show only."""
+    """A row per completion for people to read, with its score ``[B]`` and KL ``[B]``; the texts are for show only.
+
+    Without special tokens a completion is without its stop token too, which ``stop_token_ids`` may make of any token.
+    """
     rows = []
     for row, example in enumerate(examples):
         ids = rollout.completions[row][rollout.completion_mask[row]].tolist()
+        text_ids = ids[:-1] if skip_special_tokens and not rollout.truncated[row] else ids
         rows.append({
             "prompt": tokenizer.decode(example.prompt_ids),
-            "completion": tokenizer.decode(ids, skip_special_tokens=skip_special_tokens),
+            "completion": tokenizer.decode(text_ids, skip_special_tokens=skip_special_tokens),
             "score": scores[row].item(),
             "score_per_token": scores[row].item() / max(len(ids), 1),
             "kl": kl[row].item(),

@@ -28,7 +28,7 @@ from tiny_runs import (
 )
 
 from srppo import PipelineConfig, UserError, distributed, ppo, run_sft
-from srppo.evaluation import EVAL_METRICS, answers_match, evaluate_policy
+from srppo.evaluation import EVAL_METRICS, answers_match, completion_rows, evaluate_policy
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
 from srppo.model_card import model_card
 from srppo.plots import plot_history
@@ -235,6 +235,18 @@ def test_likelihood_of_held_out_demonstrations_is_a_mean_over_their_tokens(tiny_
 )
 def test_exact_match_compares_the_last_number_or_the_whole_text(completion, answer, match):
     assert answers_match(completion, answer) is match
+
+
+def test_a_judged_completion_is_without_its_stop_token_though_that_is_no_special_one():
+    tokenizer = tiny_tokenizer()
+    paris, stop = (tokenizer(text)["input_ids"] for text in ("Paris", "#"))
+    rows = examples([{"prompt": "Capital?"}] * 2)
+    sampled = collate([e.prompt_ids for e in rows], [[*paris, *stop], paris], pad_token_id=1, stop_token_ids=stop)
+    texts = []
+    for skip in (True, False):
+        judged = completion_rows(rows, sampled, *torch.zeros(2, 2), tokenizer, skip_special_tokens=skip)
+        texts.append([row["completion"] for row in judged])
+    assert texts == [["Paris", "Paris"], ["Paris#", "Paris"]]
 
 
 # -- what a run leaves ------------------------------------------------------------------------------------------------
