@@ -39,6 +39,13 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
+def has_adapter_layers(model: nn.Module) -> bool:
+    """Whether adapters lie in a model, as they stay in one that a peft model was made around."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def is_adapter_folder(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
@@ -218,6 +225,10 @@ def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:
     """Loads a LoRA adapter folder onto a model (or onto a peft model that has others) under ``name``, frozen."""
     from peft import PeftConfig, PeftModel
 
+    if name in getattr(model, "peft_config", {}) and has_adapter_layers(model):  # peft would mix the two
+        raise UserError(
+            f"the base has an adapter {name!r} in it, of an earlier run or reward: load it again, or give its folder"
+        )
     try:
         check_adapter(f"the adapter in {path}", PeftConfig.from_pretrained(str(path)))
         if is_peft(model):

@@ -34,6 +34,7 @@ from srppo.models import (
     disable_dropout,
     first_line,
     freeze,
+    has_adapter_layers,
     head_of,
     is_adapter_folder,
     is_peft,
@@ -241,14 +242,22 @@ def frozen_roles(
     args: SRPPOConfig, base: str | PreTrainedModel, sft: str | PreTrainedModel, *, share: bool = True
 ) -> tuple[Role, Role]:
     """Base and SFT: over one model where SFT is an adapter folder and ``share``, else a model each."""
-    for name, model in (("base", base), ("SFT model", sft)):
-        if not isinstance(model, str) and is_peft(model):
-            raise UserError(f"the {name} is a peft model in memory: give its adapter folder, or merge_and_unload() it")
     base_path = base if isinstance(base, str) else None
     sft_path = sft if isinstance(sft, str) else None
+    shares = sft_path is not None and share and is_adapter_folder(sft_path)
+    for name, model in (("base", base), ("SFT model", sft)):
+        if isinstance(model, str):
+            continue
+        if is_peft(model):
+            raise UserError(f"the {name} is a peft model in memory: give its adapter folder, or merge_and_unload() it")
+        if not shares and has_adapter_layers(model):
+            raise UserError(
+                f"the {name} has adapter layers in it, of peft, an earlier run or a SelfReward, and they would be on: "
+                "load it again, or give its folder"
+            )
     base_model = load_model(base, args) if isinstance(base, str) else base
     freeze(base_model)
-    if sft_path is not None and share and is_adapter_folder(sft_path):
+    if sft_path is not None and shares:
         check_same_vocabulary(base_model, base_model, base_path, sft_path)
         shared = attach_adapter(base_model, sft_path, "sft")
         roles = Role("base", shared), Role("sft", shared, "sft")

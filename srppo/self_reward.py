@@ -76,7 +76,8 @@ class SelfReward:
             base: the pretrained model: a folder, a hub name, a model in memory, or a role (a model with one of its
                 adapters). A model in memory is frozen and loses its dropout; a role is left as it was after each call,
                 so it may lie in the model that a trainer is training.
-            sft: the fine-tuned model, likewise; an adapter folder is loaded onto ``base``, also onto one in memory.
+            sft: the fine-tuned model, likewise; an adapter folder is loaded onto ``base``, also onto one in memory,
+                which then holds that adapter and serves no other.
             tokenizer: for text, stop tokens and the check of the vocabulary; absent: that of the SFT folder, else of
                 the base folder; with models in memory it is needed for text only.
             normalize: ``"none"``, ``"length"`` (mean per token) or ``"running"`` (divided by the running standard

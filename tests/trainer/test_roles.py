@@ -28,7 +28,7 @@ from tiny_runs import (
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from srppo import SRPPOTrainer, UserError, ppo, run_sft
+from srppo import SelfReward, SRPPOTrainer, UserError, ppo, run_sft
 from srppo.data import Example
 from srppo.models import disable_dropout, load_model, load_tokenizer
 from srppo.roles import Role, build_roles, check_head, frozen_roles
@@ -452,6 +452,24 @@ def test_peft_model_in_memory_is_refused_as_it_would_be_scored_with_its_adapter_
     for base, sft in ((wrapped, tiny_models.sft), (tiny_models.base, wrapped)):
         with pytest.raises(UserError, match="peft model in memory: give its adapter folder"):
             build(tmp_path, base, sft)
+
+
+@pytest.mark.parametrize("sft", ["adapter", "sft"])
+def test_a_base_in_memory_that_another_run_put_adapters_into_is_refused(tiny_models, tmp_path, sft):
+    """peft would load the second adapter into what is there of the first; a full SFT model would leave the first on."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_models.base)
+    first = SelfReward(base, tiny_models.adapter, tiny_tokenizer())
+    before = first.reward([[10, 11]], [[12, 0]])
+    with pytest.raises(UserError, match=r"the base has (an adapter 'sft'|adapter layers) in it"):
+        build(tmp_path, base, getattr(tiny_models, sft), use_peft=True)
+    assert torch.equal(first.reward([[10, 11]], [[12, 0]]), before)
+
+
+def test_an_sft_model_in_memory_is_not_taken_for_a_second_run_over_the_adapters_of_the_first(tiny_models, tmp_path):
+    sft = AutoModelForCausalLM.from_pretrained(tiny_models.sft)
+    build(tmp_path, tiny_models.base, sft, use_peft=True)
+    with pytest.raises(UserError, match="the SFT model has adapter layers in it"):
+        build(tmp_path, tiny_models.base, sft, use_peft=True)
 
 
 def test_adapter_that_is_no_lora_is_refused(tiny_models, tmp_path):
