@@ -55,7 +55,7 @@ def _linear_ppo_loss(
     old, advantage = old_logprobs.reshape(-1), advantages.reshape(-1)
     divisor: Tensor | float = live.sum().clamp(min=1) if normalizer is None else normalizer
     if normalizer_tensor is not None:
-        divisor = normalizer_tensor
+        divisor = normalizer_tensor.where(normalizer_tensor != 0, 1)  # as in ppo_loss: a batch without tokens
     losses: list[Tensor] = []
     stats: list[PPOStats] = []
 
@@ -153,7 +153,7 @@ def linear_ppo_loss(
         mask: ``[...]`` bool, True on tokens that count.
         clip_low, clip_high, dual_clip, entropy_coef: as in ``ppo_loss``.
         normalizer: what the sum over tokens is divided by, computed by the caller over the whole global batch; by
-            default the number of live tokens of this call, at least 1.
+            default the number of live tokens of this call. A count of 0 counts as 1.
         plan: ``"precompute"`` (the default where a gradient is wanted), ``"score"``, or ``"cache"`` and
             ``"recompute"``, which go through ``linear_logprob``.
         workspace_bytes: bound on a chunk's exponentials.

@@ -59,6 +59,18 @@ def test_loss_does_not_depend_on_the_split():
         assert relative(a, b.double()) < 1e-6
 
 
+@pytest.mark.parametrize("plan", ["score", "precompute", "cache", "recompute"])
+def test_a_count_of_no_tokens_divides_by_one(plan):
+    """As in ppo_loss: a batch without tokens has loss 0, whatever the plan, and not 0 / 0."""
+    p = make("random", n=5, v=30)
+    old, advantages, _ = ppo_inputs(p)
+    mask = torch.zeros(5, dtype=torch.bool)
+    loss, _ = linear_ppo_loss(p.hidden, p.weight, p.targets, old, advantages, mask, normalizer=mask.sum(), plan=plan)
+    assert loss == 0
+    if plan != "score":
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, p.inputs()))
+
+
 def test_value_does_not_depend_on_chunk_size():
     """NeMo 3803: per-token terms have the same bits, whatever the chunk."""
     p = make("random", n=400, v=2500)
