@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+VANISHED = -1e4  # e to this is 0 in float64 too
+
 
 def _resolve(name: str) -> "dist.ProcessGroup":
     from torch.distributed.distributed_c10d import _resolve_process_group
@@ -34,7 +36,8 @@ def merge_(state: Tensor, m_c: Tensor, s_c: Tensor, t_c: Tensor) -> None:
     """Takes a further vocabulary group, or rank, into ``(m, s, t, z_y)``, in place."""
     m, s, t, _ = state
     m_new = torch.maximum(m, m_c)
-    old, new = m - m_new, m_c - m_new
+    # Bounded below: where all of one side was ruled out its m is the lowest number, and s times that is no number.
+    old, new = (m - m_new).clamp_min_(VANISHED), (m_c - m_new).clamp_min_(VANISHED)
     a_old, a_new = old.exp(), new.exp()
     t.copy_((t + s * old) * a_old + (t_c + s_c * new) * a_new)
     s.copy_(s * a_old + s_c * a_new)

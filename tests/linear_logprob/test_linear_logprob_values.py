@@ -196,6 +196,29 @@ def test_a_ruled_out_entry():
         assert (dweight[out] == 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_ruled_out_vocabulary_group(backend, dtype, place):
+    """A whole group of -inf leaves nothing behind, neither in the entropy nor, where dL/dentropy > 1, in gradients."""
+    if dtype == torch.float64 and backend == "native":
+        pytest.skip("computes in float32")
+    p = make("random", n=9, v=4096, bias=True, dtype=dtype)
+    kept = slice(2048, None) if place == "first" else slice(0, 2048)
+    out = slice(0, 2048) if place == "first" else slice(2048, None)
+    p.targets[:] = torch.randint(0, 2048, (9,)) + kept.start
+    with torch.no_grad():
+        p.options["bias"][out] = -torch.inf
+    twin = p.double()
+    logp = (twin.hidden @ twin.weight[kept].T + twin.options["bias"][kept]).log_softmax(-1)
+    want = -(logp.exp() * logp).sum(-1)
+    (gradient,) = torch.autograd.grad((want * 3).sum(), [twin.hidden])
+    for plan in ("recompute", "cache"):
+        got = p.run(entropy=True, plan=plan, workspace_bytes=BIG, backend=backend).entropy
+        assert (got.double() - want).abs().max() < 1e-5
+        assert relative(torch.autograd.grad((got * 3).sum(), [p.hidden])[0], gradient) < 5e-6
+
+
 def test_mixed_dtypes():
     """fp32 master weights under bf16 hidden states: both are read exactly."""
     p = make("random")
