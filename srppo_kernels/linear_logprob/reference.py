@@ -55,7 +55,8 @@ def linear_logprob_reference(
         temperature = torch.where(live, temperature, 1).to(hidden.dtype)
     z = logits(hidden, weight, bias, temperature, logit_scale, softcap)
     logp = torch.log_softmax(z, dim=-1)
-    # A vocabulary entry that a bias of -inf rules out has p = 0 and log p = -inf; it adds nothing to the entropy.
-    entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+    # A vocabulary entry that a bias of -inf rules out has p = 0 and log p = -inf; it adds nothing to the entropy. The
+    # bound, whose p is 0 too, is multiplied by dL/dentropy in the gradient and must not overflow there.
+    entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
     outputs = (logp.gather(1, y[:, None])[:, 0], entropy, torch.logsumexp(z, dim=-1))
     return tuple(torch.where(live, t, 0) for t in outputs)  # type: ignore[return-value]

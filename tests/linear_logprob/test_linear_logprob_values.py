@@ -196,7 +196,7 @@ def test_a_ruled_out_entry():
         assert (dweight[out] == 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_a_ruled_out_vocabulary_group(backend, dtype, place):
