@@ -27,7 +27,8 @@ def logits(
     softcap: float | None,
 ) -> Tensor:
     """z, ``[N, V]``: scale, then cap, then temperature."""
-    z = hidden @ weight.T
+    with torch.autocast(hidden.device.type, enabled=False):  # the GEMM is in the inputs' own dtype there too
+        z = hidden @ weight.T
     if bias is not None:
         z = z + bias
     z = z * logit_scale

@@ -259,6 +259,17 @@ def test_no_grad_and_autocast():
     assert abs(ppo + 1) < 1e-6
 
 
+def test_the_reference_under_autocast():
+    """An oracle rounds nothing that its inputs did not."""
+    p = make("random", backend="reference")
+    want = p.run(entropy=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = p.run(entropy=True)
+    assert got.logprob.dtype == torch.float32
+    assert torch.equal(got.logprob, want.logprob)
+    assert torch.equal(got.entropy, want.entropy)
+
+
 def test_grad_weight_out_accumulates():
     """Micro-batches add into one fp32 buffer; their graphs may be alive together."""
     p = make("random", dtype=torch.bfloat16)
