@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from srppo_kernels.linear_logprob import fused
@@ -100,6 +101,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.grad_weight_out = inputs[9]
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing: list[Any] = [None] * 25
     if grad is None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from srppo_kernels import _triton
 from srppo_kernels._arguments import check_backend, check_choice, check_mask, check_same_shape, compute_dtype
@@ -127,6 +128,7 @@ def _ppo_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.backend = inputs[-1]
 
 
+@once_differentiable
 def _ppo_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 13
@@ -191,6 +193,7 @@ def _value_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.dtype, ctx.backend = inputs[0].dtype, inputs[-1]
 
 
+@once_differentiable
 def _value_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 8

@@ -147,6 +147,14 @@ def test_differentiable_once():
     (g,) = torch.autograd.grad(p.run().logprob.sum(), [p.hidden], create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(g.sum(), [p.hidden])
+    zero, mask = torch.zeros(5), torch.ones(5, dtype=torch.bool)
+    for loss, _ in (
+        linear_ppo_loss(p.hidden, p.weight, p.targets, zero - 2, zero + 1, mask),
+        linear_loss(p.hidden, p.weight, p.targets, lambda logprob, _: (logprob.sum(), {})),
+    ):
+        (g,) = torch.autograd.grad(loss.square(), [p.hidden], create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):  # and not the upstream gradient's part of it
+            g.sum().backward()
 
 
 @pytest.mark.parametrize("call", ["linear_logprob", "linear_ppo_loss", "linear_loss", "linear_log_ratio", "reference"])

@@ -325,6 +325,10 @@ def test_gradcheck_and_double_use():
     (gradient,) = torch.autograd.grad(loss, lp, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):  # differentiable once, and not silently wrong
         gradient.sum().backward()
+    loss, _ = ppo_loss(lp, old, advantages, mask)
+    (gradient,) = torch.autograd.grad(loss.square(), lp, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):  # nor where the upstream gradient has one itself
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
