@@ -79,9 +79,10 @@ struct Weights {
   }
 };
 
+// Numbers that do not vary leave what their sums rounded, 1e-16 to 1e-14 of their square: that is 0, and a NaN stays one.
 double variance(double sum, double squares, double count) {
-  const double mean = sum / count;
-  return std::max(squares / count - mean * mean, 0.0);
+  const double mean = sum / count, square = squares / count, result = square - mean * mean;
+  return result < 1e-13 * square ? 0.0 : result;
 }
 
 Tensor vector_of(const Tensor& like, std::initializer_list<double> values) {

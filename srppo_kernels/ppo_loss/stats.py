@@ -27,7 +27,11 @@ def _columns(stats: Sequence[Sequence[Tensor | None]], kind: str) -> dict[str, T
 
 
 def _pooled_variance(weights: Tensor, means: Tensor, variances: Tensor) -> Tensor:
-    """Chan's formula: the variance of the union from every part's mean and variance."""
+    """Chan's formula: the variance of the union from every part's mean and variance.
+
+    Means are taken around the largest part's: where all are equal they differ by exactly 0, and not by a rounding.
+    """
+    means = means - means.gather(0, weights.argmax(0, keepdim=True))
     mean = (weights * means).sum()
     return (weights * (variances + (means - mean) ** 2)).sum()
 

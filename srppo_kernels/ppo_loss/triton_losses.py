@@ -72,8 +72,9 @@ def _leave(partials, which, x, programs):
 @triton.jit
 def _variance(total, squares, count):
     mean = total / count
-    variance = squares / count - mean * mean
-    return tl.where(variance < 0.0, 0.0, variance)
+    square = squares / count
+    variance = square - mean * mean
+    return tl.where(variance < 1e-13 * square, 0.0, variance)  # what rounding leaves of numbers that do not vary
 
 
 @triton.jit

@@ -158,9 +158,10 @@ def test_packed_is_padded_but_for_the_order_of_its_sums():
 
 
 def test_the_explained_variance_of_returns_that_do_not_vary():
-    values, mask = torch.randn(2, 30), torch.ones(2, 30, dtype=torch.bool)
-    _, stats = value_loss(values, values, torch.ones(2, 30), mask, backend="triton")
-    assert stats.explained_variance == 0
+    values, mask = torch.randn(2, 1500), torch.ones(2, 1500, dtype=torch.bool)
+    for constant in (1.0, 0.3, -0.1156, 0.0033, 231.9395):
+        _, stats = value_loss(values, values, torch.full((2, 1500), constant), mask, backend="triton")
+        assert stats.return_var == stats.explained_variance == 0
 
 
 def test_opcheck():

@@ -106,6 +106,24 @@ def test_explained_variance(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_returns_that_do_not_vary(backend):
+    """Their sums round: in 7 of 100 such batches that was a variance, and an explained one of -1e17."""
+    generator = torch.Generator().manual_seed(0)
+    for constant, steps in zip(torch.randn(40, generator=generator), range(100, 5000, 120), strict=False):
+        values, returns = torch.randn(1, steps, generator=generator), constant.expand(1, steps)
+        mask = torch.ones(1, steps, dtype=torch.bool)
+        parts = [slice(steps * i // 7, steps * (i + 1) // 7) for i in range(7)]
+        with running(backend) as name:
+
+            def run(rows, values=values, returns=returns, mask=mask, name=name):
+                return value_loss(values[:, rows], values[:, rows], returns[:, rows], mask[:, rows], backend=name)[1]
+
+            whole, merged = run(slice(None)), ValueStats.merge([run(rows) for rows in parts])
+        assert whole.return_var == whole.explained_variance == 0
+        assert merged.return_var == merged.explained_variance == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_merged_micro_batches_are_one_batch(backend):
     values, old, returns, mask = inputs(9, 30, seed=4, centre=20)
     mask[3:5] = False
