@@ -20,8 +20,8 @@ struct RewardArgs {
   int estimator;
   std::int64_t steps;
   float* reward;
-  float* penalty;  // null: no parts; with it score and shaped, one value a row
-  float* score;
+  float* penalty;
+  float* score;  // null: no parts. Rows without tokens have them too, and no penalty
   float* shaped;
 };
 
@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> log_ratio_reward(
   Tensor score = torch::stable::new_empty(sft, {parts ? rows : 0});
   Tensor shaped = torch::stable::new_empty(sft, {parts ? rows : 0});
   args.penalty = parts ? mutable_floats(penalty) : nullptr;
-  args.score = mutable_floats(score);
-  args.shaped = mutable_floats(shaped);
+  args.score = parts ? mutable_floats(score) : nullptr;
+  args.shaped = parts ? mutable_floats(shaped) : nullptr;
   const auto compute = SRPPO_AT_LEVEL(reward_rows);
   const std::int64_t grain = std::max<std::int64_t>(1, kTokensPerThread / std::max<std::int64_t>(args.steps, 1));
   torch::stable::parallel_for(0, rows, grain, [&](std::int64_t begin, std::int64_t end) { compute(args, begin, end); });

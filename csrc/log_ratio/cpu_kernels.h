@@ -8,7 +8,7 @@ static void reward_row(const RewardArgs& args, std::int64_t row) {
   const std::int64_t end = end_of_valid(args.mask, begin, row_end);
   std::fill(args.reward + row_begin, args.reward + begin, 0.0f);
   std::fill(args.reward + end, args.reward + row_end, 0.0f);
-  const bool parts = args.penalty != nullptr;
+  const bool parts = args.score != nullptr;
   if (parts) {
     std::fill(args.penalty + row_begin, args.penalty + begin, 0.0f);
     std::fill(args.penalty + end, args.penalty + row_end, 0.0f);

@@ -37,9 +37,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> log_ratio_reward(
   Tensor score = torch::stable::new_empty(sft, {parts ? rows : 0});
   Tensor shaped = torch::stable::new_empty(sft, {parts ? rows : 0});
   p.reward = static_cast<float*>(reward.mutable_data_ptr());
-  p.score = static_cast<float*>(score.mutable_data_ptr());
-  p.shaped = static_cast<float*>(shaped.mutable_data_ptr());
   p.penalty = parts ? static_cast<float*>(penalty.mutable_data_ptr()) : nullptr;
+  p.score = parts ? static_cast<float*>(score.mutable_data_ptr()) : nullptr;
+  p.shaped = parts ? static_cast<float*>(shaped.mutable_data_ptr()) : nullptr;
   if (rows > 0) {
     reward_rows<<<static_cast<unsigned>(rows), kThreads, 0, current_stream(sft)>>>(p);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -28,8 +28,8 @@ struct RewardParams {
   int estimator;
   int64_t steps;
   float* reward;
-  float* penalty;  // null: no parts; with it score and shaped, one value a row
-  float* score;
+  float* penalty;
+  float* score;  // null: no parts. Rows without tokens have them too, and no penalty
   float* shaped;
 };
 
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) reward_rows(RewardParams p) {
   const float cut = p.truncated && p.truncated[row] ? p.missing_eos : 0.0f;
   for (int64_t at = row_begin + threadIdx.x; at < begin; at += kThreads) {
     p.reward[at] = 0.0f;
-    if (p.penalty) p.penalty[at] = 0.0f;
+    if (p.score) p.penalty[at] = 0.0f;
   }
   double shaped = 0.0;
   for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
@@ -74,9 +74,9 @@ __global__ void __launch_bounds__(kThreads) reward_rows(RewardParams p) {
     value += penalty;
     if (at == last) value = value + at_last - cut;
     p.reward[at] = valid ? value : 0.0f;
-    if (p.penalty) p.penalty[at] = penalty;
+    if (p.score) p.penalty[at] = penalty;
   }
-  if (!p.penalty) return;
+  if (!p.score) return;
   shaped = block_sum<kThreads>(shaped);
   if (threadIdx.x == 0) {
     p.score[row] = static_cast<float>(sum);

@@ -235,6 +235,19 @@ def test_parts_are_what_two_calls_tell_apart(backend, placement, kl):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
+def test_parts_of_rows_without_tokens(backend):
+    tokens, mask = torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.bool)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        with running(backend) as name:
+            parts = log_ratio_reward(tokens, tokens, mask, parts=True, backend=name)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert parts.reward.shape == parts.penalty.shape == (3, 0)
+    assert parts.score.tolist() == parts.shaped.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes_and_strides(dtype):
     tensors = inputs(5, 12)
