@@ -61,7 +61,7 @@ struct Matrix {
   Matrix(const Tensor& tensor, const char* name)
       : data(static_cast<const char*>(tensor.const_data_ptr())), rows(tensor.size(0)), width(tensor.size(1)),
         stride(tensor.stride(0)), item(tensor.scalar_type() == ScalarType::Float ? 4 : 2), type(tensor.scalar_type()) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && (tensor.stride(1) == 1 || width <= 1),
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && (tensor.stride(1) == 1 || width <= 1 || rows == 0),
                     "srppo_native: ", name, " must be a CPU matrix with contiguous rows");
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
                     "srppo_native: ", name, " must be float32, bfloat16 or float16");

@@ -143,6 +143,8 @@ def test_few_rows(n, backend):
             assert g.isfinite().all()
     frozen = linear_logprob(p.hidden, p.weight.detach(), p.targets, backend=backend)
     assert torch.autograd.grad(frozen.logprob.sum(), [p.hidden])[0].shape == (n, 8)
+    apart = torch.zeros(n, 16)[:, ::2]  # contiguous() leaves it as it is where there are no rows
+    assert linear_logprob(apart, p.weight, p.targets, backend=backend).logprob.shape == (n,)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
