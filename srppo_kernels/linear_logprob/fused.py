@@ -154,16 +154,22 @@ def _given_away() -> bool:
 
 
 def _is_one(upstream: Tensor) -> bool:
-    """Looks only where that neither waits for a device nor breaks a trace, whose tensors are subclasses."""
-    return type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1
+    """Looks only where that does not wait for a device."""
+    return _is_plain(upstream) and upstream.device.type == "cpu" and upstream.item() == 1
 
 
 def _on_device(formed: Tensor, upstream: Tensor) -> bool:
-    """Whether a Triton kernel may scale: on plain CUDA tensors, neither traced nor batched by vmap."""
+    """Whether a Triton kernel may scale: on plain CUDA tensors."""
     return (
-        type(formed) is type(upstream) is Tensor
+        type(formed) is Tensor
+        and _is_plain(upstream)
         and formed.device.type == "cuda"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(upstream)
         and formed.is_contiguous()
         and not _triton.obstacle(formed.device)
     )
+
+
+def _is_plain(upstream: Tensor) -> bool:
+    """Neither traced, which makes it a subclass, nor batched, by vmap or by autograd's ``is_grads_batched``."""
+    kinds = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+    return type(upstream) is Tensor and not any(of_kind(upstream) for of_kind in kinds)

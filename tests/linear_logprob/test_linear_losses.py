@@ -151,6 +151,21 @@ def test_gradients_of_a_freed_graph_are_not_copied_and_those_of_a_kept_one_are(o
     assert all(torch.equal(a, 3.0 * b) for a, b in zip(scaled, want, strict=True))
 
 
+@pytest.mark.parametrize("op", ["linear_loss", "linear_ppo_loss"])
+def test_batched_upstream_gradients(op):
+    """vmap over the backward, as in a Jacobian: the upstream gradient has no one value to look at."""
+    p = make("random", n=5, d=4, v=9)
+    if op == "linear_loss":
+        loss, _ = linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}))
+    else:
+        zero = torch.zeros(5)
+        loss, _ = linear_ppo_loss(p.hidden, p.weight, p.targets, zero - 2, zero + 1, zero == 0)
+    want = torch.autograd.grad(loss, p.inputs(), retain_graph=True)
+    got = torch.autograd.grad(loss, p.inputs(), torch.tensor([1.0, -2.0]), is_grads_batched=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, torch.stack([b, -2 * b]))
+
+
 def test_without_gradient_only_the_score_runs(monkeypatch):
     from srppo_kernels.linear_logprob import fused
 
