@@ -157,7 +157,7 @@ class _ChunkLosses:
 
     def _join(self, parts: list[Tensor]) -> Tensor:
         if all(p.dim() > 0 and p.shape[0] == n for p, n in zip(parts, self.rows, strict=True)):
-            return torch.cat(parts).reshape(*self.shape, *parts[0].shape[1:])
+            return torch.cat(parts).reshape(self.shape + parts[0].shape[1:])
         return torch.stack(parts).sum(0)
 
 
@@ -301,5 +301,5 @@ def _on_all_rows(
     joined = {}
     for name, value in aux.items():
         per_row = value.dim() > 0 and value.shape[0] == rows
-        joined[name] = (value.reshape(*targets.shape, *value.shape[1:]) if per_row else value).detach()
+        joined[name] = (value.reshape(targets.shape + value.shape[1:]) if per_row else value).detach()
     return scalar, joined

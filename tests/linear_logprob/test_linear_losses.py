@@ -151,6 +151,20 @@ def test_gradients_of_a_freed_graph_are_not_copied_and_those_of_a_kept_one_are(o
     assert all(torch.equal(a, 3.0 * b) for a, b in zip(scaled, want, strict=True))
 
 
+@pytest.mark.parametrize("plan", ["precompute", "cache"])
+def test_one_token_without_a_dimension(plan):
+    p = make("random", n=1, d=4, v=9)
+    hidden, target, weight = p.hidden[0], p.targets[0], torch.tensor(2.0)
+
+    def loss_fn(logprob, entropy, by):
+        return (logprob * by).sum(), {"lp": logprob, "pair": torch.stack([logprob, entropy], 1)}
+
+    loss, aux = linear_loss(hidden, p.weight, target, loss_fn, weight, plan=plan)
+    assert aux["lp"].shape == ()
+    assert aux["pair"].shape == (2,)
+    assert loss == 2 * aux["lp"]
+
+
 @pytest.mark.parametrize("op", ["linear_loss", "linear_ppo_loss"])
 def test_batched_upstream_gradients(op):
     """vmap over the backward, as in a Jacobian: the upstream gradient has no one value to look at."""
