@@ -29,6 +29,8 @@ def check_mask(op: str, mask: Tensor) -> None:
 
 def check_same_shape(op: str, like_name: str, like: Tensor, **others: Tensor | None) -> None:
     """Each tensor of `others` is floating point (masks aside), of `like`'s shape and on its device."""
+    if not isinstance(like, Tensor):
+        raise TypeError(f"{op}: {like_name} must be a tensor, got {type(like).__name__}")
     if not like.is_floating_point():
         raise TypeError(f"{op}: {like_name} has dtype {like.dtype}; pass a floating-point tensor")
     for name, tensor in others.items():
@@ -50,7 +52,11 @@ def check_same_shape(op: str, like_name: str, like: Tensor, **others: Tensor | N
 
 
 def check_rows(op: str, name: str, tensor: Tensor, rows: int, device: torch.device) -> None:
-    """A per-row argument has shape [B] and lies with the others."""
+    """A per-row argument has shape [B] and lies with the others; floating point, unless it is a mask."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point() and tensor.dtype != torch.bool:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; pass a floating-point tensor")
     if tensor.shape != (rows,):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; pass one value a row, shape ({rows},)")
     if tensor.device != device:

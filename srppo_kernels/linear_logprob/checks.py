@@ -33,7 +33,7 @@ def check_head(
         ValueError: a shape, device or number that does not fit.
     """
     for name, tensor in ((hidden_name, hidden), (weight_name, weight), (bias_name, bias)):
-        if tensor is None:
+        if tensor is None and name == bias_name:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
@@ -55,6 +55,8 @@ def check_head(
             f"{op}: {hidden_name} has shape {tuple(hidden.shape)} but {weight_name} {tuple(weight.shape)}; "
             f"their last dimensions, the hidden size, must be equal"
         )
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{op}: targets must be a tensor, got {type(targets).__name__}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: targets has dtype {targets.dtype}; pass int64 or int32 token ids")
     if hidden.shape[:-1] != targets.shape:

@@ -19,6 +19,7 @@ from srppo_kernels.linear_logprob.chunked import Head
 from srppo_kernels.linear_logprob.op import _flat, group_name, linear_logprob, live_rows, prepare
 from srppo_kernels.linear_logprob.plan import choose, problem_of
 from srppo_kernels.ppo_loss import PPOStats, ppo_loss, ppo_terms
+from srppo_kernels.ppo_loss.op import check_clips
 
 __all__ = ["linear_ppo_loss"]
 
@@ -174,7 +175,12 @@ def linear_ppo_loss(
         op, hidden, weight, targets, bias=bias, mask=mask, temperature=temperature, logit_scale=logit_scale,
         softcap=softcap, grad_weight_out=grad_weight_out,
     )  # fmt: skip
+    check_clips(op, clip_low, clip_high, dual_clip)
     for name, values in (("old_logprobs", old_logprobs), ("advantages", advantages)):
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(values).__name__}")
+        if not values.is_floating_point():
+            raise TypeError(f"{op}: {name} has dtype {values.dtype}; pass a floating-point tensor")
         if values.shape != targets.shape:
             raise ValueError(f"{op}: {name} has shape {tuple(values.shape)} but targets {tuple(targets.shape)}")
         if values.device != hidden.device:

@@ -218,6 +218,16 @@ def _split_normalizer(op: str, normalizer: float | Tensor | None) -> tuple[float
     return float(normalizer), None
 
 
+def check_clips(op: str, clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+    """Bounds of the ratio that make sense, for every op that takes them."""
+    if not 0 <= clip_low <= 1:
+        raise ValueError(f"{op}: clip_low={clip_low} must lie in [0, 1]: ratios are kept above 1 - clip_low")
+    if not clip_high >= 0:
+        raise ValueError(f"{op}: clip_high={clip_high} must not be negative: ratios are kept below 1 + clip_high")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"{op}: dual_clip={dual_clip} must be above 1, or None to switch it off")
+
+
 def _check_policy(
     op: str,
     logprobs: Tensor,
@@ -238,12 +248,7 @@ def _check_policy(
     )
     if logprobs.dim() == 0:
         raise ValueError(f"{op}: logprobs is 0-d; pass [B, T] or [N]")
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"{op}: clip_low={clip_low} must lie in [0, 1]: ratios are kept above 1 - clip_low")
-    if not clip_high >= 0:
-        raise ValueError(f"{op}: clip_high={clip_high} must not be negative: ratios are kept below 1 + clip_high")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"{op}: dual_clip={dual_clip} must be above 1, or None to switch it off")
+    check_clips(op, clip_low, clip_high, dual_clip)
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"{op}: entropy_coef={entropy_coef} needs entropy; pass the per-token entropy")
 

@@ -271,6 +271,10 @@ def test_compiles_to_one_graph():
         ({"gamma": torch.ones(3)}, ValueError, r"gamma has shape \(3,\); pass one value a row, shape \(2,\)"),
         ({"lam": torch.ones(2, 1)}, ValueError, "lam has shape"),
         ({"bootstrap": torch.ones(2, 3)}, ValueError, "bootstrap has shape"),
+        ({"bootstrap": torch.ones(2, dtype=torch.long)}, TypeError, "bootstrap has dtype torch.int64; pass a floating"),
+        ({"gamma": torch.ones(2, dtype=torch.long)}, TypeError, "gamma has dtype torch.int64; pass a floating"),
+        ({"bootstrap": [0.0, 0.0]}, TypeError, "bootstrap must be a tensor, got list"),
+        ({"rewards": [[1.0] * 3] * 2}, TypeError, "rewards must be a tensor, got list"),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"with cu_seqlens pass packed \[total\]"),
     ],
 )

@@ -187,6 +187,8 @@ def test_bad_target_is_named(call):
         ({"weight": torch.zeros(36)}, ValueError, r"\[vocabulary, hidden size\]"),
         ({"weight": torch.zeros(9, 4, dtype=torch.float64)}, TypeError, "float64 takes both or none"),
         ({"hidden": torch.zeros(6, 4, dtype=torch.int64)}, TypeError, "hidden has dtype"),
+        ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
+        ({"targets": [0] * 6}, TypeError, "targets must be a tensor, got list"),
         ({"targets": torch.zeros(6)}, TypeError, "int64 or int32"),
         ({"targets": torch.zeros(5, dtype=torch.int64)}, ValueError, "one target for every hidden state"),
         ({"bias": torch.zeros(8)}, ValueError, "bias has shape"),
@@ -213,6 +215,28 @@ def test_bad_arguments(change, error, text):
         linear_logprob(**arguments)
     with pytest.raises(error, match=text):
         explain(**arguments)
+
+
+@pytest.mark.parametrize("plan", ["auto", "cache"])
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"old_logprobs": torch.zeros(6, dtype=torch.int64)}, TypeError, "old_logprobs has dtype torch.int64"),
+        ({"advantages": [0.0] * 6}, TypeError, "advantages must be a tensor, got list"),
+        ({"advantages": torch.zeros(5)}, ValueError, r"advantages has shape \(5,\)"),
+        ({"clip_low": 2.0}, ValueError, r"clip_low=2.0 must lie in \[0, 1\]"),
+        ({"clip_high": -1.0}, ValueError, "clip_high=-1.0 must not be negative"),
+        ({"dual_clip": 0.5}, ValueError, "dual_clip=0.5 must be above 1"),
+        ({"normalizer": -1.0}, ValueError, "normalizer=-1.0 must be positive"),
+    ],
+)
+def test_bad_arguments_of_the_loss(change, error, text, plan):
+    """They are refused by the name of the op that was called, and before any GEMM."""
+    p = make("random", n=6, d=4, v=9)
+    zero = torch.zeros(6)
+    given = {"old_logprobs": zero, "advantages": zero, "mask": zero == 0, "plan": plan, **change}
+    with pytest.raises(error, match=f"linear_ppo_loss: {text}"):
+        linear_ppo_loss(p.hidden, p.weight, p.targets, **given)
 
 
 def test_log_ratio_of_two_vocabularies_is_refused():
