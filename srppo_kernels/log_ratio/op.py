@@ -249,7 +249,8 @@ def log_ratio_reward(
     if isinstance(running_std, Tensor):
         if running_std.numel() != 1:
             raise ValueError(f"{op}: running_std has shape {tuple(running_std.shape)}; pass a number or a 0-d tensor")
-        std_tensor = running_std.detach().reshape(())
+        inputs = (logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref)
+        std_tensor = running_std.detach().reshape(()).to(compute_dtype(*inputs))
     elif running_std is not None:
         if not running_std > 0:
             raise ValueError(f"{op}: running_std={running_std} must be positive")

@@ -248,6 +248,18 @@ def test_parts_of_rows_without_tokens(backend):
     assert parts.score.tolist() == parts.shaped.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_a_running_std_of_another_dtype(backend, dtype):
+    sft, base, *_, mask, _ = inputs(3, 6)
+    with running(backend) as name:
+        want, got = (
+            log_ratio_reward(sft, base, mask, normalize="running", running_std=std, backend=name)
+            for std in (2.0, torch.tensor(2, dtype=dtype))
+        )
+    assert same_bits(want, got)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes_and_strides(dtype):
     tensors = inputs(5, 12)
