@@ -178,7 +178,7 @@ def _add(destination: Tensor, part: Tensor, accumulate: bool) -> None:
 
 def _product(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool, add: bool) -> None:
     """``out (+)= a @ b`` (``a.T @ b``); unrounded where out is wider than a, as a caller's buffer may be."""
-    rows_are_contiguous = out.stride(1) == b.stride(1) == 1
+    rows_are_contiguous = all(t.stride(1) == 1 or t.shape[1] <= 1 for t in (out, b))
     rounds = out.dtype == torch.bfloat16 and not add and a.numel() > 0 and native.on_tiles()
     if a.dtype == torch.bfloat16 and (out.dtype == torch.float32 or rounds) and rows_are_contiguous:
         torch.ops.srppo_native.linear_logprob_product(a, b, transposed, add, out)
@@ -190,5 +190,5 @@ def _product(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool, add: bool) 
         torch.mm(a.T if transposed else a, b, out=out)
     else:
         whole = torch.zeros(out.shape, dtype=torch.float32)
-        _product(whole, a, b, transposed=transposed, add=False)
+        _product(whole, a, b.contiguous(), transposed=transposed, add=False)
         _add(out, whole, add)

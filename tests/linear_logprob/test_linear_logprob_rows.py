@@ -132,6 +132,22 @@ def test_shapes_strides_and_targets(backend):
             assert relative(a, b.double()) < 1e-6
 
 
+@pytest.mark.parametrize("d", [24, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_stored_by_columns(dtype, d):
+    """In blocks, whose dhidden adds up unrounded: the product that does so takes rows alone."""
+    p = make("random", n=150, d=d, v=4200, dtype=dtype)
+    by_columns = p.weight.detach().T.contiguous().as_strided((4200, d), (1, 4200)).requires_grad_()
+    want, got = (
+        torch.autograd.grad(
+            linear_logprob(p.hidden, w, p.targets, plan="recompute", workspace_bytes=0).logprob.sum(), [p.hidden, w]
+        )
+        for w in (p.weight, by_columns)
+    )
+    for a, b in zip(got, want, strict=True):
+        assert relative(a, b.double()) < 1e-5
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_rows(n, backend):
