@@ -80,26 +80,6 @@ void linear_logprob_dz(const Tensor& kept, const Tensor& group_max, const std::o
         row.softcap = static_cast<float>(softcap);
         const char* from = source + at * from_stride + v0 * item;
         char* to = destination + i * to_stride + v0 * item;
-        // dz_y is at_target times the cap's slope: a row whose p b is replaced, with the slope of its own z.
-        float dz_y = 0.0f;
-        const bool inside = column >= 0 && column < size;
-        if (inside) {
-          dz_y = ys[i];
-          if (row.softcap != 0.0f) {
-            float e;
-            if (bf16) {
-              std::uint16_t half;
-              std::memcpy(&half, from + column * 2, 2);
-              const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
-              std::memcpy(&e, &bits, 4);
-            } else {
-              std::memcpy(&e, from + column * 4, 4);
-            }
-            const float z = std::log(std::max(e, 1.17549435e-38f)) + row.shift + row.lse;
-            const float u = z * row.temperature / row.softcap;
-            dz_y *= std::max(0.0f, 1.0f - u * u);
-          }
-        }
         // The next row's group is a few KB elsewhere, too short for the hardware to run ahead: twice as fast.
         const char* next = i + 1 < n ? source + (row_of ? row_of[i + 1] : i + 1) * from_stride + v0 * item : from;
         for (std::int64_t j = 0; j < size; j += kDzBlock) {
@@ -107,7 +87,8 @@ void linear_logprob_dz(const Tensor& kept, const Tensor& group_max, const std::o
           for (std::int64_t byte = 0; byte < here * item; byte += 64) __builtin_prefetch(next + j * item + byte, 1, 2);
           block(row, from + j * item, here, to + j * item, bf16);
         }
-        if (!inside) continue;
+        if (column < 0 || column >= size) continue;
+        const float dz_y = ys[i];
         if (bf16) {
           std::uint32_t bits;
           std::memcpy(&bits, &dz_y, 4);

@@ -54,7 +54,8 @@ class Upstream:
 class RowScalars:
     """What a row's gradient is made of, in the accumulation dtype, per computed row.
 
-    ``dz_j = p_j (b - h log p_j)`` off the target and ``dz_y = at_target``, before scale, cap and temperature.
+    ``dz_j = p_j (b - h log p_j)`` off the target, before scale, cap and temperature, and ``dz_y = at_target``, before
+    scale and temperature: the cap's slope at the target is in it, from z_y itself, as e^z_y may have underflowed.
     """
 
     b: Tensor
@@ -64,7 +65,7 @@ class RowScalars:
     log_sum: Tensor
 
     @staticmethod
-    def of(rows: Rows, upstream: Upstream, acc: torch.dtype) -> "RowScalars":
+    def of(rows: Rows, upstream: Upstream, acc: torch.dtype, head: Head) -> "RowScalars":
         """From the gradients that come in."""
 
         def take(values: Tensor, fill: float = 0.0) -> Tensor:
@@ -81,15 +82,24 @@ class RowScalars:
         if upstream.g is not None:
             g = take(upstream.g)
             b, at_target = b - g, at_target - g * torch.expm1(logprob)
+        slope = _target_slope(logprob, *norm, rows, head)
         if upstream.h is None:
-            return RowScalars(b, None, at_target, *norm)
+            return RowScalars(b, None, at_target * slope, *norm)
         h, entropy = take(upstream.h), take(upstream.entropy)
-        return RowScalars(b - h * entropy, h, at_target - p * h * (logprob + entropy), *norm)
+        return RowScalars(b - h * entropy, h, (at_target - p * h * (logprob + entropy)) * slope, *norm)
 
     def scaled(self, chain: "Tensor | float") -> "RowScalars":
         """With ``d logit / d (hidden . weight)``, the cap's slope aside, multiplied in."""
         h = None if self.h is None else self.h * chain
         return RowScalars(self.b * chain, h, self.at_target * chain, self.row_max, self.log_sum)
+
+
+def _target_slope(logprob: Tensor, row_max: Tensor, log_sum: Tensor, rows: Rows, head: Head) -> Tensor | float:
+    """The cap's slope at the rows' targets: z_y = logprob + (m + log S)."""
+    if head.softcap is None:
+        return 1.0
+    temperature, _ = _temperature_and_chain(rows, head, logprob.dtype)
+    return softcap_slope((logprob + (row_max + log_sum))[:, None], head, temperature)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -128,14 +138,14 @@ def gradients(
     if backend in gpu.FAMILY:
         assert rows.live is not None  # compaction is left to the kernels
         nonzero = upstream.nonzero(rows) & rows.live
-        scalars = RowScalars.of(rows, upstream, acc)
+        scalars = RowScalars.of(rows, upstream, acc, head)
         direct = upstream.h is None and upstream.dlse is None and not group
         dhidden = _on_triton(hidden, head, targets, rows, nonzero, scalars, into, residual, consume, direct, dz_bytes)
         return replace(rows, live=nonzero), _sum_over_ranks(dhidden, acc, group)
     wanted, position = rows.keep(upstream.nonzero(rows))
     if position is not None:
         kept_rows = position if kept_rows is None else kept_rows[position]
-    scalars = RowScalars.of(wanted, upstream, acc)
+    scalars = RowScalars.of(wanted, upstream, acc, head)
     dhidden = over_groups(hidden, head, targets, wanted, scalars, into, residual, kept_rows, consume, dz_bytes)
     return wanted, _sum_over_ranks(dhidden, acc, group)
 
@@ -231,11 +241,11 @@ def over_groups(
                 # A ruled-out entry (bias -inf): p is 0, and h * log p must not overflow to make 0 * inf.
                 lp.clamp_min_(-1e4)
                 dz.mul_(b[r, None] - h[r, None] * lp)
-            column, inside = target_column(y[r], v)
-            dz.scatter_(1, column, torch.where(inside[:, None], at_target[r, None], dz.gather(1, column)))
             if head.softcap is not None:
                 assert lp is not None
                 dz.mul_(softcap_slope(lp.add_(log_sum[r, None]).add_(row_max[r, None]), head, row_temperature))
+            column, inside = target_column(y[r], v)
+            dz.scatter_(1, column, torch.where(inside[:, None], at_target[r, None], dz.gather(1, column)))
             if dbias is not None:
                 dbias += dz.sum(0)
             dz = dz.to(dtype)
@@ -271,9 +281,9 @@ def context(
 
     The target's two terms are one, ``p_y - 1``, formed without cancellation.
     """
-    scalars = RowScalars(
-        torch.ones_like(outputs.logprob), None, torch.expm1(outputs.logprob), outputs.row_max, outputs.log_sum
-    )
+    logprob, norm = outputs.logprob, (outputs.row_max, outputs.log_sum)
+    at_target = torch.expm1(logprob) * _target_slope(logprob, *norm, rows, head)
+    scalars = RowScalars(torch.ones_like(logprob), None, at_target, *norm)
     into = Destination(True, None, None)
     if backend in gpu.FAMILY:
         assert rows.live is not None
@@ -285,24 +295,19 @@ def context(
 
 
 def from_context(
-    hidden: Tensor, head: Head, targets: Tensor, rows: Rows, upstream: Upstream, kept: Tensor, group: str
+    head: Head, targets: Tensor, rows: Rows, upstream: Upstream, kept: Tensor, group: str
 ) -> tuple[Rows, Tensor]:
     """``dhidden = b A + dlse slope_y chain W_y`` from ``A`` of every row of the call: no GEMM at all."""
-    acc = accumulation_dtype(hidden)
+    acc = upstream.logprob.dtype
     rows, _ = rows.keep(upstream.nonzero(rows))
-    scalars = RowScalars.of(rows, upstream, acc)
+    scalars = RowScalars.of(rows, upstream, acc, head)
     _, chain = _temperature_and_chain(rows, head, acc)
     out = rows.block(kept, 0, rows.count, acc) * scalars.b[:, None]  # not in place: it may be the saved tensor itself
     vocab = head.weight.shape[0]
     if upstream.dlse is not None and vocab > 0:
         column, inside = target_column(rows.take(targets).long(), slice(0, vocab))
         column = column[:, 0]
-        target_weight = head.weight[column].to(acc)
-        factor = torch.where(inside, rows.take(upstream.dlse).to(acc) * chain, 0)
-        if head.softcap is not None:
-            z = (rows.block(hidden, 0, rows.count, acc) * target_weight).sum(1)
-            if head.bias is not None:
-                z = z + head.bias[column].to(acc)
-            factor = factor * (1 - torch.tanh(z * head.logit_scale / head.softcap) ** 2)
-        out.addcmul_(factor[:, None], target_weight)
+        slope = _target_slope(rows.take(upstream.logprob).to(acc), scalars.row_max, scalars.log_sum, rows, head)
+        factor = torch.where(inside, rows.take(upstream.dlse).to(acc) * chain * slope, 0)
+        out.addcmul_(factor[:, None], head.weight[column].to(acc))
     return rows, vocab_parallel.sum_over_ranks(out, group)

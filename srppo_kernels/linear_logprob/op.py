@@ -185,7 +185,7 @@ def _linear_logprob_backward(
     with torch.autocast(hidden.device.type, enabled=False):
         dhidden: Tensor | None
         if plan == "precompute":
-            wanted, dhidden = grads.from_context(x, head, y, rows, upstream, kept, group)
+            wanted, dhidden = grads.from_context(head, y, rows, upstream, kept, group)
         else:
             residual = Residual(kept, group_max) if plan == "cache" else None
             wanted, dhidden = grads.gradients(
@@ -275,7 +275,8 @@ def linear_logprob(
         hidden: ``[..., D]`` last hidden states, float32, bfloat16, float16 or float64.
         weight: ``[V, D]``, as ``lm_head.weight``; may differ from ``hidden`` in dtype (not for float64).
         targets: ``[...]`` int64 or int32 token ids.
-        bias: ``[V]``. An entry of -inf takes that token out of the vocabulary.
+        bias: ``[V]``. An entry of -inf takes that token out of the vocabulary, unless a softcap follows, which makes
+            -softcap of it.
         mask: ``[...]`` bool, True on tokens that count. A masked token costs nothing, has outputs and gradients 0,
             and what its hidden state holds, NaN included, reaches nobody. So does one whose target is ``ignore_index``.
         temperature: a positive number, or one a token, ``[...]``; it gets no gradient.

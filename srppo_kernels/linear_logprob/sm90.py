@@ -126,7 +126,7 @@ def scan(
         parts = residual._replace(group_max=residual.group_max.new_empty(n, maxima(vocab)))
         out = triton_scan.scan(hidden, head, y, temperature, rows, entropy, parts, kept_rows)
         below = out.new_full((n,), -torch.inf)
-        settle(residual, parts.group_max, PART, below, out, listed, targets, head, zero_all=rows.dense)
+        settle(residual, parts.group_max, PART, below, out, listed, targets, zero_all=rows.dense)
         return out
     x = gather_rows(hidden[rows.start : rows.stop], listed)
     inverse = None if temperature is None else temperature.float().reciprocal().index_select(0, listed.index)
@@ -160,5 +160,5 @@ def scan(
     )
     triton_scan.merge(state, target_logits, listed, out)
     if residual is not None and kept_max is not None and reference is not None:
-        settle(residual, kept_max, TILE, reference, out, listed, targets, head, zero_all=rows.dense)
+        settle(residual, kept_max, TILE, reference, out, listed, targets, zero_all=rows.dense)
     return out

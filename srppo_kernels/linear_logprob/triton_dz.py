@@ -60,16 +60,15 @@ def form_dz(
     ENTROPY: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """``p (b - h log p)``, ``dz_target`` at the target, times the softcap's slope."""
+    """``p (b - h log p)`` times the softcap's slope, and ``dz_target`` at the target, which has it."""
     if ENTROPY:
         dz = p * (b - h * tl.maximum(lp, -1e4))  # a ruled-out entry: p is 0, and h log p must not overflow
     else:
         dz = p * b
-    dz = tl.where(at_target, dz_target, dz)
     if SOFTCAP:
         u = tl.minimum(tl.maximum((lp + log_norm) * cap_scale, -1.0), 1.0)
         dz = dz * (1 - u * u)
-    return dz
+    return tl.where(at_target, dz_target, dz)
 
 
 @triton.jit

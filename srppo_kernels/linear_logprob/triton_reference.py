@@ -3,7 +3,7 @@
 
     reference_kernel  z_y of every row, before the scan: a number that all of a row's tiles share
     settle_kernel     after it: rows that were raised on the way are brought to the one number that they ended with, and
-                      what the gradient has at the target takes the place of its exponential (but for a softcap's head)
+                      what the gradient has at the target takes the place of its exponential
 
 With E the kept exponentials around m, s their sum without the target, S that with it, and p_j = E_j / S:
 
@@ -110,12 +110,8 @@ def settle_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     ZERO_ALL: tl.constexpr,
-    SLOPES: tl.constexpr,
 ):
-    """Rows up to the next multiple of STEP, or all, are zero beyond the count, as is a row that holds no numbers.
-
-    SLOPES: of a head with a softcap, whose dz is formed and reads z_y, too, from what is kept.
-    """
+    """Rows up to the next multiple of STEP, or all, are zero beyond the count, as is a row that holds no numbers."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = tl.load(count)
     end = n if ZERO_ALL else tl.minimum(n, tl.cdiv(live, STEP) * STEP)
@@ -143,11 +139,7 @@ def settle_kernel(
         tl.debug_barrier()  # the target's entry may be another thread's
     target = tl.load(y + r, mask=here, other=-1)
     own = here & numbers & (target >= 0) & (target < vocab)
-    at_target = -s
-    if SLOPES:
-        z = tl.load(merged + 3 * tl.cast(n, tl.int64) + row, mask=own, other=0.0)
-        at_target = tl.exp2((z - m) * LOG2E)
-    tl.store(kept + r.to(tl.int64) * stride_kept + target, at_target.to(kept.dtype.element_ty), mask=own)
+    tl.store(kept + r.to(tl.int64) * stride_kept + target, (-s).to(kept.dtype.element_ty), mask=own)
 
 
 def settle(
@@ -158,7 +150,6 @@ def settle(
     merged: Tensor,
     rows: RowList,
     y: Tensor,
-    head: "Head",
     *,
     zero_all: bool,
 ) -> None:
@@ -168,7 +159,7 @@ def settle(
         settle_kernel[(-(-n // SETTLED[0]),)](
             kept, around, reference, merged, rows.index, rows.count, y, residual.group_max, n, vocab, kept.stride(0),
             around.stride(0), TILE=tile, ROWS=SETTLED[0], COLUMNS=SETTLED[1], STEP=STEP, ZERO_ALL=zero_all,
-            SLOPES=head.softcap is not None, num_warps=8,
+            num_warps=8,
         )  # fmt: skip
 
 
@@ -194,7 +185,6 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
             "count": "*i32", "y": "*i64", "maximum": "*fp32",
             **dict.fromkeys(("n", "vocab", "stride_kept", "stride_around"), "i32"),
         },
-        {"TILE": 192, "ROWS": SETTLED[0], "COLUMNS": SETTLED[1], "STEP": STEP, "ZERO_ALL": True,
-         "SLOPES": False}, num_warps=8,
+        {"TILE": 192, "ROWS": SETTLED[0], "COLUMNS": SETTLED[1], "STEP": STEP, "ZERO_ALL": True}, num_warps=8,
         multiples_of_16=("vocab", "stride_kept"),
     )  # fmt: skip

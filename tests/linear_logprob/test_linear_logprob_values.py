@@ -6,6 +6,7 @@ arithmetic must lose; gradients relative to the error of torch's own path in the
 
 import pytest
 import torch
+from backends import needs_triton
 from linear_logprob.head_problems import BACKENDS, KINDS, make, naive_gradients, relative, value_bound
 
 from srppo_kernels import linear_logprob
@@ -231,3 +232,21 @@ def test_mixed_dtypes():
     assert dhidden.dtype == torch.bfloat16
     assert dweight.dtype == torch.float32
     assert relative(dweight, want[1]) < 3e-6
+
+
+@pytest.mark.parametrize("plan", ["cache", "recompute", "precompute"])
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=needs_triton)])
+def test_softcap_at_an_unlikely_target(backend, plan):
+    """The cap's slope there is that of z_y itself: e^(z_y - m) underflows 87 below the maximum."""
+    p = make(n=6, d=16, v=300, softcap=30.0, temperature=0.3, grad=(True, plan != "precompute"))
+    with torch.no_grad():
+        p.hidden *= 30
+    p.targets = (p.hidden @ p.weight.T).argmin(1).detach()
+    twin = p.double()
+    outputs = p.run(backend=backend, plan=plan, workspace_bytes=1 << 30, lse=True)
+    want = twin.oracle()
+    assert (outputs.logprob < -87).all()
+    for got, right in ((outputs.logprob, want[0]), (outputs.logprob + 0.1 * outputs.lse, want[0] + 0.1 * want[2])):
+        exact = torch.autograd.grad(right.sum(), twin.inputs(), retain_graph=True)
+        for a, b in zip(torch.autograd.grad(got.sum(), p.inputs(), retain_graph=True), exact, strict=True):
+            assert relative(a, b) < 2e-4
