@@ -143,6 +143,7 @@ __device__ __forceinline__ void put_targets(float (&e)[kThreadRows][kEntries], c
 
 // Keeps exponentials of columns `first` to `first` + kPart: a quad exchanges its pairs of columns, so that each of its threads
 // stores 8 that are adjacent, and the quad a row's 64 bytes. The vocabulary is a multiple of 8. Called by whole warps.
+template <bool kMaximum>  // of the part as well
 __device__ __forceinline__ void keep(const float (&e)[kThreadRows][kEntries], const ThreadRows& rows, int first, int thread,
                                      const ScanParams& p) {
   const int q = thread % 4;
@@ -162,16 +163,7 @@ __device__ __forceinline__ void keep(const float (&e)[kThreadRows][kEntries], co
     const std::int64_t row = hopper::computed_once(rows.first + row_offset(slot));  // as above
     const Adjacent mine{{word[slot][0], word[slot][1], word[slot][2], word[slot][3]}};
     *reinterpret_cast<Adjacent*>(p.kept + row * p.stride_kept + first + 8 * q) = mine;
-  }
-}
-
-// What the kept exponentials of a part, or of a tile, are around.
-__device__ __forceinline__ void keep_maxima(const ThreadRows& rows, int thread, int column, const ScanParams& p) {
-#pragma unroll
-  for (int slot = 0; slot < kThreadRows; ++slot) {
-    if (thread % 4 != 0 || !rows.is_live(slot)) continue;
-    const std::int64_t row = hopper::computed_once(rows.first + row_offset(slot));
-    p.kept_max[row * p.stride_max + column] = rows.state[slot].m;
+    if (kMaximum && q == 0) p.kept_max[row * p.stride_max + first / kPart] = rows.state[slot].m;
   }
 }
 
@@ -218,8 +210,7 @@ __device__ __forceinline__ void absorb_tile(float (&acc)[kLogits], ThreadRows& r
       const int column = v0 + (first + i) * kPart;
       if (kKeep) {
         put_targets(e, rows, column, thread, peak);
-        keep(e, rows, column, thread, p);
-        if (column < p.vocab) keep_maxima(rows, thread, column / kPart, p);
+        keep<true>(e, rows, column, thread, p);
       }
     }
   }
@@ -243,7 +234,7 @@ __device__ __forceinline__ void sum_tile(const float (&acc)[kLogits], const Thre
       part_of(acc, slot, part, e[slot]);
       softmax::exponentials(sums[slot], rows.state[slot].m, e[slot]);
     }
-    if (kKeep) keep(e, rows, v0 + part * kPart, thread, p);
+    if (kKeep) keep<false>(e, rows, v0 + part * kPart, thread, p);
   }
 #pragma unroll
   for (int slot = 0; slot < kThreadRows; ++slot) {
@@ -263,7 +254,8 @@ __device__ __forceinline__ void raise(const float (&acc)[kLogits], ThreadRows& r
 #pragma unroll
     for (int by = 1; by < 4; by *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, by));
     const bool own = beyond[slot] >> thread % 32 / 4 * 4 & 0xfu;  // by any of the row's quad
-    softmax::add(rows.state[slot], own ? most : rows.state[slot].m, 0.0f, 0.0f);
+    const float m = own ? most : rows.state[slot].m;
+    softmax::add(rows.state[slot], softmax::move_of(rows.state[slot].m, m), m, softmax::Sums{});
   }
 }
 
@@ -305,7 +297,13 @@ __device__ __forceinline__ void absorb_around_reference(float (&acc)[kLogits], T
     rows.state[slot].s += s[slot];
     rows.state[slot].t += t[slot];
   }
-  if (kKeep) keep_maxima(rows, thread, v0 / kColumns, p);
+  if (kKeep) {
+#pragma unroll
+    for (int slot = 0; slot < kThreadRows; ++slot) {
+      const std::int64_t row = hopper::computed_once(rows.first + row_offset(slot));
+      if (thread % 4 == 0 && rows.is_live(slot)) p.kept_max[row * p.stride_max + v0 / kColumns] = rows.state[slot].m;
+    }
+  }
 }
 
 }  // namespace srppo::sm90

@@ -99,12 +99,12 @@ __device__ __forceinline__ void multiply(float (&sum)[kLogits], const Shared& sh
                                          int signal) {
 #pragma unroll
   for (int i = 0; i < kLogits; ++i) sum[i] = 0.0f;
-  float acc[kLogits];
-  if (kAroundReference) {
-#pragma unroll
-    for (int i = 0; i < kLogits; ++i) acc[i] = 0.0f;
-  }
   for (int done = 0; done < steps; done += kBlockSteps) {
+    float acc[kLogits];
+    if (kAroundReference) {
+#pragma unroll
+      for (int i = 0; i < kLogits; ++i) acc[i] = 0.0f;
+    }
     const int until = steps - done < kBlockSteps ? steps : done + kBlockSteps;
     int before = -1;
     for (int step = done; step < until; ++step) {

@@ -73,13 +73,21 @@ SRPPO_INLINE void exponentials(Sums& sums, float m, float (&z)[kCount]) {
   }
 }
 
-// A state around a maximum that is not below its own, with s and t of further entries around that one added.
-SRPPO_INLINE void add(RowState& state, float m, float s, float t) {
-  // Bounded below: from m = kLowest it would be -2e38, whose product with s overflows, and inf * 0 is NaN.
-  const float fall = fmaxf(state.m - m, kVanished);
-  const float factor = exp2_of(fall * kLog2e);
-  state.t = fmaf(factor, fmaf(state.s, fall, state.t), t);
-  state.s = fmaf(factor, state.s, s);
+// What moving a state to an m that is not below its own does to its sums.
+struct Move {
+  float fall, factor;
+};
+
+SRPPO_INLINE Move move_of(float from, float to) {
+  // Bounded below: from kLowest it would be -2e38, whose product with s overflows, and inf * 0 is NaN.
+  const float fall = fmaxf(from - to, kVanished);
+  return {fall, exp2_of(fall * kLog2e)};
+}
+
+// The state around m, with sums around m of further entries added.
+SRPPO_INLINE void add(RowState& state, const Move& move, float m, const Sums& sums) {
+  state.t = fmaf(move.factor, fmaf(state.s, move.fall, state.t), sums.t[0] + sums.t[1]);
+  state.s = fmaf(move.factor, state.s, sums.s[0] + sums.s[1]);
   state.m = m;
 }
 
@@ -89,9 +97,10 @@ SRPPO_INLINE void add(RowState& state, float m, float s, float t) {
 template <int kCount>
 SRPPO_INLINE void absorb(RowState& state, float m_part, float (&z)[kCount]) {
   const float m = fmaxf(state.m, m_part);
+  const Move move = move_of(state.m, m);
   Sums sums;
   exponentials(sums, m, z);
-  add(state, m, sums.s[0] + sums.s[1], sums.t[0] + sums.t[1]);
+  add(state, move, m, sums);
 }
 
 // Where every entry was ruled out, m is kLowest and s counts them: nothing is what they add up to. A product, so that NaN,

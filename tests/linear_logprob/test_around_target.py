@@ -78,6 +78,23 @@ def test_a_loss(wanted, masked, dtype, formed):
     assert formed == ([True] * 2 if masked else [])
 
 
+def test_a_loss_of_the_entropy(formed):
+    """Its dz is formed, over exponentials that are around one number, with rows that move up."""
+    weights = torch.linspace(-1, 1, N).masked_fill(~UPSTREAM["every third"], 0)
+    p = make(n=N, d=24, v=V, **some(True))
+
+    def loss_fn(lp, h, w):
+        return ((lp + 0.1 * h) * w).sum(), {}
+
+    loss, _ = linear_loss(p.hidden, p.weight, p.targets, loss_fn, weights, backend="sm90", **p.options)
+    twin = p.double()
+    want = ((twin.oracle()[0] + 0.1 * twin.oracle()[1]) * weights).sum()
+    exact = torch.autograd.grad(want, twin.inputs())
+    for got, right in zip(torch.autograd.grad(loss, p.inputs()), exact, strict=True):
+        assert relative(got, right) < 2e-5
+    assert formed == [False]
+
+
 @pytest.mark.parametrize("plan", ["cache", "precompute", "recompute"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"bias": True}], ids=lambda o: "-".join(o) or "plain")
 def test_plans(plan, options):
