@@ -48,8 +48,10 @@ def check_head(
             raise ValueError(
                 f"{op}: {name} is on {tensor.device} but {hidden_name} on {hidden.device}; move one of them"
             )
-    if weight.dim() != 2:
-        raise ValueError(f"{op}: {weight_name} has shape {tuple(weight.shape)}; pass [vocabulary, hidden size]")
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(
+            f"{op}: {weight_name} has shape {tuple(weight.shape)}; pass [vocabulary, hidden size], at least 1 wide"
+        )
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: {hidden_name} has shape {tuple(hidden.shape)} but {weight_name} {tuple(weight.shape)}; "

@@ -311,13 +311,13 @@ def linear_logprob(
     chosen = choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)
     per_row = temperature if isinstance(temperature, Tensor) else None
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    if plan == "score" or chosen.plan == "score":
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     if chosen.backend == "reference":
         outputs = _reference(
             hidden, weight, targets, bias, mask, ignore_index, temperature, logit_scale, softcap, group
         )
     else:
-        if chosen.plan == "score":
-            hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         outputs = torch.ops.srppo.linear_logprob(
             hidden, weight, targets, bias, mask, per_row, grad_weight_out, ignore_index, scalar, float(logit_scale),
             softcap, entropy, chosen.plan, chosen.backend, chosen.rows_per_chunk or chosen.dz_bytes, group_name(group),

@@ -142,6 +142,11 @@ def test_inductor():
         assert relative(a, b.double()) < 1e-6
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_score_has_no_gradient(backend):
+    assert not make(n=4, d=3, v=7).run(plan="score", backend=backend).logprob.requires_grad
+
+
 def test_differentiable_once():
     p = make("random", n=5, d=4, v=9)
     (g,) = torch.autograd.grad(p.run().logprob.sum(), [p.hidden], create_graph=True)
@@ -185,6 +190,7 @@ def test_bad_target_is_named(call):
     [
         ({"weight": torch.zeros(9, 5)}, ValueError, "last dimensions"),
         ({"weight": torch.zeros(36)}, ValueError, r"\[vocabulary, hidden size\]"),
+        ({"weight": torch.zeros(9, 0), "hidden": torch.zeros(6, 0)}, ValueError, "at least 1 wide"),
         ({"weight": torch.zeros(9, 4, dtype=torch.float64)}, TypeError, "float64 takes both or none"),
         ({"hidden": torch.zeros(6, 4, dtype=torch.int64)}, TypeError, "hidden has dtype"),
         ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
