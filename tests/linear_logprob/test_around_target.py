@@ -95,7 +95,7 @@ def test_a_loss_of_the_entropy(formed):
     assert formed == [False]
 
 
-@pytest.mark.parametrize("plan", ["cache", "precompute", "recompute"])
+@pytest.mark.parametrize("plan", ["cache", "precompute"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"bias": True}], ids=lambda o: "-".join(o) or "plain")
 def test_plans(plan, options):
     """With the log-prob's gradient alone, with all three outputs', and again: a cache is not used up."""
