@@ -86,6 +86,16 @@ def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
     distributed.finish()
 
 
+def require_stored(args: PipelineConfig) -> None:
+    """Stops before SFT where rollouts could not be saved or replayed after it."""
+    from srppo.rollout_store import require_rollouts
+
+    if args.save_rollouts is not None:
+        require_new_folder(Path(args.save_rollouts), "save_rollouts")
+    if args.from_rollouts is not None:
+        require_rollouts(Path(args.from_rollouts), range(1, args.max_steps + 1))
+
+
 def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     from srppo.engines import Sampling, make_engine
     from srppo.sft import run_sft
@@ -102,6 +112,8 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
         )  # with the SFT model that is there, a run goes on after its first stage
     elif resume == "latest":
         distributed.on_main(lambda: require_latest(output, args.save_rollouts))
+    if resume is None:
+        distributed.on_main(lambda: require_stored(args))
     tokenizer = tokenizer_for(model, args.base_model_name_or_path, args)
     train_examples, held_out = load_data(args, tokenizer, console)
     if model is None:

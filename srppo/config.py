@@ -216,6 +216,8 @@ class SRPPOConfig:
             if key not in names:
                 near = difflib.get_close_matches(str(key), names, n=1)
                 hint = f"; did you mean {near[0]}?" if near else "; 'srppo train --help' lists them"
+                if key in (field.name for field in dataclasses.fields(PipelineConfig)):
+                    hint = "; it is one of the command line's, which srppo.config.PipelineConfig reads"
                 raise UserError(f"unknown option {key!r} in {source}{hint}")
         return cls(**values)
 

@@ -118,7 +118,7 @@ def require_full_precision(name: str, parameters: Iterable[nn.Parameter]) -> Non
     if low is not None:
         raise UserError(
             f"the {name} would be trained in {str(low).removeprefix('torch.')} and lose most updates to rounding: "
-            "use dtype=float32, or use_peft=true"
+            "use dtype=float32, or use_peft=true without modules_to_save"
         )
 
 

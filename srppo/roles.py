@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -259,6 +260,7 @@ def frozen_roles(
     freeze(base_model)
     if sft_path is not None and shares:
         check_same_vocabulary(base_model, base_model, base_path, sft_path)
+        warn_of_another_base(sft_path, base_path)
         shared = attach_adapter(base_model, sft_path, "sft")
         roles = Role("base", shared), Role("sft", shared, "sft")
     else:
@@ -270,6 +272,17 @@ def frozen_roles(
         disable_dropout(role.model)
         check_head(role)
     return laid_out_alike(*roles)
+
+
+def warn_of_another_base(adapter: str, base: str | None) -> None:
+    """Where the model that an adapter was made on is there, under another path than the base: it may be a copy."""
+    named = Path(adapter_base(adapter))
+    if base is not None and named.is_dir() and Path(base).is_dir() and named.resolve() != Path(base).resolve():
+        warnings.warn(
+            f"the adapter in {adapter} was made on {named} and is loaded onto the base {base}: unless the two are "
+            "copies of one model, what it adds up to is neither, and rewards are wrong",
+            stacklevel=2,
+        )
 
 
 def laid_out_alike(base: Role, sft: Role) -> tuple[Role, Role]:

@@ -282,6 +282,18 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_two(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("setting", "message"),
+    [("save_rollouts", "exists and is not empty"), ("from_rollouts", "the rollout of iteration 1, is not there")],
+)
+def test_rollouts_that_cannot_be_kept_or_had_are_told_before_sft(tiny_models, tmp_path, capfd, setting, message):
+    data = write_jsonl(tmp_path / "old" / "train.jsonl", ROWS)
+    settings = {setting: str(tmp_path / "old")}
+    assert main(["train", *train_flags(tiny_models, data, tmp_path / "run", **settings)]) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"prompt": "a"}\n{"prompt": \n', "bad.jsonl, line 2 is not valid JSON"),

@@ -371,6 +371,7 @@ def test_there_are_at_most_sixty_fields_each_with_documentation():
         ("use_lora", "'srppo train --help' lists them"),
         ("vf_coef", "did you mean kl_coef?"),
         (3, "'srppo train --help' lists them"),
+        ("fsdp", "it is one of the command line's, which srppo.config.PipelineConfig reads"),
     ],
 )
 def test_an_unknown_key_is_refused_and_the_nearest_is_named(key, hint):

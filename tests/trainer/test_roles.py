@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -495,6 +496,14 @@ def test_adapter_of_another_base_is_refused(tiny_models, tmp_path):
     wide = save(tiny_model(hidden=64), tmp_path / "wide")
     with pytest.raises(UserError, match="could not be loaded onto the base model, is it for another one"):
         build(tmp_path, wide, tiny_models.adapter, use_peft=True)
+
+
+def test_an_adapter_of_another_folders_model_is_warned_of(tiny_models, tmp_path):
+    """It fits, and may be a copy's; of a full SFT model it would make wrong rewards."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_models.base, copy)
+    with pytest.warns(UserWarning, match=rf"was made on .* and is loaded onto the base {re.escape(str(copy))}: unless"):
+        build(tmp_path, str(copy), tiny_models.adapter, use_peft=True)
 
 
 def test_peft_config_beside_an_sft_adapter_is_refused_as_it_would_be_ignored(tiny_models, tmp_path):
