@@ -7,6 +7,7 @@
 
 #include "../common/blocks.h"
 #include "../common/tensors.h"
+#include "moments.h"
 
 namespace srppo {
 namespace {
@@ -78,12 +79,6 @@ struct Weights {
     return total / static_cast<float>(std::max<std::int64_t>(blocks.lengths[static_cast<std::size_t>(row)], 1));
   }
 };
-
-// Numbers that do not vary leave what their sums rounded, 1e-16 to 1e-14 of their square: that is 0, and a NaN stays one.
-double variance(double sum, double squares, double count) {
-  const double mean = sum / count, square = squares / count, result = square - mean * mean;
-  return result < 1e-13 * square ? 0.0 : result;
-}
 
 Tensor vector_of(const Tensor& like, std::initializer_list<double> values) {
   Tensor out = torch::stable::new_empty(like, {static_cast<std::int64_t>(values.size())}, ScalarType::Float);
@@ -193,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Tensor
   const double of_errors = variance(all.error, all.error_square, n);
   Tensor stats =
       vector_of(values, {static_cast<double>(all.clipped) / n, all.error_square / n, all.value / n, all.target / n,
-                         of_targets, of_errors, of_targets > 0.0 ? 1.0 - of_errors / of_targets : 0.0,
+                         of_targets, of_errors, explained_variance(of_targets, of_errors),
                          static_cast<double>(all.valid)});
   return {scalar_of(values, all.loss), d_values, stats};
 }

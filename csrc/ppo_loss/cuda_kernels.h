@@ -12,6 +12,7 @@
 
 #include "../common/cuda_rows.h"
 #include "../common/scalar.h"
+#include "moments.h"
 
 namespace srppo::scalar {
 
@@ -78,12 +79,6 @@ __device__ bool grid_total(double (&x)[N], double* partials, unsigned* finished)
     }
   block_total(x);
   return threadIdx.x == 0;
-}
-
-// What rounding leaves of numbers that do not vary is 0, as on a CPU.
-__device__ double variance(double sum, double squares, double count) {
-  const double mean = sum / count, square = squares / count, result = square - mean * mean;
-  return result < 1e-13 * square ? 0.0 : result;
 }
 
 struct PolicyParams {
@@ -188,7 +183,7 @@ __global__ void __launch_bounds__(kThreads) value_kernel(ValueParams p, Divisor 
   store_loss(divisor, p.loss, sums[0], sums[7]);
   const double of_targets = variance(sums[4], sums[5], n), of_errors = variance(sums[1], sums[2], n);
   const double stats[kValueStats] = {sums[6] / n, sums[2] / n, sums[3] / n, sums[4] / n, of_targets, of_errors,
-                                     of_targets > 0.0 ? 1.0 - of_errors / of_targets : 0.0, sums[7]};
+                                     explained_variance(of_targets, of_errors), sums[7]};
   for (int i = 0; i < kValueStats; ++i) p.stats[i] = static_cast<float>(stats[i]);
 }
 
