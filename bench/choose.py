@@ -86,6 +86,10 @@ def choose(selection: Selection, ops: Sequence[Op]) -> list[tuple[Op, list[Case]
     known("rows", selection.rows, ROWS)
     known("plan", selection.plans, PLANS)
     chosen = [op for op in ops if not selection.ops or op.name in selection.ops]
+    if selection.shapes and not selection.ops:
+        # N x D x V is no B x P x T, though both are three numbers: a shape goes to the ops that were there first.
+        kinds = {len(op.shape_names): op.shape_names for op in reversed(ops)}
+        chosen = [op for op in chosen if op.shape_names == kinds[len(op.shape_names)]]
     names = list(dict.fromkeys(provider.name for op in chosen for provider in op.providers))
     known("provider", selection.providers, names)
     for density in selection.densities:

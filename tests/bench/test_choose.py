@@ -54,6 +54,15 @@ def test_axes_that_were_chosen_multiply_and_the_others_keep_their_first_default(
     assert {(case.dtype, case.rows) for case in cases} == {("bfloat16", "random")}
 
 
+def test_a_shape_goes_to_ops_of_its_kind_unless_others_are_named():
+    """Three numbers are tokens, hidden size and vocabulary: a training step would take them for 12 million tokens."""
+    shape = ("256x576x49152",)
+    chosen = [op.name for op, _ in choose(Selection(shapes=shape, device="cpu"), OPS)]
+    assert "linear_logprob" in chosen and "linear_log_ratio" in chosen and "training_step" not in chosen
+    ((op, (case,)),) = choose(Selection(ops=("training_step",), shapes=("1x2x3",), device="cpu"), OPS)
+    assert (op.name, case.shape) == ("training_step", (1, 2, 3))
+
+
 def test_quick_takes_one_case_an_op():
     assert all(len(cases) == 1 for _, cases in choose(Selection(quick=True, device="cpu"), OPS))
 
