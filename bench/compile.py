@@ -192,15 +192,16 @@ def rows_of(modules: Sequence[str], kernel: str, architectures: Sequence[int], c
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="80,90,100", help="compute capabilities, such as 80,90,100")
+    parser.add_argument("--arch", default="80,90,100", help="compute capabilities: %(default)s")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--module", action="append", help="look for kernels in this module instead; may be repeated")
     parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA sources alone")
     options = parser.parse_args(arguments)
-    architectures = [int(text) for text in options.arch.split(",")]
-    unknown = sorted(set(architectures) - set(SHARED_KIB))
+    named = {str(number): number for number in SHARED_KIB}
+    unknown = [text for text in options.arch.split(",") if text not in named]
     if unknown:
-        parser.error(f"--arch {options.arch}: {unknown} is not among {sorted(SHARED_KIB)}")
+        parser.error(f"--arch {options.arch}: {', '.join(map(repr, unknown))} is not among {', '.join(named)}")
+    architectures = [named[text] for text in options.arch.split(",")]
     cuda = not options.no_cuda and not options.module and shutil.which("nvcc") is not None
 
     rows = list(rows_of(options.module or KERNEL_MODULES, options.kernel, architectures, cuda))

@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.choose import parse_shape
+from bench.core import SelectionError
 from bench.method import Clock, Effort, Spread, clock_for, interleave
 
 KERNELS = ("scan", "dx", "dw")
@@ -156,10 +158,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only what is there, and the sm_90a kernel")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each configuration")
     arguments = parser.parse_args(argv)
+    try:
+        shape = parse_shape(arguments.shape)
+    except SelectionError as error:
+        parser.error(str(error))
+    if len(shape) != len(SHAPE):
+        parser.error(f"--shape {arguments.shape}: three sizes, NxDxV")
     if not torch.cuda.is_available():
         print("bench/tiles.py: no CUDA device; bench/compile.py says what can be said without one", file=sys.stderr)
         return 2
-    shape = [int(size) for size in arguments.shape.split("x")]
     console = Console(width=140)
     for kernel in arguments.kernel:
         table = Table(title=f"{kernel}, {arguments.shape}, bf16, {torch.cuda.get_device_name()}", title_justify="left")

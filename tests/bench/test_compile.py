@@ -94,10 +94,11 @@ ptxas info    : Used 40 registers, used 1 barriers, 96 bytes smem
 
 
 def test_bad_arguments(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--arch=75"])
-    assert stopped.value.code == 2
-    assert "[75] is not among [80, 90, 100]" in capsys.readouterr().err
+    for given in ("75", "sm_75", "90,,80"):
+        with pytest.raises(SystemExit) as stopped:
+            main([f"--arch={given}"])
+        assert stopped.value.code == 2
+        assert "is not among 80, 90, 100" in capsys.readouterr().err
     pytest.importorskip("triton")
     assert main(["--kernel=no such kernel", "--no-cuda"]) == 1
     assert "no kernel of that name: 'no such kernel'" in capsys.readouterr().out

@@ -36,3 +36,11 @@ def test_a_configuration_that_is_wrong_or_breaks_is_a_row(monkeypatch):
 def test_without_a_device(capsys):
     assert tiles.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shape", "text"), [("8192x4096", "three sizes"), ("8192xabc", "is no shape")])
+def test_a_shape_that_is_none_is_refused(shape, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tiles.main(["--shape", shape])
+    assert stopped.value.code == 2
+    assert text in capsys.readouterr().err
