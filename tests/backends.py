@@ -17,7 +17,7 @@ from srppo_kernels import _extension, _triton
 LEVELS = [level for level in _extension.cpu_levels() if level in ("portable", "avx2", "avx512")]
 BACKENDS = ["reference", *(f"native-{level}" for level in LEVELS)]
 NATIVE = BACKENDS[1:] or [pytest.param("native", marks=pytest.mark.skip(reason=_extension.why()))]
-# Triton's kernels, interpreted, which is slow: few and small cases. tests/gpu has those that a device runs.
+# Triton's kernels, interpreted, which is slow: few and small cases. test_*_gpu.py have those that a device runs.
 _why_no_triton = _triton.obstacle(torch.device("cpu"))
 needs_triton = pytest.mark.skipif(bool(_why_no_triton), reason=_why_no_triton)
 TRITON = [pytest.param("triton", marks=needs_triton)]
