@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -243,29 +245,35 @@ def positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where a setting failed; 2 for a wrong selection."""
+    """Returns 0; 1 where a setting failed; 2 for a wrong selection; 130 where it was interrupted."""
     arguments = parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 170)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)  # for the name of the machine, which says how many
+    about = record.Run.here(device_of("auto"))
+    path = arguments.out or record.RESULTS / about.file_name.replace(".csv", "-memory.csv")
     try:
         chosen = settings(arguments)
+        record.require_writable(path)
     except SelectionError as error:
         Console(stderr=True).print(f"bench/memory.py: {error}", markup=False, soft_wrap=True)
         return 2
-    about = record.Run.here(device_of("auto"))
-    if arguments.threads is not None:
-        about = dataclasses.replace(about, threads=arguments.threads)
     rows, notes = [], Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, suppress(KeyboardInterrupt):  # an hour's rows are worth a file
         for setting in chosen:
             notes.print(f"{time.monotonic() - start:6.0f} s  {setting}")
             rows.append(measure(setting, (arguments.models or Path(temporary)) / setting.model, arguments.threads))
+    interrupted = len(rows) < len(chosen)
+    if interrupted:
+        notes.print(f"bench/memory.py: interrupted after {len(rows)} of {len(chosen)} settings")
+    if not rows:
+        return 130
     set_against_shipped(rows)
     console.print(table(rows))
-    path = arguments.out or record.RESULTS / about.file_name.replace(".csv", "-memory.csv")
     write(rows, path, about)
     console.print(f"{len(rows)} rows in {path}", markup=False, highlight=False, soft_wrap=True)
-    return int(any(row.status == "failed" for row in rows))
+    return 130 if interrupted else int(any(row.status == "failed" for row in rows))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from bench.core import SelectionError
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl")
@@ -191,6 +193,23 @@ def to_text(value: object) -> str:
     if isinstance(value, float):
         return NOT_APPLICABLE if math.isnan(value) else f"{value:.6g}"
     return str(value)
+
+
+def require_writable(path: Path) -> None:
+    """Refuses a file that cannot be written before anything is measured for it.
+
+    Raises:
+        SelectionError: the path, and what is in the way.
+    """
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise SelectionError(f"cannot write {path}: {error.strerror}") from None
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

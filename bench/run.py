@@ -117,7 +117,8 @@ def run(arguments: argparse.Namespace, console: Console) -> list[record.Row]:
     """All rows of a run; tables go to ``console``, files to where the arguments say.
 
     Raises:
-        SelectionError: a name that does not exist, or nothing to run.
+        SelectionError: a name that does not exist, nothing to run, or a file that cannot be written.
+        KeyboardInterrupt: after everything that was measured before it is written.
     """
     selection = Selection(
         ops=tuple(arguments.op), shapes=tuple(arguments.shape), dtypes=tuple(arguments.dtype),
@@ -128,39 +129,48 @@ def run(arguments: argparse.Namespace, console: Console) -> list[record.Row]:
         if arguments.threads < 1:
             raise SelectionError(f"--threads {arguments.threads}: at least 1")
         torch.set_num_threads(arguments.threads)
+    if arguments.budget is not None and arguments.budget < 0:
+        raise SelectionError(f"--budget {arguments.budget:g}: at least 0, which is no limit")
     chosen = choose(selection, OPS)
     about = record.Run.here(device_of(selection.device))
+    path = arguments.out or record.RESULTS / about.file_name
+    record.require_writable(path)
+    if arguments.plot is not None and not arguments.no_plot:
+        record.require_writable(arguments.plot / "plot.png")
     report.header(console, about)
     effort = QUICK if arguments.quick else Effort(seconds=arguments.seconds)
     budget = arguments.budget if arguments.budget is not None else BUDGET if selection.is_default else 0.0
     deadline = runner.Deadline(budget or float("inf"))
+    visited: list[runner.Visited] = []
+    interruption: KeyboardInterrupt | None = None
     with progress(console) as notify:
-        visited = [
-            runner.run_case(
-                op, case, list(runner.entries(op, case, selection.providers, selection.plans)), effort, deadline, notify
-            )
-            for op, case in in_order(chosen)
-        ]
-        if not arguments.quick:
-            for again in (visited, sorted(visited, key=lambda visit: visit.cost)):
-                for visit in again:
-                    runner.visit_again(visit, effort, deadline, notify)
+        try:
+            for op, case in in_order(chosen):
+                work = list(runner.entries(op, case, selection.providers, selection.plans))
+                visited.append(runner.run_case(op, case, work, effort, deadline, notify))
+            if not arguments.quick:
+                for again in (list(visited), sorted(visited, key=lambda visit: visit.cost)):
+                    for visit in again:
+                        runner.visit_again(visit, effort, deadline, notify)
+        except KeyboardInterrupt as error:  # what was measured so far is worth its file
+            interruption = error
     rows = [row for visit in visited for row in visit.rows]
     record.set_against_ours(rows, OURS)
     rows = [about.stamp(row) for row in rows]
     report.tables(console, rows, OPS)
-    path = arguments.out or record.RESULTS / about.file_name
     record.write(rows, path)
     console.print(f"{len(rows)} rows in {path}", markup=False, highlight=False, soft_wrap=True)
     if not arguments.no_plot:
         titles = {op.name: f"{op.name}: {op.title} ({' x '.join(op.shape_names)})" for op in OPS}
         drawn = plots.draw(rows, arguments.plot or path.parent, "" if arguments.plot else f"{path.stem}-", titles)
         console.print(f"{len(drawn)} plots in {arguments.plot or path.parent}", markup=False, soft_wrap=True)
+    if interruption is not None:
+        raise interruption
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 2 for a wrong selection; 1 where a provider of ours gave a wrong or no result."""
+    """Returns 0; 1 where a provider of ours gave a wrong or no result; 2 for a wrong selection; 130 if interrupted."""
     arguments = parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 170)  # a file has room, and no width to be asked
     try:
@@ -171,6 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SelectionError as error:
         Console(stderr=True).print(f"bench/run.py: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        print("bench/run.py: interrupted; the file has the cases that were done", file=sys.stderr)
+        return 130
     return int(any(row.provider == OURS[row.op] and row.status in ("wrong", "failed") for row in rows))
 
 

@@ -83,6 +83,21 @@ def test_the_command_line_says_it_and_ends_with_2(capsys):
     assert "unknown op 'gea'; known:" in capsys.readouterr().err
 
 
+def test_files_that_cannot_be_written_end_it_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for option, place in (("--out", tmp_path), ("--plot", tmp_path / "file")):
+        arguments = ["--op", "whiten", "--quick", "--out", str(tmp_path / "a.csv"), option, str(place)]
+        assert main(arguments) == 2
+        said = capsys.readouterr()
+        assert "bench/run.py: cannot write" in said.err and "checking" not in said.err
+
+
+def test_numbers_that_make_no_sense_end_it_too(capsys):
+    for option, number in (("--threads", "0"), ("--budget", "-5")):
+        assert main(["--op", "whiten", option, number]) == 2
+        assert f"{option} {number}: at least" in capsys.readouterr().err
+
+
 def test_list_shows_every_op_and_provider(capsys):
     assert main(["--list"]) == 0
     text = capsys.readouterr().out

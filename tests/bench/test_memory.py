@@ -115,3 +115,21 @@ def test_the_command_writes_its_rows_and_shows_a_table(tmp_path, monkeypatch, ca
     text = " ".join(capsys.readouterr().out.split())
     assert "small full srppo: skipped: too large" in text
     assert memory.main(["--batch", "3"]) == 2
+    assert memory.main(["--out", str(tmp_path)]) == 2
+    assert f"cannot write {tmp_path}: " in capsys.readouterr().err
+
+
+def test_an_interrupted_command_writes_the_rows_that_it_has(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "memory.csv"
+
+    def measured(setting: Setting, folder: Path, threads: int | None) -> memory.Row:
+        if setting.head == "logits":
+            raise KeyboardInterrupt
+        return memory.Row(setting, "skipped", "too large")
+
+    monkeypatch.setattr(memory, "measure", measured)
+    words = ["--set", "heads", "--model", "small", "--heap", "default", "--threads", "1", "--out", str(out)]
+    assert memory.main(words) == 130
+    (line,) = csv.DictReader(out.open())
+    assert line["head"] == "srppo" and line["threads"] == "1" and line["machine"].endswith(" 1 threads")
+    assert "interrupted after 1 of 2 settings" in capsys.readouterr().err

@@ -171,6 +171,24 @@ def test_a_missing_package_says_what_is_missing(package, module, name, text):
         require(package, module, name)
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_an_interrupted_run_writes_the_cases_that_were_done(after, tmp_path, monkeypatch, capsys):
+    done, run_case = [], runner.run_case
+
+    def interrupted(*arguments):
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(arguments[1])
+        return run_case(*arguments)
+
+    monkeypatch.setattr(runner, "run_case", interrupted)
+    out = tmp_path / "run.csv"
+    words = ["--op", "whiten", "--shape", "2x9", "3x9", "--provider", "srppo", "--device", "cpu", "--seconds", "0"]
+    assert main([*words, "--out", str(out)]) == 130
+    assert [line["shape"] for line in csv.DictReader(out.open())] == ["2x9", "3x9"][:after]
+    assert "bench/run.py: interrupted" in capsys.readouterr().err
+
+
 def test_a_run_writes_a_row_per_op_provider_and_shape_and_draws(tmp_path, capsys):
     out = tmp_path / "run.csv"
     code = main(["--op", "gae", "linear_logprob", "--shape", "2x40", "8x16x300", "--dtype", "float32", "--mask-density",

@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import math
+import re
 
 import pytest
 
-from bench.record import Row, Run, read, set_against_ours, slug, write
+from bench.core import SelectionError
+from bench.record import Row, Run, read, require_writable, set_against_ours, slug, write
 
 
 def row(**changes):
@@ -40,6 +42,17 @@ def test_a_foreign_file_is_refused_with_what_is_missing(tmp_path):
     path.write_text("name,value\na,1\n")
     with pytest.raises(ValueError, match="has no column op, provider, shape, ratio"):
         read(path)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_a_run_and_one_that_can_is_left_as_it_is(tmp_path):
+    there = tmp_path / "there.csv"
+    there.write_text("old")
+    require_writable(there)
+    require_writable(tmp_path / "new" / "a.csv")
+    assert there.read_text() == "old" and not list((tmp_path / "new").iterdir())
+    for path in (tmp_path, there / "a.csv"):
+        with pytest.raises(SelectionError, match=f"cannot write {re.escape(str(path))}: "):
+            require_writable(path)
 
 
 def test_times_ours_compares_within_a_case_only():
