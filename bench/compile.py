@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -202,6 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--arch {options.arch}: {', '.join(map(repr, unknown))} is not among {', '.join(named)}")
     architectures = [named[text] for text in options.arch.split(",")]
+    if importlib.util.find_spec("triton") is None:
+        print(
+            "bench/compile.py: Triton compiles the kernels, and it is not installed (pip install triton)",
+            file=sys.stderr,
+        )
+        return 2
     cuda = not options.no_cuda and not options.module and shutil.which("nvcc") is not None
 
     rows = list(rows_of(options.module or KERNEL_MODULES, options.kernel, architectures, cuda))

@@ -1,5 +1,6 @@
 """`bench/compile.py` compiles without a GPU, and each of its rules can fail."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -93,12 +94,17 @@ ptxas info    : Used 40 registers, used 1 barriers, 96 bytes smem
 """
 
 
-def test_bad_arguments(capsys):
+def test_bad_arguments(capsys, monkeypatch):
     for given in ("75", "sm_75", "90,,80"):
         with pytest.raises(SystemExit) as stopped:
             main([f"--arch={given}"])
         assert stopped.value.code == 2
         assert "is not among 80, 90, 100" in capsys.readouterr().err
+    find_spec = importlib.util.find_spec
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+        assert main([]) == 2
+    assert "pip install triton" in capsys.readouterr().err
     pytest.importorskip("triton")
     assert main(["--kernel=no such kernel", "--no-cuda"]) == 1
     assert "no kernel of that name: 'no such kernel'" in capsys.readouterr().out
