@@ -135,6 +135,13 @@ def show(console: Console, found: Sequence[Change]) -> None:
     console.print(table)
 
 
+def fraction(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 with ``--check`` where something got worse; 2 for a file that cannot be read."""
     parser = argparse.ArgumentParser(
@@ -143,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, help="least relative change of a time (%(default)s)"
+        "--threshold", type=fraction, default=THRESHOLD, help="least relative change of a time (%(default)s)"
     )
     parser.add_argument("--check", action="store_true", help="exit status 1 where something got worse")
     arguments = parser.parse_args(argv)

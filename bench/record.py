@@ -230,7 +230,7 @@ def read(path: Path) -> list[Row]:
     """Rows of a file that :func:`write` wrote.
 
     Raises:
-        ValueError: a file without this project's columns.
+        ValueError: a file without this project's columns, or that ends within a row.
     """
     kinds = {f.name: str(f.type) for f in fields(Row)}
     with path.open(newline="", encoding="utf-8") as file:
@@ -238,7 +238,12 @@ def read(path: Path) -> list[Row]:
         missing = [name for name in ("op", "provider", "shape", "ratio") if name not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"{path} has no column {', '.join(missing)}: is it a file of bench/run.py?")
-        return [Row(**{n: from_text(t, kinds[n]) for n, t in line.items() if n in kinds}) for line in reader]
+        rows = []
+        for line in reader:
+            if None in line.values():
+                raise ValueError(f"{path}, line {reader.line_num} is cut off: was it copied while it was written?")
+            rows.append(Row(**{n: from_text(t, kinds[n]) for n, t in line.items() if n in kinds}))
+        return rows
 
 
 def from_text(text: str, kind: str) -> Any:

@@ -150,5 +150,8 @@ def test_the_command_line_fails_on_request_and_explains_a_bad_file(run, tmp_path
     assert "slower 1.50x" in capsys.readouterr().out
     assert main([str(before), str(after), "--check"]) == 1
     capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([str(before), str(after), "--threshold", "-2"])
+    assert "-2 is not at least 0" in capsys.readouterr().err
     assert main([str(before), str(tmp_path / "missing.csv")]) == 2
     assert "missing.csv" in capsys.readouterr().err

@@ -44,6 +44,14 @@ def test_a_foreign_file_is_refused_with_what_is_missing(tmp_path):
         read(path)
 
 
+def test_a_file_that_ends_within_a_row_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    write([row(), row(provider="verl-loop")], path)
+    path.write_text(path.read_text()[:-60])
+    with pytest.raises(ValueError, match=r"a\.csv, line 3 is cut off"):
+        read(path)
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_a_run_and_one_that_can_is_left_as_it_is(tmp_path):
     there = tmp_path / "there.csv"
     there.write_text("old")
