@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -165,6 +166,8 @@ def write_lines(rows: Sequence[Any], path: str | None) -> None:
     """JSON lines to a file, all at once, or to standard output."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # what JSON is, in a locale of fewer characters too
         sys.stdout.write(text)
     else:
         from srppo.checkpoint import write_text

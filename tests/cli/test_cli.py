@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import resource
@@ -187,6 +188,16 @@ def test_score_writes_to_a_file_and_works_in_bfloat16(tiny_models, tmp_path, cap
     assert scores["float32"] != scores["bfloat16"]
     assert scores["bfloat16"] == pytest.approx(scores["float32"], abs=1.0)
     assert capfd.readouterr().out == ""
+
+
+def test_score_prints_utf8_whatever_the_locale_can_write(tiny_models, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "data.jsonl", [{"prompt": "über", "completion": "Öl"}])
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    paths = {"base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.sft}
+    assert main(["score", *flags({**paths, "dataset_name": tmp_path / "data.jsonl"})]) == 0
+    sys.stdout.flush()
+    assert "über" in json.loads(raw.getvalue().decode())["prompt"]
 
 
 def test_score_refuses_a_row_without_completion(tiny_models, data, capfd):
