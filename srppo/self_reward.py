@@ -55,9 +55,9 @@ class SelfReward:
 
     def __init__(
         self,
-        base: str | PreTrainedModel | Role,
-        sft: str | PreTrainedModel | Role,
-        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        base: str | Path | PreTrainedModel | Role,
+        sft: str | Path | PreTrainedModel | Role,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         *,
         normalize: str = "none",
         scale: float = 1.0,
@@ -100,6 +100,9 @@ class SelfReward:
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}")
+        base = str(base) if isinstance(base, Path) else base
+        sft = str(sft) if isinstance(sft, Path) else sft
+        tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         args = SRPPOConfig(
             dtype=dtype,  # type: ignore[arg-type]
             attn_implementation=attn_implementation,

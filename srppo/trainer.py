@@ -71,8 +71,8 @@ class SRPPOTrainer:
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
-        base_model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
+        base_model: str | Path | PreTrainedModel,
         args: SRPPOConfig,
         train_dataset: Dataset,
         eval_dataset: Dataset = (),
@@ -88,6 +88,8 @@ class SRPPOTrainer:
         from_rollouts: str | Path | None = None,
         fsdp: bool = False,
     ) -> None:
+        model = str(model) if isinstance(model, Path) else model
+        base_model = str(base_model) if isinstance(base_model, Path) else base_model
         self.args, self.callbacks, self.reward_fn = args, callbacks, reward_fn
         distributed.start()
         self.console = console or Console(quiet=not distributed.is_main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a folder that is not found is an error at once
 
@@ -36,6 +37,13 @@ def own_score(sft: nn.Module, base: nn.Module, prompt: list[int], completion: li
 @pytest.fixture(scope="module")
 def pair() -> tuple[nn.Module, nn.Module]:
     return tiny_model(seed=0), tiny_model(seed=1)
+
+
+def test_folders_may_be_paths(tiny_models):  # noqa: F811
+    made = SelfReward(Path(tiny_models.base), Path(tiny_models.sft), Path(tiny_models.base))
+    assert torch.equal(
+        made.reward(PROMPTS, COMPLETIONS), SelfReward(tiny_models.base, tiny_models.sft).reward(PROMPTS, COMPLETIONS)
+    )
 
 
 def in_memory(pair, **options) -> SelfReward:

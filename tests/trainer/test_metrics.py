@@ -27,7 +27,7 @@ from tiny_runs import (
     with_plots,
 )
 
-from srppo import PipelineConfig, UserError, distributed, ppo, run_sft
+from srppo import PipelineConfig, SRPPOTrainer, UserError, distributed, ppo, run_sft
 from srppo.evaluation import EVAL_METRICS, answers_match, completion_rows, evaluate_policy
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
 from srppo.model_card import model_card
@@ -380,6 +380,13 @@ def test_a_callback_sees_every_iteration_and_may_end_the_run(tiny_models, tmp_pa
     run.train()
     assert seen == [(1, 4), (2, 8)]
     assert run.step == 2 and (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_models_may_be_given_as_paths(tiny_models, tmp_path):
+    made = SRPPOTrainer(
+        Path(tiny_models.sft), Path(tiny_models.base), config(tmp_path), examples(EVAL_ROWS), console=QUIET
+    )
+    assert made.sft_model == tiny_models.sft
 
 
 def test_evaluate_without_data_says_what_to_give(tiny_models, tmp_path):
