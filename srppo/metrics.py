@@ -1,7 +1,7 @@
 """The metrics of a run: what each means, how it is computed, and where it goes.
 
-Every metric has its denominator in :data:`METRICS`. "Tokens" are completion tokens up to and including the stop token;
-padding is in none of them.
+Every metric has its denominator in :data:`METRICS`, those of evaluations in ``srppo.evaluation.EVAL_METRICS``. "Tokens"
+are completion tokens up to and including the stop token; padding is in none of them.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def head_of(model: PreTrainedModel) -> Head:
     """The head of a transformers causal LM with what its architecture does to the logits.
 
     Known: Cohere's ``logit_scale``, Granite's ``logits_scaling``, Gemma's ``final_logit_softcapping``. Whatever else an
-    architecture does is caught by :func:`check_head`.
+    architecture does is caught by :func:`srppo.roles.check_head`.
     """
     linear = model.get_output_embeddings()
     if linear is None or not isinstance(linear, nn.Linear):
