@@ -10,6 +10,7 @@ look. With ``--results FOLDER``, what the results page of a run needs is copied 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -51,9 +52,9 @@ def run(work_dir: Path, options: Sequence[str], results: Path | None) -> None:
     judged = judge(work_dir, output)
     table = results_table(judged, read_metrics(output / "metrics.jsonl"))
     write_text(output / "table.md", table)
-    print(table)
     if results is not None:
         collect(output, results)
+    print(table)
 
 
 def given(name: str, options: Sequence[str]) -> bool:
@@ -165,6 +166,8 @@ def main() -> int:
     parser.add_argument("--work_dir", type=Path, default=Path("runs/smollm2"), help="default: %(default)s")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="copy metrics, plots and table there")
     known, options = parser.parse_known_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model may say what a terminal's encoding lacks
     try:
         for option in ("--base_model_name_or_path", "--dataset_name", "--output_dir"):
             if given(option, options):
