@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -43,6 +45,9 @@ try:
 except ImportError as error:
     if "_C" in str(error) and "cannot import name" in str(error):
         _reason = "the extension was not built: no C++ compiler at installation, or an incomplete one (see its log)"
+        ours = {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES}
+        if others := sorted({path.name for path in Path(__file__).parent.glob("_C.*")} - ours):
+            _reason = f"the extension was not built for this Python, only for another: {', '.join(others)}"
     else:
         _reason = f"the extension does not load: {error}"
 

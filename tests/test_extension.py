@@ -136,6 +136,22 @@ print(_extension.why())
     assert "extension" in done.stdout
 
 
+def test_an_extension_of_another_python_is_named(tmp_path):
+    package = tmp_path / "srppo_kernels"
+    shutil.copytree(ROOT / "srppo_kernels", package, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    code = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in str(f)]  # which would find the checkout's
+import srppo_kernels._extension as extension
+print(extension.why())
+"""
+    for name, text in (("", "no C++ compiler"), ("_C.cpython-39-other.so", "only for another: _C.cpython-39-other.so")):
+        if name:
+            (package / name).touch()
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert text in done.stdout, done.stderr
+
+
 def test_a_failing_build_leaves_an_installation(tmp_path):
     # A compiler that refuses everything: setup.py ends well and says in one line what is lost.
     compiler = tmp_path / "c++"
