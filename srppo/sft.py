@@ -75,6 +75,10 @@ def run_sft(
         output_dir: becomes the model folder, all at once, when training has ended.
         model, tokenizer: already loaded ones, else those of ``args.base_model_name_or_path``. ``model`` is trained in
             place.
+        console: where lines and tables go; if absent, the terminal, from the first process alone.
+
+    Returns:
+        ``output_dir``, as a path.
 
     Raises:
         UserError: there is no demonstration, the model cannot be loaded, or ``fsdp`` has nothing to cut.

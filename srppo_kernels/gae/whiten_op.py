@@ -137,6 +137,9 @@ def whiten(
     Returns:
         `x.shape`. With a single valid token it is 0 (variance counts as 0), without any there is nothing to scale.
 
+    Raises:
+        ValueError, TypeError: shapes, dtypes or combinations that do not fit, by the argument's name.
+
     Source: `masked_whiten` as in TRL and verl, from moments that are merged exactly over the group.
     """
     check_backend("whiten", backend, BACKENDS)
