@@ -92,7 +92,7 @@ class TokenProblem:
 
     def errors(self, result: Result) -> Errors:
         if self.kind == "whiten":
-            exact = masked_whiten(self.values.double(), self.mask)[self.mask]
+            exact = masked_whiten(self.values.double(), self.mask)[self.mask].nan_to_num()  # a single token's is 0 / 0
             return Errors(relative(result["whitened"][self.mask], exact))
         advantages, returns = verl_loop(self.rewards.double(), self.values.double(), self.mask)
         return Errors(
