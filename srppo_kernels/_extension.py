@@ -44,7 +44,7 @@ try:
     _module = _loaded
 except ImportError as error:
     if "_C" in str(error) and "cannot import name" in str(error):
-        _reason = "the extension was not built: no C++ compiler at installation, or an incomplete one (see its log)"
+        _reason = "the extension was not built: no C++ compiler, no pybind11, or a failed build (see pip install -v)"
         ours = {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES}
         if others := sorted({path.name for path in Path(__file__).parent.glob("_C.*")} - ours):
             _reason = f"the extension was not built for this Python, only for another: {', '.join(others)}"
