@@ -75,4 +75,5 @@ def linear_log_ratio(
     sft = linear_logprob(hidden_sft, weight_sft, targets, bias=bias_sft, **options).logprob
     base = linear_logprob(hidden_base, weight_base, targets, bias=bias_base, **options).logprob
     # Where both rule a token out, or overflow, the difference of infinities is no number; equal models still give 0.
-    return torch.where(sft == base, torch.zeros_like(sft), sft - base)
+    # Nowhere else: a constant in place of the difference would have no gradient, and training starts from equal models.
+    return torch.where(sft.isinf() & (sft == base), torch.zeros_like(sft), sft - base)

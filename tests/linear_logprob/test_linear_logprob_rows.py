@@ -107,6 +107,21 @@ def test_log_ratio(backend):
     assert dhidden[mask].abs().sum() > 0
 
 
+def test_log_ratio_of_equal_models_has_the_gradients_of_both():
+    """A policy that starts as its reference has ratio 0 everywhere, and must be able to leave it."""
+    p = make("random", n=20, v=90)
+    bias = torch.zeros(90)
+    bias[p.targets[0]] = -torch.inf  # ruled out by both
+    twins = [p.hidden.detach().clone().requires_grad_() for _ in range(2)]
+    ratio = linear_log_ratio(twins[0], p.weight, twins[1], p.weight, p.targets, bias_sft=bias, bias_base=bias)
+    assert (ratio == 0).all()
+    logprob = linear_logprob(p.hidden, p.weight, p.targets, bias=bias).logprob
+    (want,) = torch.autograd.grad(logprob.sum(), [p.hidden])
+    assert want.abs().sum() > 0
+    for got, sign in zip(torch.autograd.grad(ratio.sum(), twins), (1, -1), strict=True):
+        torch.testing.assert_close(got, sign * want)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_strides_and_targets(backend):
     """flash-attn, Liger 1304: any leading dimensions, int32, misaligned and strided targets, strided inputs."""
