@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from srppo.errors import UserError
+from srppo.modules import is_plain_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,11 +61,11 @@ def head_of(model: PreTrainedModel) -> Head:
     architecture does is caught by :func:`srppo.roles.check_head`.
     """
     linear = model.get_output_embeddings()
-    if linear is None or not isinstance(linear, nn.Linear):
+    if not is_plain_linear(linear):
         kind = type(linear).__name__
         raise UserError(
             f"the LM head is a {kind}, not a plain linear layer: the fused ops read its weight, so an adapter or a "
-            "modules_to_save on lm_head is not supported; train an adapter without it"
+            "modules_to_save on lm_head is not supported, nor is a head that computes more; train an adapter without it"
         )
     scale = float(getattr(model.config, "logit_scale", None) or 1.0)
     scale /= float(getattr(model.config, "logits_scaling", None) or 1.0)

@@ -12,7 +12,7 @@ where ``CrossEntropyLoss()(lm_head(hidden).view(-1, V), targets.view(-1))`` was,
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -24,6 +24,11 @@ from srppo_kernels._arguments import check_choice
 __all__ = ["LinearCrossEntropy", "LinearLogprob", "LinearPPOLoss"]
 
 Head = Tensor | nn.Linear
+
+
+def is_plain_linear(module: Any) -> TypeGuard[nn.Linear]:
+    """Whether a module is its weight and bias and nothing else: a subclass may compute something else."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 class _OnHead(nn.Module):
@@ -68,9 +73,8 @@ class _OnHead(nn.Module):
         return {}
 
     def _head(self, op: str, head: Head, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias; a subclass of ``nn.Linear`` may compute something else, so only what it is itself is
-        read."""
-        if isinstance(head, nn.Linear):
+        """Weight and bias."""
+        if is_plain_linear(head):
             if bias is not None:
                 raise ValueError(f"{op}: bias goes with a weight; the nn.Linear given brings its own")
             return head.weight, head.bias

@@ -104,6 +104,7 @@ def test_wrong_use_is_refused_in_words(given):
     for call, error, text in (
         (lambda: LinearCrossEntropy(reduction="batchmean"), ValueError, "reduction='batchmean' is unknown"),
         (lambda: LinearCrossEntropy()(hidden, nn.Sequential(head), targets), TypeError, "must be an nn.Linear or its"),
+        (lambda: LinearCrossEntropy()(hidden, Scaled(D, V), targets), TypeError, "must be an nn.Linear or its.*Scaled"),
         (lambda: LinearLogprob()(hidden, head, targets, bias=head.bias), ValueError, "brings its own"),
         (lambda: LinearCrossEntropy(reduction="sum")(hidden, head, targets, normalizer=3), ValueError, "goes with"),
         (lambda: LinearCrossEntropy()(hidden, head, targets[:2]), ValueError, "targets"),
@@ -111,6 +112,13 @@ def test_wrong_use_is_refused_in_words(given):
     ):
         with pytest.raises(error, match=text):
             call()
+
+
+class Scaled(nn.Linear):
+    """A head that is more than its weight and bias."""
+
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
 
 
 def test_import_is_light():
