@@ -60,16 +60,16 @@ def head_of(model: PreTrainedModel) -> Head:
     Known: Cohere's ``logit_scale``, Granite's ``logits_scaling``, Gemma's ``final_logit_softcapping``. Whatever else an
     architecture does is caught by :func:`srppo.roles.check_head`.
     """
-    linear = model.get_output_embeddings()
+    linear, config = model.get_output_embeddings(), model.config.get_text_config()
     if not is_plain_linear(linear):
         kind = type(linear).__name__
         raise UserError(
             f"the LM head is a {kind}, not a plain linear layer: the fused ops read its weight, so an adapter or a "
             "modules_to_save on lm_head is not supported, nor is a head that computes more; train an adapter without it"
         )
-    scale = float(getattr(model.config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(model.config, "logits_scaling", None) or 1.0)
-    return Head(linear.weight, linear.bias, scale, getattr(model.config, "final_logit_softcapping", None))
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

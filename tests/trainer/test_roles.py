@@ -27,7 +27,16 @@ from tiny_runs import (
     trainer,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 from srppo import SelfReward, SRPPOTrainer, UserError, ppo, run_sft
 from srppo.data import Example
@@ -337,6 +346,19 @@ def test_a_head_transform_that_nobody_knows_is_refused():
     model.forward = squared
     with pytest.raises(UserError, match=r"LlamaForCausalLM computes its logits in a way .* not supported"):
         check_head(role(model))
+
+
+def test_a_model_for_images_too_has_the_cap_of_its_text_configuration():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text = Gemma2Config(
+        **sizes, vocab_size=64, num_hidden_layers=1, num_key_value_heads=1, head_dim=8, final_logit_softcapping=5.0,
+        initializer_range=0.2,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(**sizes, num_hidden_layers=1, image_size=14, patch_size=14)
+    config = PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=16, image_token_index=63)
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    check_head(role(model))
+    assert role(model).head.softcap == 5.0
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
