@@ -169,14 +169,9 @@ class Role:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; training modes and ``requires_grad`` as before outside.
-
-    peft's ``set_adapter`` switches ``requires_grad``, so a policy that shares its model with the reward would come back
-    from being scored with nothing to train.
-    """
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, without dropout; module by module as before outside."""
     modes = [(module, module.training) for module in model.modules()]
-    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for module, _ in modes:
             module.training = False
@@ -184,6 +179,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; training modes and ``requires_grad`` as before outside.
+
+    peft's ``set_adapter`` switches ``requires_grad``, so a policy that shares its model with the reward would come back
+    from being scored with nothing to train.
+    """
+    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with evaluating(model):
+            yield
+    finally:
         for parameter, need in needs:
             parameter.requires_grad_(need)
 

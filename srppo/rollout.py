@@ -20,7 +20,7 @@ from torch import Tensor
 from srppo import distributed, sharding
 from srppo.errors import UserError
 from srppo.packing import Layout, widest_tree
-from srppo.roles import Role
+from srppo.roles import Role, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -208,10 +208,9 @@ def generate(
     shareable = role.layout == Layout.SHARED and longest + max_completion_length <= widest_tree(role.causal_lm.config)
     completions: list[list[int]] = []
     stops = torch.tensor(list(stop_token_ids))
-    with role.active() as model, sharding.whole(model), contiguous_rows_into_head(model):
-        own_config, training = model.generation_config, model.training
+    with role.active() as model, sharding.whole(model), contiguous_rows_into_head(model), evaluating(model):
+        own_config = model.generation_config
         model.generation_config = GenerationConfig()  # what is unset above must not come from the checkpoint
-        model.eval()
         try:
             for start in range(0, len(prompts), batch_size or len(prompts)):
                 chunk = prompts[start : start + (batch_size or len(prompts))]
@@ -232,7 +231,6 @@ def generate(
                     on_batch(len(chunk))
         finally:
             model.generation_config = own_config
-            model.train(training)
     return collate(prompts, completions, pad_token_id=pad_token_id, stop_token_ids=stop_token_ids, device=role.device)
 
 

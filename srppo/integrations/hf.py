@@ -17,8 +17,6 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 
 from srppo.errors import UserError
 from srppo.models import Head, head_of, is_peft
-from srppo.roles import Role, check_head
+from srppo.roles import Role, check_head, evaluating
 from srppo_kernels import LinearLogprob, linear_logprob, linear_loss
 from srppo_kernels.parallel import full_head
 
@@ -133,18 +131,6 @@ def fuse(model: PreTrainedModel) -> FusedForward:
         fused = vars(model)["_srppo_fused"] = FusedForward(model.forward)
         model.forward = types.MethodType(forward_of(type(model)), model)
     return fused
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, module by module as before outside: dropout would make the check see two models."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def read_head(model: PreTrainedModel) -> Head:

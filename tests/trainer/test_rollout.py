@@ -84,6 +84,13 @@ def test_what_a_checkpoint_asks_for_in_its_generation_config_does_not_reach_the_
     assert torch.equal(plain.input_ids, again.input_ids)
 
 
+def test_training_modes_are_those_from_before_module_by_module():
+    model = tiny_model().train()
+    frozen = model.model.layers[0].eval()
+    sample(model, [PROMPT], length=2)
+    assert model.training and model.lm_head.training and not frozen.training and not frozen.mlp.training
+
+
 def test_top_k_is_off_and_top_p_cuts_the_tail(small):
     wide = tiny_model()  # 264 tokens, of which transformers' own default would keep 50
     drawn = sample(wide, [PROMPT] * MANY, temperature=3.0).completions[:, 0]
