@@ -51,6 +51,14 @@ def is_adapter_folder(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
+def trunk_of(model: PreTrainedModel) -> nn.Module:
+    """What is under the head; ``base_model`` is the model itself where its prefix is another class's, as in Llama 4."""
+    trunk = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    if trunk is None:
+        raise UserError(f"{type(model).__name__} does not say what is under its head: it is not supported yet")
+    return trunk
+
+
 # -- the head ---------------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ from srppo.models import (
     load_model,
     lora_config,
     require_full_precision,
+    trunk_of,
 )
 from srppo.packing import Layout, attention_of, layout_of, pack, widest_tree
 from srppo.prefixes import tree_mask
@@ -122,7 +123,7 @@ class Role:
             own = re.compile(rf"\.(lora_\w+|modules_to_save)\.{self.adapter}(\.|$)")
             named = [(name, p) for name, p in named if own.search(name)]
         elif self.value_head is not None:  # a critic never uses the head of its language model
-            backbone = {id(p) for p in self.causal_lm.base_model.parameters()}
+            backbone = {id(p) for p in trunk_of(self.causal_lm).parameters()}
             named = [(name, p) for name, p in named if id(p) in backbone]
         if self.value_head is not None:
             named += [(f"value_head.{name}", p) for name, p in self.value_head.named_parameters()]
@@ -235,7 +236,7 @@ def check_head(role: Role) -> None:
     with role.active() as model:
         ids = torch.arange(8, device=role.device).remainder(model.config.get_text_config().vocab_size)[None]
         logits = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         ours = linear_logprob(hidden, role.head.weight, ids, **role.head.options).logprob
     theirs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from srppo import distributed, sharding
 from srppo.errors import UserError
+from srppo.models import trunk_of
 from srppo.packing import Layout, widest_tree
 from srppo.roles import Role, evaluating
 
@@ -266,7 +267,7 @@ def cache_of(model: PreTrainedModel, tokens: Sequence[int], rows: int) -> dict[s
     if not tokens:
         return {}
     name = cache_name(model)
-    cache = model.base_model(input_ids=torch.tensor([tokens], device=model.device), use_cache=True)[name]
+    cache = trunk_of(model)(input_ids=torch.tensor([tokens], device=model.device), use_cache=True)[name]
     cache.batch_repeat_interleave(rows)
     return {name: cache}
 

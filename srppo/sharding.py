@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from srppo import distributed
 from srppo.errors import UserError
+from srppo.models import trunk_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ def shard(model: PreTrainedModel) -> None:
         fully_shard(layer, mesh=mesh)
 
     def states(self: PreTrainedModel, **inputs: Any) -> Tensor:
-        hidden: Tensor = self.base_model(**inputs).last_hidden_state
+        hidden: Tensor = trunk_of(self)(**inputs).last_hidden_state
         return hidden
 
     model.states = types.MethodType(states, model)
@@ -97,7 +98,7 @@ def parts(model: nn.Module) -> list[Any]:
 def states_of(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """The last hidden states, ``[B, T, D]``."""
     forward: Any = model.states if is_sharded(model) else None
-    states: Tensor = forward(**inputs) if forward is not None else model.base_model(**inputs).last_hidden_state
+    states: Tensor = forward(**inputs) if forward is not None else trunk_of(model)(**inputs).last_hidden_state
     return states
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srppo.errors import UserError
-from srppo.models import Head, head_of, is_peft
+from srppo.models import Head, head_of, is_peft, trunk_of
 from srppo.roles import Role, check_head, evaluating
 from srppo_kernels import LinearLogprob, linear_logprob, linear_loss
 from srppo_kernels.parallel import full_head
@@ -182,7 +182,9 @@ def cross_entropy(model: PreTrainedModel, fused: FusedForward, named: dict[str, 
         hidden, head.weight, targets, negative_log_likelihood, count,
         workspace_bytes=fused.workspace_bytes, **head.options,
     )  # fmt: skip
-    result = CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+    # a state-space model has no attentions to give
+    extras = {name: getattr(outputs, name, None) for name in ("hidden_states", "attentions")}
+    result = CausalLMOutputWithPast(loss=loss, **extras)
     return result if as_dict in (None, True) else result.to_tuple()
 
 
@@ -211,7 +213,7 @@ def token_logprobs(model: PreTrainedModel, named: dict[str, Any]) -> LinearLogpr
 
 def backbone(model: PreTrainedModel, named: dict[str, Any]) -> Any:
     """The output of the model under its head."""
-    return model.base_model(**{**named, "use_cache": False, "return_dict": True})
+    return trunk_of(model)(**{**named, "use_cache": False, "return_dict": True})
 
 
 def head_inputs(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Head]:

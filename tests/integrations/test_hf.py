@@ -13,6 +13,10 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -74,6 +78,19 @@ def test_loss_and_gradients_are_the_models_own(kind: str, items: Any) -> None:
 def test_a_head_with_a_bias() -> None:
     plain = training()
     plain.lm_head = nn.Linear(32, 264)
+    assert_equal(plain, use_fused_cross_entropy(copy.deepcopy(plain)), **batch())
+
+
+@pytest.mark.parametrize("kind", ["mamba", "llama4"])
+def test_a_model_without_attentions_and_one_without_a_base_model(kind: str) -> None:
+    sizes = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    if kind == "mamba":
+        plain: PreTrainedModel = MambaForCausalLM(MambaConfig(**sizes, state_size=4))
+    else:
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 1}
+        experts = {"num_local_experts": 2, "intermediate_size_mlp": 16}
+        plain = Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, **experts))
+        assert plain.base_model is plain  # its prefix is that of the model with images
     assert_equal(plain, use_fused_cross_entropy(copy.deepcopy(plain)), **batch())
 
 
