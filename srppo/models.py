@@ -47,6 +47,13 @@ def has_adapter_layers(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
+def adapters_off(model: nn.Module) -> bool:
+    """Whether the adapters in a model are switched off, as by peft's ``disable_adapter``."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return next((module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)), False)
+
+
 def is_adapter_folder(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 

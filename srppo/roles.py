@@ -29,6 +29,7 @@ from srppo.errors import UserError
 from srppo.models import (
     Head,
     adapter_base,
+    adapters_off,
     attach_adapter,
     check_adapter,
     check_same_vocabulary,
@@ -97,11 +98,17 @@ class Role:
                 sharding.release(self.causal_lm)
             return
         on = self.adapter, self.trainable
-        outer, before = getattr(self.model, "role_on", None), self.model.active_adapter
+        outer, name = getattr(self.model, "role_on", None), self.model.active_adapter
+        before: Any = self.model.active_adapters
         if on == outer:
             yield self.causal_lm
             return
         assert outer is None or outer[0] is not None, "adapters are off here, and this role's would stay off"
+        if self.adapter is not None and adapters_off(self.model):
+            raise UserError(
+                f"the model's adapters are off here, as inside of disable_adapter(), and {self.adapter!r} would stay "
+                "off: make this call outside of it"
+            )
         self.model.role_on = on  # type: ignore[assignment]
         try:
             if self.adapter is None:
@@ -112,7 +119,10 @@ class Role:
                 yield self.causal_lm
         finally:
             self.model.role_on = outer  # type: ignore[assignment]
-            self.model.set_adapter(before, inference_mode=not (outer and outer[1]))  # type: ignore[operator]
+            # several may be on, of which peft's own set_adapter takes one
+            layers: Any = self.model.base_model
+            layers.set_adapter(before if len(before) > 1 else before[0], inference_mode=not (outer and outer[1]))
+            self.model.active_adapter = name
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This role's own parameters, by name: its adapter's, or all of a model that it has to itself, and its value

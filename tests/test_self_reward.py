@@ -199,6 +199,23 @@ def test_a_policy_in_the_same_model_is_left_as_it_was(tiny_models):  # noqa: F81
         SelfReward.from_peft(model, "other")
 
 
+def test_several_active_adapters_come_back_and_adapters_that_are_off_are_refused(tiny_models):  # noqa: F811
+    """A policy may be SFT's adapter with another on top, of which peft's own set_adapter would put one back; and with
+    the adapters off, SFT would be the base and all rewards 0."""
+    from peft import LoraConfig, PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_models.base)
+    model = PeftModel.from_pretrained(base, tiny_models.adapter, adapter_name="sft")
+    model.add_adapter("policy", LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["sft", "policy"])
+    reward = SelfReward.from_peft(model, "sft", tiny_tokenizer())
+    got = reward.reward(PROMPTS, COMPLETIONS)
+    assert model.active_adapters == ["sft", "policy"] and model.active_adapter == "sft"
+    with model.disable_adapter(), pytest.raises(UserError, match="adapters are off here"):
+        reward.reward(PROMPTS, COMPLETIONS)
+    assert torch.equal(reward.reward(PROMPTS, COMPLETIONS), got)
+
+
 def test_models_that_do_not_belong_together_are_refused(pair, tiny_models, tmp_path):  # noqa: F811
     base = pair[0]
     with pytest.raises(UserError, match="different vocabularies"):
