@@ -13,8 +13,8 @@ from ppo_steps import assert_same_gradients, laid_out, one_update, trained_head
 from tiny import ATTENTIONS, tiny_model
 from tiny_runs import config, full_roles, role, rollout, trainer, widened
 
-from srppo import ppo
-from srppo.packing import Layout, fill, fill_padded, keeps_sequences_apart, pack, plan
+from srppo import UserError, ppo
+from srppo.packing import Layout, fill, fill_padded, keeps_sequences_apart, layout_of, pack, plan
 from srppo.roles import Role, build_roles
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
@@ -102,6 +102,15 @@ def test_sequences_that_see_each_other_are_found_out(monkeypatch):
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda *a, position_ids=None, **k: forward(*a, **k))
     assert not keeps_sequences_apart(role(model))
+
+
+def test_a_model_that_reads_padding_is_refused(monkeypatch):
+    """As RWKV, which knows no mask, and decoders that count their positions from the padding on."""
+    model = tiny_model()
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda input_ids, use_cache, **_: forward(input_ids))
+    with pytest.raises(UserError, match="padded on the left"):
+        layout_of(role(model))
 
 
 def test_a_model_that_mixes_packed_sequences_is_given_padded_ones(tmp_path, monkeypatch):
