@@ -177,9 +177,9 @@ def cross_entropy(model: PreTrainedModel, fused: FusedForward, named: dict[str, 
     targets = next_tokens(labels) if shift_labels is None else shift_labels
     hidden, head = head_inputs(model, outputs.last_hidden_state)
     targets = targets.to(hidden.device)
-    count = (targets != IGNORE).sum().clamp(min=1) if items is None else torch.as_tensor(items, device=hidden.device)
+    count = (targets != IGNORE).sum() if items is None else torch.as_tensor(items, device=hidden.device)
     loss, _ = linear_loss(
-        hidden, head.weight, targets, negative_log_likelihood, count,
+        hidden, head.weight, targets, negative_log_likelihood, count.clamp(min=1),
         workspace_bytes=fused.workspace_bytes, **head.options,
     )  # fmt: skip
     # a state-space model has no attentions to give

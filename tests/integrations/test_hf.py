@@ -174,9 +174,11 @@ def test_a_tuple_and_hidden_states_where_they_are_asked_for() -> None:
     assert len(output.hidden_states) == 3
 
 
-def test_a_batch_without_labels_has_loss_zero() -> None:
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+def test_a_batch_without_labels_has_loss_zero(items: Any) -> None:
     fused, inputs = use_fused_cross_entropy(training()), batch()
-    loss, grads = gradients(fused, **{**inputs, "labels": torch.full_like(inputs["labels"], -100)})
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    loss, grads = gradients(fused, num_items_in_batch=items, **inputs)
     assert loss == 0
     assert all(gradient.abs().max() == 0 for gradient in grads.values())
 
