@@ -72,6 +72,8 @@ def use_fused_cross_entropy(model: M, *, eval_logits: bool = False, workspace_by
     inner = causal_lm(model)
     require_next_token_loss(inner)
     fused = fuse(inner)
+    if not fused.cross_entropy:
+        check_loss(inner, fused.original)
     fused.cross_entropy, fused.eval_logits, fused.workspace_bytes = True, eval_logits, workspace_bytes
     return model
 
@@ -110,11 +112,12 @@ def require_next_token_loss(model: PreTrainedModel) -> None:
     if model.loss_function is not ForCausalLMLoss:
         name = getattr(model.loss_function, "__name__", model.loss_function)
         raise UserError(f"{type(model).__name__} is trained with {name}, not with the next-token cross-entropy")
-    refuse_router_loss(getattr(model.config.get_text_config(), "output_router_logits", False))
+    refuse_router_loss(model)
 
 
-def refuse_router_loss(asked: Any) -> None:
-    if asked:
+def refuse_router_loss(model: PreTrainedModel, asked: bool | None = None) -> None:
+    """``asked`` is what a call says; without it the configuration decides, which may have been changed since."""
+    if asked if asked is not None else getattr(model.config.get_text_config(), "output_router_logits", False):
         raise UserError(
             "output_router_logits adds a load-balancing loss of the experts, which needs the model's own forward: "
             "set config.output_router_logits = False"
@@ -131,6 +134,25 @@ def fuse(model: PreTrainedModel) -> FusedForward:
         fused = vars(model)["_srppo_fused"] = FusedForward(model.forward)
         model.forward = types.MethodType(forward_of(type(model)), model)
     return fused
+
+
+@torch.no_grad()
+def check_loss(model: PreTrainedModel, forward: Any) -> None:
+    """Stops if the model's loss is not the next-token cross-entropy alone: Bamba adds a z-loss, and the decoders of
+    encoder-decoder models do not shift labels.
+
+    Args:
+        forward: the model's own.
+    """
+    ids = torch.arange(8, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    with evaluating(model):
+        output = forward(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
+    plain = F.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:].to(output.logits.device)).item()
+    if not abs(output.loss.item() - plain) <= 1e-3 * plain:
+        raise UserError(
+            f"{type(model).__name__} has a loss of {output.loss.item():.6g} where the next-token cross-entropy is "
+            f"{plain:.6g}: what it adds, such as a z-loss, would be gone; switch that off in its configuration"
+        )
 
 
 def read_head(model: PreTrainedModel) -> Head:
@@ -171,7 +193,7 @@ def cross_entropy(model: PreTrainedModel, fused: FusedForward, named: dict[str, 
 
     labels, shift_labels = named.pop("labels", None), named.pop("shift_labels", None)
     items, as_dict = named.pop("num_items_in_batch", None), named.pop("return_dict", None)
-    refuse_router_loss(named.get("output_router_logits"))
+    refuse_router_loss(model, named.get("output_router_logits"))
     named.pop("logits_to_keep", None)
     outputs = backbone(model, named)
     targets = next_tokens(labels) if shift_labels is None else shift_labels

@@ -256,6 +256,7 @@ def test_predictions_with_logits(tmp_path: Path) -> None:
         (lambda: mixtral(), "load-balancing"),
         (lambda: with_loss(tiny_model()), "not with the next-token"),
         (lambda: strange(tiny_model()), "does not reproduce"),
+        (lambda: with_z_loss(tiny_model()), "where the next-token cross-entropy is"),
     ],
 )
 def test_what_is_refused(make: Any, says: str) -> None:
@@ -267,6 +268,9 @@ def test_router_logits_asked_for_in_a_call_are_refused() -> None:
     fused = use_fused_cross_entropy(training())
     with pytest.raises(UserError, match="load-balancing"):
         fused(**batch(), output_router_logits=True)
+    fused.config.output_router_logits = True  # the model's own forward would follow it
+    with pytest.raises(UserError, match="load-balancing"):
+        fused(**batch())
 
 
 def mixtral() -> PreTrainedModel:
@@ -279,6 +283,20 @@ def mixtral() -> PreTrainedModel:
 
 def with_loss(model: PreTrainedModel) -> PreTrainedModel:
     model.loss_function = lambda *_, **__: torch.zeros(())
+    return model
+
+
+def with_z_loss(model: PreTrainedModel) -> PreTrainedModel:
+    """As Bamba with a z_loss_coefficient."""
+    forward = model.forward
+
+    def with_addition(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if output.loss is not None:
+            output.loss += 1e-2 * output.logits.logsumexp(-1).square().mean()
+        return output
+
+    model.forward = with_addition
     return model
 
 
