@@ -242,12 +242,28 @@ class Roles:
 
 @torch.no_grad()
 def check_head(role: Role) -> None:
-    """Stops if hidden states and head do not give the model's own log-probs, as in an architecture unknown to us."""
+    """Stops if hidden states and head do not give the model's own log-probs, as in an architecture unknown to us.
+
+    The logits of a model that was not trained are so small that a cap on them would not show: they are made as large as
+    those of one that was.
+    """
     with role.active() as model:
         ids = torch.arange(8, device=role.device).remainder(model.config.get_text_config().vocab_size)[None]
-        logits = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-        ours = linear_logprob(hidden, role.head.weight, ids, **role.head.options).logprob
+        hidden, head = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state, role.head
+        hidden = hidden.to(head.weight.dtype)
+        if hidden.shape[-1] != head.weight.shape[1]:
+            raise UserError(
+                f"{type(model).__name__} has a layer under its head that changes the width: not supported yet"
+            )
+        largest = (hidden @ head.weight.T).abs().max().item() * abs(head.logit_scale)
+        factor = max(1.0, 16 / max(largest, 1e-3))
+        module: Any = model.get_output_embeddings()
+        hook = module.register_forward_pre_hook(lambda _, rows: (rows[0] * factor,))
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            hook.remove()
+        ours = linear_logprob(hidden * factor, head.weight, ids, **head.options).logprob
     theirs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()
     tolerance = 1e-3 if role.head.weight.dtype == torch.float32 else 0.25  # theirs come from logits rounded to 16 bits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,9 @@ def test_predictions_with_logits(tmp_path: Path) -> None:
         (lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2)), "encoder-decoder"),
         (lambda: mixtral(), "load-balancing"),
         (lambda: with_loss(tiny_model()), "not with the next-token"),
-        (lambda: strange(tiny_model()), "does not reproduce"),
+        (lambda: strange(tiny_model(), lambda logits: logits * 1.5), "does not reproduce"),
+        (lambda: strange(untrained(), lambda logits: 30 * torch.tanh(logits / 30)), "does not reproduce"),
+        (lambda: with_scales(tiny_model()), "nor is a head that computes more"),
         (lambda: with_z_loss(tiny_model()), "where the next-token cross-entropy is"),
     ],
 )
@@ -300,7 +303,30 @@ def with_z_loss(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def strange(model: PreTrainedModel) -> PreTrainedModel:
+def with_scales(model: PreTrainedModel) -> PreTrainedModel:
+    """A head with a learned scale for each token, which are all 1 before training."""
+
+    class ScaledLinear(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(32, 264, bias=False)
+            self.scale = nn.Parameter(torch.ones(264))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden) * self.scale
+
+    model.lm_head = ScaledLinear()
+    return model
+
+
+def untrained() -> PreTrainedModel:
+    """With logits as small as those of random weights in a real model."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)
+    return model
+
+
+def strange(model: PreTrainedModel, transform: Callable[[Tensor], Tensor]) -> PreTrainedModel:
     """An architecture that does something to its logits that no configuration names."""
-    model.lm_head.register_forward_hook(lambda _, __, logits: logits * 1.5)
+    model.lm_head.register_forward_hook(lambda _, __, logits: transform(logits))
     return model
