@@ -75,7 +75,8 @@ class _LinearLoss(torch.autograd.Function):
         out: list[Any] = [None] * len(ctx.needs_input_grad)
         if grad is None:
             return tuple(out)
-        head, arguments = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint gives each but once
+        head, arguments = saved[:3], saved[3:]
         for i in range(3):
             if not ctx.needs_input_grad[1 + i]:
                 continue

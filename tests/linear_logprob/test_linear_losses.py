@@ -3,6 +3,7 @@
 import pytest
 import torch
 from linear_logprob.head_problems import BACKENDS, make, relative
+from torch.utils.checkpoint import checkpoint
 
 from srppo_kernels import explain, linear_logprob, linear_loss, linear_ppo_loss, ppo_loss
 
@@ -149,6 +150,24 @@ def test_gradients_of_a_freed_graph_are_not_copied_and_those_of_a_kept_one_are(o
     assert second[1].data_ptr() == formed[0].weight.data_ptr()
     scaled = torch.autograd.grad(3.0 * loss(), p.inputs())
     assert all(torch.equal(a, 3.0 * b) for a, b in zip(scaled, want, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("op", ["linear_loss", "linear_ppo_loss", "linear_logprob"])
+def test_activation_checkpointing_around_the_loss(op, reentrant):
+    p = make("random", n=20, v=90)
+    ones = torch.ones(20)
+
+    def loss(hidden):
+        if op == "linear_loss":
+            return linear_loss(hidden, p.weight, p.targets, lambda lp, h, w: ((lp * w).sum(), {}), ones)[0]
+        if op == "linear_ppo_loss":
+            return linear_ppo_loss(hidden, p.weight, p.targets, -4 * ones, ones, ones.bool())[0]
+        return linear_logprob(hidden, p.weight, p.targets).logprob.sum()
+
+    want = torch.autograd.grad(loss(p.hidden), p.inputs())
+    checkpoint(loss, p.hidden, use_reentrant=reentrant).backward()
+    assert all(torch.equal(x.grad, w) for x, w in zip(p.inputs(), want, strict=True))
 
 
 @pytest.mark.parametrize("plan", ["precompute", "cache"])
