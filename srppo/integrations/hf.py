@@ -184,6 +184,9 @@ def forward_of(cls: type[PreTrainedModel]) -> Any:
             return cross_entropy(self, fused, named)
         return fused.original(*args, **kwargs)
 
+    # Accelerate's unwrap_model follows __wrapped__ to take its own wrapper off, and would take this one off with it.
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__
     return forward
 
 

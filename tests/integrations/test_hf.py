@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 from largest import LargestTensor
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_model
@@ -182,6 +185,16 @@ def test_a_batch_without_labels_has_loss_zero(items: Any) -> None:
     loss, grads = gradients(fused, num_items_in_batch=items, **inputs)
     assert loss == 0
     assert all(gradient.abs().max() == 0 for gradient in grads.values())
+
+
+def test_unwrapping_by_accelerate_takes_off_its_own_wrapper_only() -> None:
+    fused = use_fused_cross_entropy(training())
+    names = list(inspect.signature(type(fused).forward).parameters)[1:]
+    assert list(inspect.signature(fused.forward).parameters) == names  # as generate and Trainer look at them
+    fused._original_forward = fused.forward  # as prepare does it for mixed precision
+    fused.forward = types.MethodType(convert_outputs_to_fp32(fused.forward.__func__), fused)
+    assert extract_model_from_parallel(fused, keep_fp32_wrapper=False) is fused
+    assert fused(**batch()).logits is None
 
 
 def test_a_copy_has_its_own_weights() -> None:
