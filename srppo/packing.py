@@ -140,16 +140,21 @@ def layout_of(role: Role) -> Layout:
     """The best layout that a role's model takes, asked with short sequences.
 
     Raises:
-        UserError: it takes none, as it does not leave padding out.
+        UserError: as :func:`check_padding`.
     """
+    check_padding(role)
+    if not keeps_sequences_apart(role):
+        return Layout.PADDED
+    return Layout.SHARED if takes_trees(role) else Layout.PACKED
+
+
+def check_padding(role: Role) -> None:
+    """Stops if padding changes what a role's model computes of the tokens behind it, as in one that knows no mask."""
     if not gets_the_states_of_each_alone(role, [(0, 9), (3, 5), (11, 12)], Layout.PADDED):
         raise UserError(
             f"{type(role.causal_lm).__name__} gives a sequence other states where it is padded on the left, so that "
             "its log-probs would depend on the batch: this architecture is not supported yet"
         )
-    if not keeps_sequences_apart(role):
-        return Layout.PADDED
-    return Layout.SHARED if takes_trees(role) else Layout.PACKED
 
 
 def keeps_sequences_apart(role: Role) -> bool:

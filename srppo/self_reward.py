@@ -24,7 +24,7 @@ from srppo.config import SRPPOConfig
 from srppo.data import filler_token, stop_tokens, tokenize_row
 from srppo.errors import UserError
 from srppo.models import check_positions, check_same_tokenizer, check_same_vocabulary, load_tokenizer, tokenizer_for
-from srppo.packing import neighbours
+from srppo.packing import check_padding, neighbours
 from srppo.ppo import RunningMoments
 from srppo.roles import Role, check_head, frozen_roles, laid_out_alike, undisturbed
 from srppo.rollout import Rollout, collate, until_stop
@@ -96,7 +96,8 @@ class SelfReward:
 
         Raises:
             UserError: models or tokenizers with different vocabularies, an architecture whose logits the fused head
-                does not reproduce, an option out of range, base and SFT that are the same.
+                does not reproduce or whose states padding changes, an option out of range, base and SFT that are the
+                same.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}")
@@ -338,6 +339,7 @@ def _roles(
                 stack.enter_context(undisturbed(role.model))
             for role in (base, sft):
                 check_head(role)
+                check_padding(role)
     else:
         assert not isinstance(base, Role) and not isinstance(sft, Role)
         if not isinstance(base, str) and base is sft:

@@ -13,7 +13,7 @@ from ppo_steps import assert_same_gradients, laid_out, one_update, trained_head
 from tiny import ATTENTIONS, tiny_model
 from tiny_runs import config, full_roles, role, rollout, trainer, widened
 
-from srppo import UserError, ppo
+from srppo import SelfReward, UserError, ppo
 from srppo.packing import Layout, fill, fill_padded, keeps_sequences_apart, layout_of, pack, plan
 from srppo.roles import Role, build_roles
 
@@ -111,6 +111,8 @@ def test_a_model_that_reads_padding_is_refused(monkeypatch):
     monkeypatch.setattr(model.model, "forward", lambda input_ids, use_cache, **_: forward(input_ids))
     with pytest.raises(UserError, match="padded on the left"):
         layout_of(role(model))
+    with pytest.raises(UserError, match="padded on the left"):
+        SelfReward(role(tiny_model()), role(model), stop_token_ids=[0])
 
 
 def test_a_model_that_mixes_packed_sequences_is_given_padded_ones(tmp_path, monkeypatch):
