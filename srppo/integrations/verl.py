@@ -201,7 +201,12 @@ class SelfRewardManager(RewardManagerBase):
         async with self.turn:
             batch, self.waiting = self.waiting, []
             if batch:
-                await self._score(batch)
+                scoring = asyncio.ensure_future(self._score(batch))
+                try:
+                    await asyncio.shield(scoring)
+                except asyncio.CancelledError:
+                    await scoring  # the others' too: a cancelled call ends when they have theirs
+                    raise
         reward = await done
         return {"reward_score": reward, "reward_extra_info": {"self_reward_per_token": reward / max(1, len(response))}}
 
@@ -212,10 +217,12 @@ class SelfRewardManager(RewardManagerBase):
             rewards = (await asyncio.get_running_loop().run_in_executor(None, call)).tolist()
         except Exception as error:
             for future in futures:
-                future.set_exception(error)
+                if not future.cancelled():
+                    future.set_exception(error)
         else:
             for future, reward in zip(futures, rewards, strict=True):
-                future.set_result(reward)
+                if not future.cancelled():
+                    future.set_result(reward)
 
 
 def token_ids(batch: Any) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,3 +219,26 @@ def test_an_error_reaches_every_caller(models: dict[str, str]) -> None:
     first, *others = asyncio.run(run())
     assert isinstance(first, UserError) and "is empty" in str(first)
     assert all(isinstance(other, dict) for other in others)
+
+
+def test_a_cancelled_call_leaves_nobody_waiting(models: dict[str, str]) -> None:
+    expected = SelfReward(**models).reward(PROMPTS, RESPONSES).tolist()
+
+    async def run() -> list[Any]:
+        manager = SelfRewardManager(config=settings(models), tokenizer=tiny_tokenizer())
+        data = [item(p, c) for p, c in zip(PROMPTS, RESPONSES, strict=True)]
+        first, second, third = (asyncio.ensure_future(manager.run_single(one)) for one in data)
+        original = manager.reward.reward
+
+        def reward(prompts: Any, responses: Any) -> Any:
+            if len(prompts) == 2:  # the second call scores for itself and the third
+                loop.call_soon_threadsafe(second.cancel)
+                time.sleep(0.2)
+            return original(prompts, responses)
+
+        loop, manager.reward.reward = asyncio.get_running_loop(), reward
+        return await asyncio.wait_for(asyncio.gather(first, second, third, return_exceptions=True), 60)
+
+    first, second, third = asyncio.run(run())
+    assert isinstance(second, asyncio.CancelledError)
+    assert [r["reward_score"] for r in (first, third)] == pytest.approx([expected[0], expected[2]], abs=1e-5)
