@@ -86,18 +86,9 @@ def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
     distributed.finish()
 
 
-def require_stored(args: PipelineConfig) -> None:
-    """Stops before SFT where rollouts could not be saved or replayed after it."""
-    from srppo.rollout_store import require_rollouts
-
-    if args.save_rollouts is not None:
-        require_new_folder(Path(args.save_rollouts), "save_rollouts")
-    if args.from_rollouts is not None:
-        require_rollouts(Path(args.from_rollouts), range(1, args.max_steps + 1))
-
-
 def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     from srppo.engines import Sampling, make_engine
+    from srppo.rollout_store import require_folders
     from srppo.sft import run_sft
     from srppo.trainer import SRPPOTrainer
 
@@ -112,8 +103,8 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
         )  # with the SFT model that is there, a run goes on after its first stage
     elif resume == "latest":
         distributed.on_main(lambda: require_latest(output, args.save_rollouts))
-    if resume is None:
-        distributed.on_main(lambda: require_stored(args))
+    if resume is None:  # before SFT
+        require_folders(args.save_rollouts, args.from_rollouts, range(1, args.max_steps + 1))
     tokenizer = tokenizer_for(model, args.base_model_name_or_path, args)
     train_examples, held_out = load_data(args, tokenizer, console)
     if model is None:

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from srppo.config import SRPPOConfig
     from srppo.data import Example
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ def adapters_off(model: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return next((module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)), False)
+
+
+def path_as_text(model: T | Path) -> T | str:
+    """A path as the text that names a folder; a model or a tokenizer in memory as it is."""
+    return str(model) if isinstance(model, Path) else model
 
 
 def is_adapter_folder(path: str | Path) -> bool:

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from srppo.config import SRPPOConfig
 from srppo.data import filler_token, stop_tokens, tokenize_row
 from srppo.errors import UserError
-from srppo.models import check_positions, check_same_tokenizer, check_same_vocabulary, load_tokenizer, tokenizer_for
+from srppo.models import (
+    check_positions,
+    check_same_tokenizer,
+    check_same_vocabulary,
+    load_tokenizer,
+    path_as_text,
+    tokenizer_for,
+)
 from srppo.packing import check_padding, neighbours
 from srppo.ppo import RunningMoments
 from srppo.roles import Role, check_head, frozen_roles, laid_out_alike, undisturbed
@@ -101,9 +108,7 @@ class SelfReward:
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}")
-        base = str(base) if isinstance(base, Path) else base
-        sft = str(sft) if isinstance(sft, Path) else sft
-        tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+        base, sft, tokenizer = path_as_text(base), path_as_text(sft), path_as_text(tokenizer)
         args = SRPPOConfig(
             dtype=dtype,  # type: ignore[arg-type]
             attn_implementation=attn_implementation,

@@ -28,11 +28,11 @@ from srppo.evaluation import completion_rows, evaluate_policy, table_rows, write
 from srppo.guard import Guard, HeldOut, KLController, look_at
 from srppo.metrics import MetricsWriter, iteration_metrics, peak_memory_gib
 from srppo.model_card import model_card
-from srppo.models import check_positions, check_tokens, tokenizer_for, vocabulary_size
+from srppo.models import check_positions, check_tokens, path_as_text, tokenizer_for, vocabulary_size
 from srppo.plots import plot_history
 from srppo.roles import Roles, build_roles
 from srppo.rollout import Rollout, gather
-from srppo.rollout_store import load_rollout, require_rollouts, save_rollout
+from srppo.rollout_store import load_rollout, require_folders, save_rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,8 +88,7 @@ class SRPPOTrainer:
         from_rollouts: str | Path | None = None,
         fsdp: bool = False,
     ) -> None:
-        model = str(model) if isinstance(model, Path) else model
-        base_model = str(base_model) if isinstance(base_model, Path) else base_model
+        model, base_model = path_as_text(model), path_as_text(base_model)
         self.args, self.callbacks, self.reward_fn = args, callbacks, reward_fn
         distributed.start()
         self.console = console or Console(quiet=not distributed.is_main())
@@ -258,12 +257,11 @@ class SRPPOTrainer:
 
     def start_sampling(self) -> str:
         """Checks that rollouts can be had and kept, before anything is computed; says where they come from."""
-        if self.save_rollouts is not None and self.args.resume_from_checkpoint is None:
-            folder = self.save_rollouts
-            distributed.on_main(lambda: checkpoint.require_new_folder(folder, "save_rollouts"))
+        begins = self.args.resume_from_checkpoint is None
+        steps = range(self.step + 1, self.args.max_steps + 1)
+        require_folders(self.save_rollouts if begins else None, self.from_rollouts, steps)
         if self.from_rollouts is None:
             return self.engine.start(self.roles.policy)
-        require_rollouts(self.from_rollouts, range(self.step + 1, self.args.max_steps + 1))
         return f"rollouts: replayed from {self.from_rollouts}"
 
     def rollout(self, batch: Sequence[Example]) -> Rollout:

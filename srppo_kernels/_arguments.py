@@ -27,17 +27,24 @@ def check_mask(op: str, mask: Tensor) -> None:
         raise TypeError(f"{op}: mask has dtype {mask.dtype}; pass a bool tensor (mask.bool()), True on valid tokens")
 
 
+def check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; pass a floating-point tensor")
+
+
 def check_same_shape(op: str, like_name: str, like: Tensor, **others: Tensor | None) -> None:
     """Each tensor of `others` is floating point (masks aside), of `like`'s shape and on its device."""
-    if not isinstance(like, Tensor):
-        raise TypeError(f"{op}: {like_name} must be a tensor, got {type(like).__name__}")
-    if not like.is_floating_point():
-        raise TypeError(f"{op}: {like_name} has dtype {like.dtype}; pass a floating-point tensor")
+    check_tensor(op, like_name, like)
+    check_floating(op, like_name, like)
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        check_tensor(op, name, tensor)
         if tensor.shape != like.shape:
             raise ValueError(
                 f"{op}: {name} has shape {tuple(tensor.shape)} but {like_name} has {tuple(like.shape)}; "
@@ -47,16 +54,15 @@ def check_same_shape(op: str, like_name: str, like: Tensor, **others: Tensor | N
             raise ValueError(
                 f"{op}: {name} is on {tensor.device} but {like_name} on {like.device}; move one to the other's device"
             )
-        if name != "mask" and not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; pass a floating-point tensor")
+        if name != "mask":
+            check_floating(op, name, tensor)
 
 
 def check_rows(op: str, name: str, tensor: Tensor, rows: int, device: torch.device) -> None:
     """A per-row argument has shape [B] and lies with the others; floating point, unless it is a mask."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point() and tensor.dtype != torch.bool:
-        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; pass a floating-point tensor")
+    check_tensor(op, name, tensor)
+    if tensor.dtype != torch.bool:
+        check_floating(op, name, tensor)
     if tensor.shape != (rows,):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; pass one value a row, shape ({rows},)")
     if tensor.device != device:

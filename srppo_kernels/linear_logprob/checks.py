@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import check_mask
+from srppo_kernels._arguments import check_mask, check_tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,11 +32,9 @@ def check_head(
         TypeError: a dtype that does not fit.
         ValueError: a shape, device or number that does not fit.
     """
-    for name, tensor in ((hidden_name, hidden), (weight_name, weight), (bias_name, bias)):
-        if tensor is None and name == bias_name:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    tensors = [(hidden_name, hidden), (weight_name, weight), *([] if bias is None else [(bias_name, bias)])]
+    for name, tensor in tensors:
+        check_tensor(op, name, tensor)
         if type(tensor).__name__ == "DTensor":
             raise TypeError(
                 f"{op}: {name} is a DTensor; pass it through srppo_kernels.parallel first: vocab_parallel_head(...) "
@@ -57,8 +55,7 @@ def check_head(
             f"{op}: {hidden_name} has shape {tuple(hidden.shape)} but {weight_name} {tuple(weight.shape)}; "
             f"their last dimensions, the hidden size, must be equal"
         )
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"{op}: targets must be a tensor, got {type(targets).__name__}")
+    check_tensor(op, "targets", targets)
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: targets has dtype {targets.dtype}; pass int64 or int32 token ids")
     if hidden.shape[:-1] != targets.shape:

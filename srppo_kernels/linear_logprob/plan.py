@@ -257,16 +257,11 @@ def _weight_copy_bytes(problem: Problem) -> int:
     return min(GROUP, problem.vocab) * problem.width * problem.accumulator_bytes
 
 
-def _around_one(backend: str) -> bool:
-    """Whether a row's exponentials are kept around one number (triton_reference.py)."""
-    return backend == "sm90" and sm90.AROUND_TARGET
-
-
 def _scan_bytes(problem: Problem, backend: str) -> int:
     """Blocks of the forward: logits and exponentials, the rows, the weight copy, and four numbers a row."""
     if backend in gpu.FAMILY:
         group = sm90.GROUP if backend == "sm90" else gpu.GROUP
-        tiles = -(-problem.vocab // sm90.TILE) + 1 if _around_one(backend) else 0
+        tiles = -(-problem.vocab // sm90.TILE) + 1 if sm90.keeps_around_one(backend) else 0
         return gpu.scan_bytes(problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize, group, tiles)
     if backend == "native":
         return native.workspace_bytes(problem.rows, problem.width, problem.vocab, GROUP)
@@ -283,7 +278,8 @@ def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0, dz_b
     if backend in gpu.FAMILY:
         return gpu.backward_bytes(
             in_place_rows or problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize,
-            problem.kept_bytes, in_place=in_place_rows > 0, around_one=_around_one(backend), dz_bytes=dz_bytes,
+            problem.kept_bytes, in_place=in_place_rows > 0, around_one=sm90.keeps_around_one(backend),
+            dz_bytes=dz_bytes,
         )  # fmt: skip
     if problem.native_gradients:
         return native_gradients.workspace_bytes(

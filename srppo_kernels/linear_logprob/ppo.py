@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from srppo_kernels._arguments import check_floating, check_tensor
 from srppo_kernels.linear_logprob import fused
 from srppo_kernels.linear_logprob.checks import check_head
 from srppo_kernels.linear_logprob.chunked import Head
@@ -177,10 +178,8 @@ def linear_ppo_loss(
     )  # fmt: skip
     check_clips(op, clip_low, clip_high, dual_clip)
     for name, values in (("old_logprobs", old_logprobs), ("advantages", advantages)):
-        if not isinstance(values, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(values).__name__}")
-        if not values.is_floating_point():
-            raise TypeError(f"{op}: {name} has dtype {values.dtype}; pass a floating-point tensor")
+        check_tensor(op, name, values)
+        check_floating(op, name, values)
         if values.shape != targets.shape:
             raise ValueError(f"{op}: {name} has shape {tuple(values.shape)} but targets {tuple(targets.shape)}")
         if values.device != hidden.device:

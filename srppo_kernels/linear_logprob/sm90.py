@@ -36,6 +36,11 @@ NOT_IN_ROWS = "TMA reads rows that are contiguous and start at multiples of 16 b
 LARGEST = 2**31 - 8 * GROUP  # rows, and vocabulary entries, that the kernel counts in 32 bits
 
 
+def keeps_around_one(backend: str) -> bool:
+    """Whether a backend keeps a row's exponentials around one number."""
+    return backend == "sm90" and AROUND_TARGET
+
+
 @_extension.constant_when_traced  # a compiler that traces the public functions need not look into the extension
 def call_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int, vocab: int) -> str:
     """Why backend="sm90" cannot serve such a call; empty if it can, the head's strides aside."""
@@ -116,13 +121,11 @@ def scan(
     if reason:
         _extension.warn_once(f"sm90:{reason}", f"srppo: running Triton's scan instead of the one for sm_90a: {reason}")
     n, vocab = rows.count, head.weight.shape[0]
-    around_one = residual is not None and residual.around_one
-    if min(n, vocab) == 0 or (reason and not around_one):
+    if min(n, vocab) == 0 or (reason and (residual is None or not residual.around_one)):
         return triton_scan.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     listed = row_list(rows.live if rows.live is not None else y.new_ones(n, dtype=torch.bool))
     targets = y.index_select(0, listed.index)
-    if reason:  # the residual needs one number a row, and Triton's scan keeps maxima: all are brought to the largest
-        assert residual is not None
+    if reason and residual is not None:  # it has one number a row, and Triton's scan several: all become the largest
         parts = residual._replace(group_max=residual.group_max.new_empty(n, maxima(vocab)))
         out = triton_scan.scan(hidden, head, y, temperature, rows, entropy, parts, kept_rows)
         below = out.new_full((n,), -torch.inf)

@@ -133,7 +133,7 @@ def _from_exponentials(
     Rows with no gradient have F = 0 and are multiplied all the same, except where E may be overwritten, products end at
     the count, and such rows are more than one in FEW: then dz is formed over E, which moves the others up.
     """
-    kept, columns = residual.kept[: hidden.shape[0]], into.weight
+    kept = residual.kept[: hidden.shape[0]]
     factor = torch.where(wanted, scalars.b * torch.exp(-scalars.log_sum), 0)
     products_move = consume and not dense
     listed = live
@@ -152,8 +152,8 @@ def _from_exponentials(
         factor = torch.where(last >= rows.count, wanted.to(factor.dtype), factor)  # they moved, and are dz
     x = triton_passes.gather(hidden, rows.index, rows.count, factor=factor.index_select(0, rows.index))
     products = _Products(rows.count, cublas=dense and _same_dtype(x, head.weight, kept.dtype))
-    if columns is not None:
-        products.columns(kept, x, columns, accumulate=into.accumulate_weight)
+    if into.weight is not None:
+        products.columns(kept, x, into.weight, accumulate=into.accumulate_weight)
     if not into.hidden:
         return None
     if products.cublas:

@@ -116,10 +116,9 @@ def gather_kernel(
     if FACTOR:
         by = tl.load(factor + r, mask=here, other=0.0)
         here = here & (by != 0)  # 0 whatever the row holds
-        values = tl.load(at, mask=here[:, None] & (c < width)[None, :], other=0.0).to(tl.float32) * by[:, None]
-        values = values.to(out.dtype.element_ty)
-    else:
-        values = tl.load(at, mask=here[:, None] & (c < width)[None, :], other=0.0)
+    values = tl.load(at, mask=here[:, None] & (c < width)[None, :], other=0.0)
+    if FACTOR:
+        values = (values.to(tl.float32) * by[:, None]).to(out.dtype.element_ty)
     tl.store(out + r.to(tl.int64)[:, None] * width + c[None, :], values, mask=(r < n)[:, None] & (c < width)[None, :])
 
 
