@@ -34,6 +34,7 @@ from srppo_kernels import LinearLogprob, PPOStats
 
 # Hidden 576, vocabulary 49152, head tied to the embedding: 0.13 B parameters of a Llama.
 ARCHITECTURE = {name: value for name, value in shape_of("smollm2-135m").items() if name != "model_type"}
+RESOLUTION_MIB = 1.0  # less growth from B to 2 B than this is the process's own: a page now and then
 MEMORY_GIB = {"cpu": 8.0, "cuda": 80.0}  # of a laptop; of the GPU that the other shapes are meant for
 GIB = float(1 << 30)
 
@@ -202,9 +203,9 @@ def largest_batch(prepare: Any) -> Any:
         batch = problem.case.shape[0]
         limit = MEMORY_GIB[problem.case.device]
         first, second = (extra_memory(prepare(p, plan), problem.case.device)[1] for p in (problem, problem.doubled()))
-        constant, per_sequence = line(batch, (first, second))
-        if not per_sequence > 0:
+        if not second - first >= RESOLUTION_MIB:
             return ""
+        constant, per_sequence = line(batch, (first, second))
         fits = max(0, int((limit * 1024 - problem.held_bytes() / (1 << 20) - constant) / per_sequence))
         return (
             f"{per_sequence:.0f} MiB a sequence: {fits} sequences in {limit:g} GiB (line through {batch}, {2 * batch})"

@@ -69,11 +69,16 @@ def test_the_largest_batch_is_what_a_known_memory_leaves_room_for(monkeypatch):
     assert fits == pytest.approx((2048 - 512 - 40) / 6, rel=0.05)
 
 
-def test_memory_that_does_not_grow_gives_no_estimate():
-    def constant(problem, plan):
-        return dict
-
-    assert largest_batch(constant)(Linear(Case("training_step", (4, 1, 1), "float32")), "-") == ""
+@pytest.mark.parametrize(
+    ("growth", "told"), [(-4.0, False), (0.0, False), (3 / 256, False), (0.99, False), (1.0, True)]
+)
+def test_memory_that_grows_by_some_pages_gives_no_estimate(monkeypatch, growth, told):
+    """A process touches a page now and then: 4 KiB more at 2 B would fit millions of sequences."""
+    monkeypatch.setattr(training_step, "extra_memory", lambda call, device: (0.0, call))
+    text = largest_batch(lambda problem, plan: 40.0 + growth * (problem.case.shape[0] == 8))(
+        Linear(Case("training_step", (4, 1, 1), "float32")), "-"
+    )
+    assert bool(text) == told, text
 
 
 @on_linux
