@@ -93,12 +93,10 @@ for stage in $stages; do
                     || failed=1
             fi
             ;;
-        around) # on Hopper: exponentials around maxima, the default, and around the targets' logits
-            for target in 0 1; do
-                SRPPO_SM90_AROUND_TARGET=$target run "around$target" 60 python3 bench/run.py --device cuda --budget 40 \
-                    --op linear_logprob linear_ppo_loss linear_ppo_loss_frozen linear_logprob_grad --shape 8192xqwen3-8b \
-                    --provider srppo --no-plot --out "$out/around$target.csv" || failed=1
-            done
+        around) # on Hopper, in turns: exponentials around maxima, and around the targets' logits
+            run around 100 python3 bench/run.py --device cuda --budget 80 \
+                --op linear_logprob linear_ppo_loss linear_ppo_loss_frozen linear_logprob_grad --shape 8192xqwen3-8b \
+                --provider srppo-sm90 srppo-sm90-target --no-plot --out "$out/around.csv" || failed=1
             ;;
         tiles) run tiles 60 python3 bench/tiles.py --quick || failed=1 ;;
         bench) # what is left of ten minutes, four at most, as its file is written at its end

@@ -10,7 +10,6 @@ float64 (README.md). tests/linear_logprob/test_linear_logprob_sm90.py proves it 
 anywhere, under an emulator.
 """
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,9 +28,9 @@ ROWS = 128  # of a block
 CLUSTER = 2  # blocks that share the loads of W
 TILE = 192  # columns of a tile
 # Whether exponentials are around the targets' logits and not around maxima (triton_reference.py): fewer instructions a
-# logit, and GEMMs 2 and 3 straight from what is kept. Shown right on the host, not yet run on a device, hence not the
-# default.
-AROUND_TARGET = os.environ.get("SRPPO_SM90_AROUND_TARGET", "") == "1"
+# logit, and GEMMs 2 and 3 straight from what is kept. Shown right on the host, not yet run on a device: hence off, and
+# switched on by tests and by bench/run.py's provider srppo-sm90-target alone.
+AROUND_TARGET = False
 NOT_IN_ROWS = "TMA reads rows that are contiguous and start at multiples of 16 bytes, and the weight's do not"
 LARGEST = 2**31 - 8 * GROUP  # rows, and vocabulary entries, that the kernel counts in 32 bits
 
