@@ -13,10 +13,11 @@ The interpreter computes `tl.dot` of bf16 operands wrongly (Triton 3.6 to 3.7): 
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -159,12 +160,28 @@ def finish_counter(device: torch.device) -> Tensor:
     One a stream, as launches of a stream follow each other and each leaves 0 behind: no launch just to clear it. While
     a CUDA graph is captured it is a fresh one, cleared by the graph itself: replays may overlap with anything.
     """
+    zero = partial(torch.zeros, 1, dtype=torch.int32, device=device)
     key = (-1, 0)  # the interpreter's
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(1, dtype=torch.int32, device=device)
+            return zero()
         stream = torch.cuda.current_stream(device)
-        key = (stream.device_index, stream.cuda_stream)
+        key, zero = (stream.device_index, stream.cuda_stream), partial(_apart, stream, zero)
     if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+        _counters[key] = zero()
     return _counters[key]
+
+
+def _apart(stream: torch.cuda.Stream, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that stays, made on `stream` by a thread of its own.
+
+    Before torch.compile's "reduce-overhead" captures a graph it runs the call once, with all that this thread allocates
+    in the graph's memory, and refuses what stays there and is no output.
+    """
+
+    def on_stream() -> Tensor:
+        with torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_stream).result()

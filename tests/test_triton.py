@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,3 +108,16 @@ def test_no_kernel_asks_for_the_extension(monkeypatch):
         linear_logprob(tokens, torch.randn(9, 16), targets, backend="triton").logprob.sum(),
     ):
         result.backward()
+
+
+def test_a_counter_stays_out_of_the_memory_of_graphs(monkeypatch):
+    """torch.compile's "reduce-overhead" warms up with all that the calling thread allocates in its graph's memory."""
+    stream, made = SimpleNamespace(device_index=0, cuda_stream=7), []
+    monkeypatch.setattr(_triton, "_counters", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda on: (made.append(on), nullcontext())[1])
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: (made.append(threading.get_ident()), object())[1])
+    counters = [_triton.finish_counter(torch.device("cuda", 0)) for _ in range(2)]
+    assert counters[0] is counters[1]
+    assert made[0] is stream and made[1] != threading.get_ident() and len(made) == 2

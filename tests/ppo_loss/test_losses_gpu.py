@@ -124,6 +124,19 @@ def test_one_launch_of_the_value_loss(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_into_a_graph(backend):
+    """Warmed up, captured and replayed; nothing of ours stays in the graph's memory."""
+    (values, old, returns, _), mask = inputs(8, 4096)
+
+    def loss(*tokens):
+        return value_loss(*tokens, mask, backend=backend)[0]
+
+    compiled, want = torch.compile(loss, mode="reduce-overhead", fullgraph=True), loss(values, old, returns)
+    for _ in range(3):
+        assert same_bits(compiled(values, old, returns), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_padding_on_either_side_changes_no_bit(reduction, backend):
     tokens, mask = inputs(8, 1500)
