@@ -58,7 +58,11 @@ def reference_kernel(
     SOFTCAP: tl.constexpr,
     ROW_TEMPERATURE: tl.constexpr,
 ):
-    """The target's logit; of another rank's target, the nearest entry's. 0 beyond the count, and for NaN and inf."""
+    """The target's logit; of another rank's target, the nearest entry's. 0 beyond the count.
+
+    Where that is no number, or ruled out, one below all others: around 0 they might all vanish, and from below a row is
+    raised to its own maximum.
+    """
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = r < tl.load(count)
     target = tl.minimum(tl.maximum(tl.load(y + r, mask=here, other=0), 0), vocab - 1)
@@ -72,7 +76,8 @@ def reference_kernel(
         acc += a.to(tl.float32) * b.to(tl.float32)
     z = logits(tl.sum(acc, 1)[None, :], target, vocab, bias, scale, softcap, 1.0, BIAS, SOFTCAP, False)
     z = tl.sum(z, 0) * inverse
-    tl.store(reference + r, tl.where(here & (tl.abs(z) < 1e30), z, 0.0), mask=r < padded)
+    z = tl.where(tl.abs(z) < 1e30, z, -1e30)
+    tl.store(reference + r, tl.where(here, z, 0.0), mask=r < padded)
 
 
 def references(

@@ -362,6 +362,19 @@ def test_the_front(emulated, options, around, monkeypatch):
     assert sm90.obstacle(p.hidden, p.weight).startswith("it is for CUDA devices")
 
 
+@needs_triton
+def test_a_shard_whose_entry_nearest_to_the_target_is_ruled_out(emulated, monkeypatch):
+    """A vocabulary's padding, say: exponentials around 0 would all have vanished where logits are far below it."""
+    monkeypatch.setattr(sm90, "AROUND_TARGET", True)
+    p = make(n=4, d=24, v=400, dtype=torch.bfloat16, bias=True, grad=(False, False))
+    p.options["bias"].fill_(-300.0)[392:] = -torch.inf
+    p.targets += 400
+    m, s, t, _ = Call(p).run().double()
+    z = (p.hidden.double() @ p.weight.double().T + p.options["bias"].double())[:, :392]
+    assert (m + s.log() - z.logsumexp(1)).abs().max() < 2e-4
+    assert (m + t / s - (torch.softmax(z, 1) * z).sum(1)).abs().max() < 2e-4
+
+
 MUTANTS = {
     "a slot released before it is read": ("      hopper::wgmma_wait<1>();", "      //"),
     "accumulators used before they are there": ("    hopper::wgmma_wait<0>();\n", ""),
