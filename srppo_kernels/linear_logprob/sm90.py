@@ -62,8 +62,8 @@ def _shape_obstacle(dtypes: tuple[torch.dtype, ...], width: int, vocab: int) -> 
 
 
 def in_rows(weight: Tensor) -> bool:
-    """Whether TMA can read the head, its address aside: contiguous rows at multiples of 16 bytes."""
-    return weight.stride(1) == 1 and weight.stride(0) % 8 == 0
+    """Whether TMA can read the head, its address aside: contiguous rows at multiples of 16 bytes, none over another."""
+    return weight.stride(1) == 1 and weight.stride(0) % 8 == 0 and weight.stride(0) >= weight.shape[1]
 
 
 def operand_obstacle(hidden: Tensor, weight: Tensor) -> str:

@@ -271,6 +271,7 @@ def test_elsewhere_the_backend_is_refused_in_words(monkeypatch):
         (torch.zeros(4, 60).bfloat16(), torch.zeros(16, 60).bfloat16(), "hidden size of 60"),
         (torch.zeros(4, 64).bfloat16(), torch.zeros(64, 16).bfloat16().T, "contiguous"),
         (torch.zeros(4, 64).bfloat16(), torch.zeros(16, 68).bfloat16()[:, :64], "multiples of 16 bytes"),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(64).bfloat16().expand(16, 64), "contiguous"),
         (torch.zeros(4, 64).bfloat16(), torch.zeros(12, 64).bfloat16(), "vocabulary of 12 is no multiple of 8"),
         (torch.zeros(4, 64).bfloat16(), torch.zeros(16, 64).bfloat16(), ""),
     ],
