@@ -200,6 +200,9 @@ def over_groups(
     acc, dtype = accumulation_dtype(hidden), operand_dtype(hidden, head.weight)
     temperature, chain = _temperature_and_chain(rows, head, acc)
     scaled = scalars.scaled(chain)
+    lift = _lift(scaled) if dtype == torch.float16 and rows.count > 0 else None
+    if lift is not None:
+        scaled = scaled.scaled(lift)
     b, h, at_target, row_max, log_sum = scaled.b, scaled.h, scaled.at_target, scaled.row_max, scaled.log_sum
     y = rows.take(targets).long()
     n, width, device = rows.count, hidden.shape[1], hidden.device
@@ -253,11 +256,24 @@ def over_groups(
                 add_mm(dhidden[r], dz, weight)
             if dweight is not None:
                 add_mm(dweight, dz.T, x)
+        for part in (dweight, dbias):
+            if lift is not None and part is not None:
+                part /= lift
         if into.weight is not None and dweight is not None:
             _write(into.weight[v], dweight, into.accumulate_weight)
         if into.bias is not None and dbias is not None:
             _write(into.bias[v], dbias, into.accumulate_bias)
-    return dhidden
+    return dhidden if dhidden is None or lift is None else dhidden.div_(lift)
+
+
+def _lift(scalars: RowScalars) -> Tensor:
+    """A power of 2 that dz is multiplied by where it is rounded to fp16: its largest entry then is about 2^13.
+
+    Below 6e-8 fp16 is 0, which is more than most entries of dz where a loss is divided by its number of tokens.
+    """
+    parts = torch.stack([t for t in (scalars.b, scalars.h, scalars.at_target) if t is not None])
+    _, exponent = torch.frexp(parts.abs().nan_to_num(0.0, posinf=0.0).amax())
+    return torch.exp2((13 - exponent).clamp(max=126).to(parts.dtype))
 
 
 def _write(destination: Tensor, part: Tensor, accumulate: bool) -> None:

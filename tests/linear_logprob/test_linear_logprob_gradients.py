@@ -6,7 +6,7 @@ from backends import threads
 from linear_logprob.head_problems import make, naive_gradients, relative
 
 from srppo_kernels import _extension, explain, linear_loss
-from srppo_kernels.linear_logprob import native_gradients
+from srppo_kernels.linear_logprob import backward, native_gradients
 
 BIG = 1 << 30
 CPU = torch.device("cpu")
@@ -207,3 +207,18 @@ def test_recompute_obeys_a_small_workspace(dtype):
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
             assert relative(b, a.double()) < bound
+
+
+def test_no_gradient_is_too_small_for_the_fp16_products_of_a_gpu(monkeypatch):
+    """They read dz in fp16, which ends at 6e-8: more than p of most entries over the number of tokens."""
+    monkeypatch.setattr(backward, "operand_dtype", lambda hidden, weight: hidden.dtype)
+    monkeypatch.setattr(backward, "add_mm", lambda out, a, b: out.add_(a.float() @ b.float()))
+    p = make(n=40, dtype=torch.float16, bias=True, softcap=8.0)
+    got, _ = linear_loss(
+        p.hidden, p.weight, p.targets, lambda lp, h: ((lp + h).sum() / 1e6, {}), backend="torch", **p.options
+    )
+    twin = p.double()
+    logprob, entropy, _ = twin.oracle()
+    exact = torch.autograd.grad((logprob + entropy).sum() / 1e6, twin.inputs())
+    scaled = torch.autograd.grad(got * 1024, p.inputs())  # as a gradient scaler's: the results are fp16, too
+    assert all(relative(a, 1024 * b) < 3e-3 for a, b in zip(scaled, exact, strict=True))
