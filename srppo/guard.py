@@ -156,7 +156,7 @@ class Guard:
                 )
                 found["held-out likelihood"] = (lost, text)
         way = max(self.start.reward, self.start.objective_error)
-        if self.mean["kl"] > KL_FACTOR * way:
+        if 0 < KL_FACTOR * way < self.mean["kl"]:  # a first batch of one sequence may not tell the way
             text = (
                 f"the policy is {self.mean['kl']:.2f} nats from SFT, more than {KL_FACTOR:g} times as far as SFT is "
                 f"from the base ({way:.2f})"

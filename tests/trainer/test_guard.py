@@ -91,6 +91,7 @@ def test_where_sft_is_as_the_base_on_the_prompts_the_first_rewards_noise_sets_th
     guard = started(reward=-0.1, objective=-0.1)
     assert later(guard, kl=0.3).warnings == ()
     assert later(guard, 2, kl=0.4).warnings != ()
+    assert later(started(reward=-0.1, objective_error=0.0), kl=0.4).warnings == (), "and a single sequence has none"
 
 
 # -- the best ---------------------------------------------------------------------------------------------------------
