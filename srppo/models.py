@@ -228,7 +228,9 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
                 f"the base model {under} is an adapter: give the model that it stands on, or merge the two first"
             )
         model = load_model(under, args)
-        return attach_adapter(model, path, "default").merge_and_unload()
+        adapted = attach_adapter(model, path, "default")
+        untie_adapted_embedding(model)
+        return adapted.merge_and_unload()
     require_there("causal language model", path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -279,6 +281,15 @@ def check_adapter(what: str, config: Any) -> None:
             raise UserError(
                 f"{what} has {option}={value!r}: only LoRA on whole layers is supported, use {option}={off!r}"
             )
+
+
+def untie_adapted_embedding(model: PreTrainedModel) -> None:
+    """Gives the head a weight of its own where it is that of an embedding with an adapter on it, which does not reach
+    the head: merged into a weight of both, it would."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if has_adapter_layers(embedding) and embedding.weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def adapter_base(adapter: str | Path) -> str:

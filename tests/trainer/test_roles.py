@@ -385,6 +385,19 @@ def test_an_adapter_on_the_embeddings_is_trained_and_saved(tiny_models, tmp_path
     assert moved[0].abs().max() > 0
 
 
+def test_an_adapter_on_a_tied_embedding_is_not_merged_into_the_head(tmp_path):
+    which = ["embed_tokens", "q_proj"]
+    settings = LoraConfig(r=2, target_modules=which, task_type="CAUSAL_LM", init_lora_weights=False)
+    base = save(tiny_model("qwen2"), tmp_path / "base")
+    adapted = get_peft_model(tiny_model("qwen2"), settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = load_model(tmp_path / "adapter", config(tmp_path, base_model_name_or_path=base))
+    merged.save_pretrained(tmp_path / "merged")
+    given = rollout()
+    for model in (merged, AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()):
+        torch.testing.assert_close(own_logprobs(model, given), own_logprobs(adapted, given), atol=2e-5, rtol=1e-5)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
