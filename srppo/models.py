@@ -327,7 +327,11 @@ def lora_config(args: SRPPOConfig, model: PreTrainedModel) -> Any:
 
 
 def check_same_vocabulary(
-    base: PreTrainedModel, sft: PreTrainedModel, base_path: str | Path | None, sft_path: str | Path | None
+    args: SRPPOConfig,
+    base: PreTrainedModel,
+    sft: PreTrainedModel,
+    base_path: str | Path | None,
+    sft_path: str | Path | None,
 ) -> None:
     """Base and SFT must give probabilities to the same tokens, or their difference is no reward."""
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (base, sft)]
@@ -339,7 +343,7 @@ def check_same_vocabulary(
     folders = [Path(p) for p in (base_path, sft_path) if p is not None]
     if len(folders) == 2 and all((f / "tokenizer_config.json").is_file() for f in folders):
         check_same_tokenizer(
-            *(load_tokenizer(f) for f in folders),
+            *(load_tokenizer(f, trust_remote_code=args.trust_remote_code) for f in folders),
             what="the tokenizers of base and SFT model differ",
             why="the reward compares the two models token by token, so they must share one vocabulary",
         )

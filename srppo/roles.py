@@ -295,14 +295,14 @@ def frozen_roles(
     base_model = load_model(base, args) if isinstance(base, str) else base
     freeze(base_model)
     if sft_path is not None and shares:
-        check_same_vocabulary(base_model, base_model, base_path, sft_path)
+        check_same_vocabulary(args, base_model, base_model, base_path, sft_path)
         warn_of_another_base(sft_path, base_path)
         shared = attach_adapter(base_model, sft_path, "sft")
         roles = Role("base", shared), Role("sft", shared, "sft")
     else:
         sft_model = load_model(sft, args) if isinstance(sft, str) else sft
         freeze(sft_model)
-        check_same_vocabulary(base_model, sft_model, base_path, sft_path)
+        check_same_vocabulary(args, base_model, sft_model, base_path, sft_path)
         roles = Role("base", base_model), Role("sft", sft_model)
     for role in roles:
         disable_dropout(role.model)
@@ -337,7 +337,7 @@ def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tupl
     """
     if not is_adapter_folder(path):
         model = load_model(path, args)
-        check_same_vocabulary(base.causal_lm, model, args.base_model_name_or_path, path)
+        check_same_vocabulary(args, base.causal_lm, model, args.base_model_name_or_path, path)
         policy = Role("policy", model)
     elif is_peft(base.model):
         policy = Role("policy", attach_adapter(base.model, path, "policy"), "policy")

@@ -338,7 +338,7 @@ def _roles(
     if isinstance(base, Role) != isinstance(sft, Role):
         raise UserError("base and sft must both be roles, or neither: a role is a model with one of its adapters")
     if isinstance(base, Role) and isinstance(sft, Role):
-        check_same_vocabulary(base.causal_lm, sft.causal_lm, None, None)
+        check_same_vocabulary(args, base.causal_lm, sft.causal_lm, None, None)
         with ExitStack() as stack:
             for role in (base, sft):
                 stack.enter_context(undisturbed(role.model))

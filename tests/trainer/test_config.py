@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save, tiny_model, tiny_tokenizer
 from tiny_runs import QUIET, ROWS, TinyModels, config, examples, full_roles, rollout, trainer, write_jsonl
 from transformers import dynamic_module_utils
 
@@ -26,7 +26,7 @@ from srppo.config import read_yaml
 from srppo.engines import VLLMEngine
 from srppo.models import load_model, lora_config
 from srppo.packing import Layout
-from srppo.roles import Role, build_roles, is_peft
+from srppo.roles import Role, build_roles, frozen_roles, is_peft
 from srppo.rollout import Rollout
 
 FIELDS = [field.name for field in dataclasses.fields(PipelineConfig)]  # the trainer's and those around it
@@ -175,24 +175,27 @@ def score_command(world: World, **settings: Any) -> Any:
 
 
 def remote_code(world: World, **settings: Any) -> Any:
-    """Whether a checkpoint's own model code is run."""
+    """Whether a checkpoint's own model and tokenizer code are run."""
     folder = world.folder / "custom"
-    tiny_model().save_pretrained(folder)
+    save(tiny_model(), folder)
     (folder / "own_code.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
     )
-    description = json.loads((folder / "config.json").read_text())
-    description |= {
-        "model_type": "own_llama",
-        "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"},
-    }
-    (folder / "config.json").write_text(json.dumps(description))
+    names = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+    tokenizer = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own_code.OwnTokenizer"]}}
+    for file, own in {
+        "config.json": {"model_type": "own_llama", "auto_map": names},
+        "tokenizer_config.json": tokenizer,
+    }.items():
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | own))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(world.folder / "modules"))
         try:
-            return type(load_model(folder, config(world.fresh(), **settings))).__name__
+            base, _ = frozen_roles(config(world.fresh(), **settings), str(folder), str(folder))
+            return type(base.model).__name__
         except UserError as error:
             return "refused" if "trust_remote_code" in str(error) or "custom code" in str(error) else str(error)
 
