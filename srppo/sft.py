@@ -167,7 +167,7 @@ def starting_model(args: PipelineConfig) -> str:
 
 def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
     """The base model made trainable: whole, or with a new adapter."""
-    role = Role("sft", model, trainable=True)
+    role = Role("sft", model.eval(), trainable=True)  # the two looks at it are without its dropout
     check_head(role)
     layout = layout_of(role)
     if args.use_peft:

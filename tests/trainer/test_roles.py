@@ -43,6 +43,7 @@ from srppo.data import Example
 from srppo.models import disable_dropout, load_model, load_tokenizer
 from srppo.roles import Role, build_roles, check_head, frozen_roles
 from srppo.rollout import generate
+from srppo.sft import sft_role
 
 CELLS = [
     ("adapter", True, "auto"),
@@ -302,6 +303,7 @@ def test_dropout_of_a_model_in_training_mode_is_off_after_disabling(tmp_path):
     quiet = copy.deepcopy(noisy)
     disable_dropout(quiet)
     assert torch.equal(quiet(ids).logits, quiet(ids).logits)
+    assert sft_role(config(tmp_path), noisy).model.training, "in SFT it acts, and hides nothing of the model before"
     for made in build_roles(config(tmp_path), noisy.train(), copy.deepcopy(noisy).train()):
         assert torch.equal(*(ppo.logprobs(made, rollout())[0] for _ in range(2))), made.name
     functional = nn.Module()
