@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +26,7 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
     front = [
         "---",
         "library_name: " + ("peft" if is_peft(roles.policy.model) else "transformers"),
-        f"base_model: {base}",
+        f"base_model: {as_yaml(base)}",
     ]
     front += ["tags: [srppo, ppo, self-reward]", "---", ""]
     prompts = getattr(args, "prompt_dataset_name", None)  # a setting of the command, not of the trainer
@@ -46,7 +48,7 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
     ]
     if args.dataset_name and args.base_model_name_or_path:
         lines += ["The same run again:", "", "```sh"]
-        settings = f"{args.output_dir}/srppo_config.yaml"
+        settings = shlex.quote(f"{args.output_dir}/srppo_config.yaml")
         afresh = " --resume_from_checkpoint false" if args.resume_from_checkpoint else ""
         lines += [f"srppo train --config {settings} --output_dir another-folder{afresh}", "```", ""]
     if steps:
@@ -68,9 +70,14 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
     changed = {name: value for name, value in changed.items() if value != getattr(defaults, name)}
     lines += ["Settings that differ from the defaults:", "", "```yaml"]
-    lines += [f"{name}: {value}" for name, value in changed.items()]
+    lines += [f"{name}: {as_yaml(value)}" for name, value in changed.items()]
     lines += ["```", ""]
     return "\n".join(front + lines)
+
+
+def as_yaml(value: Any) -> str:
+    """A value in one line, as JSON, which YAML reads too: the bare text of a path may hold ``: `` or `` #``."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def adapted(args: SRPPOConfig, steps: Sequence[Mapping[str, Any]]) -> str:

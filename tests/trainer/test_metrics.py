@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pyarrow.parquet
@@ -331,6 +332,19 @@ def test_model_card_names_models_settings_and_results(finished):
     assert "3 iterations of 4 prompts" in card
     assert f"SFT model: `{run.sft_model}`" in card and Path(run.sft_model).name == "sft"
     assert "given from Python" in card
+
+
+def test_model_card_is_yaml_and_shell_whatever_a_folder_is_called(tiny_models, tmp_path):
+    run = trainer(tiny_models, tmp_path)
+    for name in ("my: base #2", "- 'ü\"", "[b]", "%b", "3"):
+        args = config(tmp_path / name, base_model_name_or_path=name, dataset_name="data.jsonl")
+        run.roles.base.causal_lm.config._name_or_path = name
+        card = model_card(args, run.roles, [], sft="sft")
+        assert yaml.safe_load(card.split("---")[1])["base_model"] == name
+        settings = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+        assert PipelineConfig.from_dict(settings) == args
+        command = shlex.split(card.split("```sh\n")[1].split("```")[0])
+        assert command[3] == f"{args.output_dir}/srppo_config.yaml"
 
 
 def test_model_card_of_a_resumed_run_tells_how_to_start_afresh(tiny_models, tmp_path):
