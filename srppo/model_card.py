@@ -18,15 +18,16 @@ SHOWN = ("objective/scores", "objective/scores_per_token", "objective/kl", "comp
 
 def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, Any]], *, sft: str) -> str:
     """Markdown with the front matter that model hubs read; ``sft`` names the SFT model."""
-    base = getattr(roles.base.causal_lm.config, "_name_or_path", "") or "a model in memory"
+    base = made_on = roles.base.source
     kind = "a fully fine-tuned model"
     if is_peft(roles.policy.model):  # its rank is that of SFT's adapter or of peft_config, where there was one
         config: Any = roles.policy.model.peft_config
         kind = f"a LoRA adapter of rank {config[roles.policy.adapter].r}"
+        made_on = roles.policy.source  # a full SFT model is what the adapter must be loaded onto
     front = [
         "---",
         "library_name: " + ("peft" if is_peft(roles.policy.model) else "transformers"),
-        f"base_model: {as_yaml(base)}",
+        f"base_model: {as_yaml(made_on)}",
     ]
     front += ["tags: [srppo, ppo, self-reward]", "---", ""]
     prompts = getattr(args, "prompt_dataset_name", None)  # a setting of the command, not of the trainer

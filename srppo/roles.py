@@ -74,6 +74,11 @@ class Role:
         return model
 
     @property
+    def source(self) -> str:
+        """Where the transformers model was loaded from."""
+        return getattr(self.causal_lm.config, "_name_or_path", "") or "a model in memory"
+
+    @property
     def device(self) -> torch.device:
         return self.causal_lm.device
 
@@ -232,7 +237,7 @@ class Roles:
         """A line per role: which weights it uses and how many of them learn."""
         lines = []
         for role in self:
-            source = getattr(role.causal_lm.config, "_name_or_path", "") or "a model in memory"
+            source = role.source
             if is_peft(role.model):
                 source += ", adapters off" if role.adapter is None else f", adapter {role.adapter!r}"
             learns = f"{sum(p.numel() for _, p in role.parameters()):,} trainable" if role.trainable else "frozen"

@@ -356,6 +356,14 @@ def test_model_card_of_a_resumed_run_tells_how_to_start_afresh(tiny_models, tmp_
     assert f"{again} --resume_from_checkpoint false\n" in model_card(resumed, run.roles, [], sft="sft")
 
 
+@pytest.mark.parametrize(("kind", "made_on"), [("sft", "sft"), ("adapter", "base")])
+def test_model_card_of_an_adapter_names_the_model_that_it_is_loaded_onto(tiny_models, tmp_path, kind, made_on):
+    run = trainer(tiny_models, tmp_path, kind=kind, use_peft=True)
+    card = model_card(run.args, run.roles, [], sft="sft")
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == getattr(tiny_models, made_on)
+    assert f"- base model: `{tiny_models.base}`" in card
+
+
 def test_model_card_tells_the_adapters_own_rank_and_the_batch_of_all_processes(tiny_models, tmp_path, monkeypatch):
     run = trainer(tiny_models, tmp_path, kind="adapter")
     assert run.args.lora_r == 16
