@@ -81,11 +81,11 @@ def check_head(
             raise ValueError(
                 f"{op}: temperature requires a gradient, which the op does not give; pass temperature.detach()"
             )
-    elif not (temperature > 0 and math.isfinite(temperature)):
+    elif not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature={temperature} must be positive and finite")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"{op}: logit_scale={logit_scale} must be finite")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap={softcap} must be positive, or None to switch it off")
     if grad_weight_out is not None:
         if grad_weight_out.shape != weight.shape or grad_weight_out.dtype not in (torch.float32, torch.float64):

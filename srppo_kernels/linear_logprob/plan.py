@@ -213,10 +213,10 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
             f"pass workspace_bytes={kept} or more, or plan='recompute'"
         )
     if plan == "cache" or (plan == "auto" and fits):
-        reason = f"{asked}the exponentials of all rows fit: {kept / 2**20:.1f} of {budget / 2**20:.1f} MiB"
+        reason = f"{asked}the exponentials of all rows fit: {_mib(kept)} of {_mib(budget)} MiB"
         reason += _how(problem, backend)
         return Plan(backend, "cache", 1 + gradient_gemms, kept + size, reason)
-    reason = f"{asked}the exponentials of all rows would be {kept / 2**20:.1f} MiB, above {budget / 2**20:.1f} MiB"
+    reason = f"{asked}the exponentials of all rows would be {_mib(kept)} MiB, above {_mib(budget)} MiB"
     reason = (asked.rstrip("; ") if asked else reason) + _how(problem, backend)
     size, dz_bytes = _recompute_bytes(problem, backend, 0), 0
     if not default and size > budget:
@@ -224,7 +224,7 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
         while size > budget and dz_bytes > native_gradients.LEAST_CHUNK_BYTES:
             dz_bytes //= 2
             size = _recompute_bytes(problem, backend, dz_bytes)
-        reason += f"; blocks of dz of {dz_bytes / 2**20:g} MiB, for a workspace of {budget / 2**20:.1f} MiB"
+        reason += f"; blocks of dz of {dz_bytes / 2**20:g} MiB, for a workspace of {_mib(budget)} MiB"
     return Plan(backend, "recompute", 2 + gradient_gemms, size, reason, dz_bytes=dz_bytes)
 
 
@@ -237,6 +237,11 @@ def _recompute_bytes(problem: Problem, backend: str, dz_bytes: int) -> int:
         )  # fmt: skip
         size = max(size, again)
     return size
+
+
+def _mib(size: int) -> str:
+    """For a reason, which nobody reads while a compiler traces, whose sizes may be symbols without digits."""
+    return "?" if torch.compiler.is_compiling() else f"{size / 2**20:.1f}"
 
 
 def _how(problem: Problem, backend: str) -> str:

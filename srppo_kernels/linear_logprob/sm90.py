@@ -40,7 +40,6 @@ def keeps_around_one(backend: str) -> bool:
     return backend == "sm90" and AROUND_TARGET
 
 
-@_extension.constant_when_traced  # a compiler that traces the public functions need not look into the extension
 def call_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int, vocab: int) -> str:
     """Why backend="sm90" cannot serve such a call; empty if it can, the head's strides aside."""
     return _device_obstacle(device) or _shape_obstacle(dtypes, width, vocab)
@@ -78,6 +77,7 @@ def operand_obstacle(hidden: Tensor, weight: Tensor) -> str:
     return ""
 
 
+@_extension.constant_when_traced  # a compiler that traces the public functions need not look into the extension
 def _device_obstacle(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"it is for CUDA devices of compute capability 9.0, and the inputs are on {device.type!r}"

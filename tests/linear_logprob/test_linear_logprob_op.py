@@ -116,6 +116,17 @@ def test_compile_losses():
             assert relative(a, b.double()) < 1e-6
 
 
+def test_compiled_for_any_number_of_tokens():
+    def step(hidden, weight, targets):
+        return linear_logprob(hidden, weight, targets, entropy=True, temperature=0.7, softcap=5.0).entropy.sum()
+
+    torch._dynamo.reset()
+    traced = torch.compile(step, fullgraph=True, backend="eager", dynamic=True)
+    for n in (20, 33):
+        p = make("random", n=n, d=8, v=60)
+        assert torch.equal(traced(p.hidden, p.weight, p.targets), step(p.hidden, p.weight, p.targets))
+
+
 def test_compiled_grad_weight_out():
     p = make("random", n=20, d=8, v=60)
     buffers = [torch.zeros(60, 8), torch.zeros(60, 8)]
