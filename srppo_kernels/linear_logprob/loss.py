@@ -118,7 +118,9 @@ class _ChunkLosses:
 
     def __call__(self, start: int, stop: int, logprob: Tensor, entropy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         r = slice(start, stop)
-        with torch.enable_grad():
+        # This graph is not the caller's: torch.utils.checkpoint's hooks on it would run the caller's region again, for
+        # each chunk.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
             logprob = logprob.detach().requires_grad_()
             entropy = entropy.detach().requires_grad_()
             leaves = [t.detach().requires_grad_() for t in self.differentiable]

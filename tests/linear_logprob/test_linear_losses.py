@@ -156,9 +156,10 @@ def test_gradients_of_a_freed_graph_are_not_copied_and_those_of_a_kept_one_are(o
 @pytest.mark.parametrize("op", ["linear_loss", "linear_ppo_loss", "linear_logprob"])
 def test_activation_checkpointing_around_the_loss(op, reentrant):
     p = make("random", n=20, v=90)
-    ones = torch.ones(20)
+    ones, calls = torch.ones(20), []
 
     def loss(hidden):
+        calls.append(op)
         if op == "linear_loss":
             return linear_loss(hidden, p.weight, p.targets, lambda lp, h, w: ((lp * w).sum(), {}), ones)[0]
         if op == "linear_ppo_loss":
@@ -166,7 +167,9 @@ def test_activation_checkpointing_around_the_loss(op, reentrant):
         return linear_logprob(hidden, p.weight, p.targets).logprob.sum()
 
     want = torch.autograd.grad(loss(p.hidden), p.inputs())
+    calls.clear()
     checkpoint(loss, p.hidden, use_reentrant=reentrant).backward()
+    assert len(calls) == 2  # once in the forward, once again in the backward
     assert all(torch.equal(x.grad, w) for x, w in zip(p.inputs(), want, strict=True))
 
 
