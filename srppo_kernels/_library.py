@@ -5,15 +5,34 @@
 arguments on a CPU, where the kernel itself takes 70. Ops here have no defaults: their public fronts have.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["Op"]
+__all__ = ["Op", "differentiable_once"]
 
 _LIBRARY = torch.library.Library("srppo", "FRAGMENT")
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's `once_differentiable` for gradients that were formed in the forward.
+
+    It refuses a second derivative where the upstream gradient has a graph, and takes what was formed for a constant
+    where it has none, as in a gradient penalty. But that depends on the inputs, so it is refused there, too.
+    """
+    refusing = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, grad: Tensor | None, *rest: Any) -> Any:
+        if grad is not None and torch.is_grad_enabled() and not grad.requires_grad:  # under create_graph
+            grad = grad.detach().requires_grad_()
+        return refusing(ctx, grad, *rest)
+
+    return wrapper
 
 
 class Op:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from srppo_kernels._library import differentiable_once
 from srppo_kernels.linear_logprob import fused
 from srppo_kernels.linear_logprob.checks import check_head
 from srppo_kernels.linear_logprob.chunked import Head
@@ -70,7 +70,7 @@ class _LinearLoss(torch.autograd.Function):
         return (chunks.total(), *aux)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         out: list[Any] = [None] * len(ctx.needs_input_grad)
         if grad is None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from srppo_kernels._arguments import check_floating, check_tensor
+from srppo_kernels._library import differentiable_once
 from srppo_kernels.linear_logprob import fused
 from srppo_kernels.linear_logprob.checks import check_head
 from srppo_kernels.linear_logprob.chunked import Head
@@ -103,7 +103,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.grad_weight_out = inputs[9]
 
 
-@once_differentiable
+@differentiable_once
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing: list[Any] = [None] * 25
     if grad is None:

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from srppo_kernels import _triton
 from srppo_kernels._arguments import check_backend, check_choice, check_mask, check_same_shape, compute_dtype
 from srppo_kernels._extension import native_input, resolve
-from srppo_kernels._library import Op
+from srppo_kernels._library import Op, differentiable_once
 from srppo_kernels.ppo_loss import reference
 from srppo_kernels.ppo_loss.stats import PPOStats, ValueStats
 
@@ -128,7 +127,7 @@ def _ppo_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.backend = inputs[-1]
 
 
-@once_differentiable
+@differentiable_once
 def _ppo_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 13
@@ -193,7 +192,7 @@ def _value_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.dtype, ctx.backend = inputs[0].dtype, inputs[-1]
 
 
-@once_differentiable
+@differentiable_once
 def _value_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 8

@@ -168,9 +168,10 @@ def test_differentiable_once():
         linear_ppo_loss(p.hidden, p.weight, p.targets, zero - 2, zero + 1, mask),
         linear_loss(p.hidden, p.weight, p.targets, lambda logprob, _: (logprob.sum(), {})),
     ):
-        (g,) = torch.autograd.grad(loss.square(), [p.hidden], create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):  # and not the upstream gradient's part of it
-            g.sum().backward()
+        for outer in (loss.square(), loss):  # and neither the upstream gradient's part of it, nor a constant
+            (g,) = torch.autograd.grad(outer, [p.hidden], create_graph=True)
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                (g.sum() + p.hidden.sum()).backward()
 
 
 @pytest.mark.parametrize("call", ["linear_logprob", "linear_ppo_loss", "linear_loss", "linear_log_ratio", "reference"])
