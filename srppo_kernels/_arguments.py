@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["check_backend", "check_choice", "check_mask", "check_same_shape", "compute_dtype"]
 
@@ -30,6 +31,14 @@ def check_mask(op: str, mask: Tensor) -> None:
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def refuse_tangents(op: str, *values: object) -> None:
+    """No op here has a derivative in forward mode, and torch takes one that is not there for 0."""
+    if forward_ad._current_level >= 0 and any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
+    ):
+        raise NotImplementedError(f"{op}: there is no derivative in forward mode (jvp, dual numbers); use reverse mode")
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from srppo_kernels._arguments import refuse_tangents
+
 __all__ = ["Op", "differentiable_once"]
 
 _LIBRARY = torch.library.Library("srppo", "FRAGMENT")
@@ -74,6 +76,7 @@ class Op:
         Node.__name__ = Node.__qualname__ = f"{self.name.replace('::', '_')}_backward"
 
         def autograd_kernel(keyset: Any, *inputs: Any) -> Any:
+            refuse_tangents(self.name, *inputs)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
                 return Node.apply(keyset, *inputs)
             with torch._C._AutoDispatchBelowAutograd():

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import check_mask, check_tensor
+from srppo_kernels._arguments import check_mask, check_tensor, refuse_tangents
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,9 +29,11 @@ def check_head(
     """Shapes, dtypes, devices and ranges of what makes up the logits.
 
     Raises:
+        NotImplementedError: a tangent, of differentiation in forward mode.
         TypeError: a dtype that does not fit.
         ValueError: a shape, device or number that does not fit.
     """
+    refuse_tangents(op, hidden, weight, bias)
     tensors = [(hidden_name, hidden), (weight_name, weight), *([] if bias is None else [(bias_name, bias)])]
     for name, tensor in tensors:
         check_tensor(op, name, tensor)

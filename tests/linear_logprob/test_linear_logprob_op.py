@@ -6,7 +6,7 @@ import pytest
 import torch
 from linear_logprob.head_problems import BACKENDS, make, relative
 
-from srppo_kernels import explain, linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
+from srppo_kernels import explain, gae, linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
 
 BIG = 1 << 30
 
@@ -172,6 +172,20 @@ def test_differentiable_once():
             (g,) = torch.autograd.grad(outer, [p.hidden], create_graph=True)
             with pytest.raises(RuntimeError, match="differentiate twice"):
                 (g.sum() + p.hidden.sum()).backward()
+
+
+def test_forward_mode_is_refused():
+    """torch takes a derivative that an op does not have in forward mode for 0."""
+    p = make("random", n=5, d=4, v=9)
+    per_token, mask = torch.randn(1, 5), torch.ones(1, 5, dtype=torch.bool)
+    calls = [
+        (lambda h: linear_logprob(h, p.weight, p.targets).logprob, p.hidden.detach()),
+        (lambda h: linear_loss(h, p.weight, p.targets, lambda logprob, _: (logprob.sum(), {}))[0], p.hidden.detach()),
+        (lambda rewards: gae(rewards, per_token, mask)[0], per_token),
+    ]
+    for function, x in calls:
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            torch.func.jvp(function, (x,), (torch.ones_like(x),))
 
 
 @pytest.mark.parametrize("call", ["linear_logprob", "linear_ppo_loss", "linear_loss", "linear_log_ratio", "reference"])
