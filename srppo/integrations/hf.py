@@ -56,7 +56,8 @@ def use_fused_cross_entropy(model: M, *, eval_logits: bool = False, workspace_by
 
     Loss and gradients are those of the model's own cross-entropy in fp32; for weights in 16 bit they are more exact, as
     logits are never rounded. The output has no ``logits`` where a loss was computed this way. A batch without a single
-    label has loss 0, where the mean over no tokens would be NaN.
+    label has loss 0, where the mean over no tokens would be NaN. A deep copy does the same; a model that was pickled
+    comes back with its own forward, so call this again.
 
     Args:
         model: a transformers causal LM, or a LoRA peft model around one. The head may be tied, may have a bias, and may
@@ -127,7 +128,8 @@ def refuse_router_loss(model: PreTrainedModel, asked: bool | None = None) -> Non
 def fuse(model: PreTrainedModel) -> FusedForward:
     """Replaces the forward of a causal LM once, after checking its head; what it does is set on the result."""
     fused = vars(model).get("_srppo_fused")
-    if fused is None:
+    # pickle gives a method back by its name, so what was unpickled has the mark and the forward of its class
+    if fused is None or getattr(model.forward, "__func__", None) is type(model).forward:
         with evaluating(model):
             read_head(model)
             check_head(Role("model", model))

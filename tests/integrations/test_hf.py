@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,13 @@ def test_a_copy_has_its_own_weights() -> None:
             parameter.mul_(0.5)
         assert twin(**inputs).loss != fused(**inputs).loss
         assert (twin(input_ids=inputs["input_ids"]).logits != fused(input_ids=inputs["input_ids"]).logits).any()
+
+
+def test_a_pickled_model_can_be_fused_again() -> None:
+    fused = use_fused_cross_entropy(training())
+    back = pickle.loads(pickle.dumps(fused))
+    assert back(**batch()).logits is not None  # pickle gives methods back by name: the class's own
+    assert use_fused_cross_entropy(back)(**batch()).logits is None
 
 
 def test_dropout_does_not_disturb_the_check_and_comes_back() -> None:
