@@ -38,9 +38,9 @@ METRICS = {
     "policy/approxkl_avg": "k3 estimate of KL(old || new), mean over tokens and updates",
     "policy/clipfrac_avg": "part of the tokens whose clipped term was the smaller one, over all updates",
     "policy/entropy_avg": "entropy of the policy's distribution, mean over tokens and updates",
-    "loss/policy_avg": "clipped loss per token, mean over optimizer steps",
+    "loss/policy_avg": "clipped loss less the entropy bonus, per token, mean over optimizer steps",
     "loss/value_avg": "value loss per token, mean over optimizer steps",
-    "val/clipfrac_avg": "part of the tokens whose value was clipped, over all updates",
+    "val/clipfrac_avg": "part of the tokens whose clipped value loss was the larger one, over all updates",
     "val/ratio": "pi / pi_old, mean over tokens and updates",
     "val/ratio_var": "variance of pi / pi_old over tokens and updates",
     "val/explained_variance": "1 - var(return - value) / var(return) over the tokens of the batch, values before the "
