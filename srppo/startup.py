@@ -85,8 +85,9 @@ def check_start(
 
 
 def check_first_ratio(result: ppo.UpdateResult) -> str:
-    """Stops if the ratio is not 1 before the first step; returns what was found."""
-    spread = max(abs(result.first.ratio_max.item() - 1), abs(result.first.ratio_mean.item() - 1))
+    """Stops if the ratio is not 1 before the first step, on a mini-batch that has a token; returns what was found."""
+    first = result.first
+    spread = max(abs(first.ratio_max.item() - 1), abs(first.ratio_mean.item() - 1)) if first.count > 0 else 0.0
     if spread > 1e-3:
         raise UserError(
             f"the PPO ratio on the first mini-batch is off 1 by {spread:.3g}: scoring and training forward differ"

@@ -17,6 +17,7 @@ from srppo.metrics import iteration_metrics
 from srppo.packing import Layout
 from srppo.roles import build_roles
 from srppo.rollout import Rollout, collate
+from srppo.startup import check_first_ratio
 
 STEP = ppo.Learner.step
 
@@ -52,6 +53,13 @@ def test_training_stops_when_the_first_ratio_is_not_one(tiny_models, tmp_path, m
     )
     with pytest.raises(UserError, match="ratio on the first mini-batch is off 1 by"):
         run.train()
+
+
+def test_a_first_mini_batch_of_empty_completions_has_no_ratio_to_stop_at(tmp_path):
+    args = config(tmp_path)
+    _, _, result = one_update(full_roles(args), args, rollout(completions=((),) * 4))
+    check_first_ratio(result)
+    assert result.policy_loss == result.grad_norm == 0
 
 
 @pytest.mark.parametrize(
