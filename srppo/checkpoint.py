@@ -319,7 +319,7 @@ def find_checkpoint(
         UserError: the folder does not exist, nothing whole is left, or a checkpoint would run code.
     """
     if wanted == "latest":
-        candidates = checkpoints(output_dir)
+        candidates = current_checkpoints(output_dir)
         if not candidates:
             return None
     else:
@@ -383,6 +383,26 @@ def require_latest(output_dir: Path, rollouts: str | Path | None) -> None:
 def checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     return sorted((p for p in output_dir.glob("checkpoint-*") if p.is_dir() and step_of(p) >= 0), key=step_of)
+
+
+def current_checkpoints(output_dir: Path) -> list[Path]:
+    """Those of them that the run came by whose metrics are there, and not what it left when it was resumed before them:
+    what a checkpoint says of its last iteration, its time included, stands in the metrics, too."""
+    found = checkpoints(output_dir)
+    try:
+        lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = {entry["step"]: entry for entry in map(json.loads, lines)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return found
+
+    def passed(path: Path) -> bool:
+        try:
+            last = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["log_history"][-1]
+            return bool(last.items() <= metrics.get(last["step"], {}).items())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return True  # loading it says what is wrong with it
+
+    return [path for path in found if not metrics or passed(path)] or found
 
 
 def keep_newest(output_dir: Path, limit: int | None, step: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srppo import distributed
-from srppo.checkpoint import require_file, require_latest, require_new_folder
+from srppo.checkpoint import current_checkpoints, require_file, require_latest, require_new_folder
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, as_examples, filler_token, load_rows, stop_tokens
@@ -124,9 +124,7 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
         trainer.train()
         distributed.finish()
     except KeyboardInterrupt:
-        from srppo.checkpoint import checkpoints
-
-        saved = checkpoints(trainer.output_dir)
+        saved = current_checkpoints(trainer.output_dir)
         if saved:
             resume = f"resume with --resume_from_checkpoint {saved[-1]}"
         else:

@@ -131,6 +131,7 @@ class MetricsWriter:
     """Writes metrics to ``metrics.jsonl`` and to the trackers that are asked for; keeps the history for the plots.
 
     The configuration and all files are written with the first entry: a run that is refused at its start leaves nothing.
+    One that is resumed has entries already.
     Without a folder, as on every rank but the first, it keeps the history alone.
     """
 
@@ -174,6 +175,8 @@ class MetricsWriter:
             tracker.log(step, finite)
 
     def __enter__(self) -> MetricsWriter:
+        if self.folder is not None and self.history:
+            self.file = self.open(self.folder)
         return self
 
     def __exit__(

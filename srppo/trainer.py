@@ -350,6 +350,7 @@ class SRPPOTrainer:
         weights = sharding.whole_state(self.roles.policy.model)
 
         def write() -> None:
+            checkpoint.sync(self.output_dir / "metrics.jsonl")  # whose entry says that the checkpoint is of this run
             checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state(), weights)
             checkpoint.keep_newest(self.output_dir, self.args.save_total_limit, self.step)
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -198,6 +199,36 @@ def test_latest_resumes_the_newest_or_starts_where_there_is_none(tiny_models, tm
     again = trainer(tiny_models, tmp_path, kind=kind, **settings)
     again.train()
     assert again.step == 4 and without_times(again.history) == without_times(history)
+
+
+def test_latest_is_of_the_run_that_was_resumed_and_not_of_what_it_left_behind(tiny_models, tmp_path, straight):
+    kind, folder, _, _ = straight
+    shutil.copytree(folder / "run", tmp_path / "run")
+    run = resume(tiny_models, tmp_path, tmp_path / "run" / "checkpoint-2", kind, kl_coef=3.0)
+    run.engine = Mock(start=Mock(return_value=""), sample=Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-4"]
+    assert checkpoint.find_checkpoint("latest", tmp_path / "run", print)[0].name == "checkpoint-2"
+
+
+def test_a_checkpoint_is_of_the_run_whose_metrics_say_what_it_says(tmp_path):
+    """With a time in it, which no other run has; and the last entry may have got an evaluation since."""
+    entries = [{"step": step, "step_time": step / 7} for step in (1, 2, 3, 4)]
+    for step in (1, 2, 3, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"log_history": entries[:step]} if step < 6 else {}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+
+    def current(*lines) -> list[int]:
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return [checkpoint.step_of(path) for path in checkpoint.current_checkpoints(tmp_path)]
+
+    damaged = 6  # which loading will say
+    assert current(*entries) == [1, 2, 3, 4, damaged]
+    assert current(*entries[:2], {"step": 3, "step_time": 0.1}) == [1, 2, damaged]
+    assert current(entries[0], {**entries[1], "eval/objective/kl": 0.5}) == [1, 2, damaged]
+    assert current() == current("no entry") == [1, 2, 3, 4, damaged]
 
 
 @pytest.mark.parametrize("file", ["notes.txt", "model.safetensors"])
