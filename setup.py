@@ -116,7 +116,6 @@ def extension_arguments():
     cuda_sources = relative("**/*.cu")
     cuda = bool(cuda_sources) and nvcc is not None and torch.version.cuda is not None
     missing = "nvcc is not found" if nvcc is None else "torch is a CPU build"
-    flags = [*CXX_FLAGS, *([f'-DSRPPO_CUDA="{",".join(CUDA_ARCHITECTURES)}"'] if cuda else [])]
 
     class OptionalBuild(BuildExtension):
         """Compiles; a failure costs the kernels and not the installation."""
@@ -135,9 +134,9 @@ def extension_arguments():
             if compiler is None:
                 self.give_up("no C++ compiler on PATH (install g++ or clang++)")
                 return
+            if cuda:
+                self.add_cuda()
             try:
-                if cuda:
-                    self.compile_cuda()
                 super().build_extensions()
             except (Exception, SystemExit) as error:
                 self.give_up(error)
@@ -146,6 +145,20 @@ def extension_arguments():
             # The first line says which command failed; the compiler's own output stands above.
             say(f"the extension could not be built ({str(reason).strip().splitlines()[0]}): {LOST}")
             self.extensions = []
+
+        def add_cuda(self):
+            """A toolkit that is too old for an architecture, or for the host's compiler, costs no CPU kernel."""
+            try:
+                objects, folders = self.compile_cuda()
+            except Exception as error:
+                say(f"CUDA kernels are not built: {(str(error) or repr(error)).splitlines()[0][:200]}")
+                return
+            extension = self.extensions[0]
+            extension.extra_compile_args.append(f'-DSRPPO_CUDA="{",".join(CUDA_ARCHITECTURES)}"')
+            extension.extra_objects += objects
+            extension.library_dirs += folders
+            # The runtime is linked statically: the wheel then needs torch's driver and no other CUDA library.
+            extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
 
         def compile_cuda(self):
             folder = Path(self.build_temp) / "cuda"
@@ -158,18 +171,16 @@ def extension_arguments():
                 return str(output)
 
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:  # as torch's build
-                self.extensions[0].extra_objects += pool.map(compile_one, cuda_sources)
-            # The runtime is linked statically: the wheel then needs torch's driver and no other CUDA library.
+                objects = list(pool.map(compile_one, cuda_sources))
             toolkit = toolkit_of(nvcc)
-            self.extensions[0].library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]
-            self.extensions[0].libraries += ["cudart_static", "rt", "dl", "pthread"]
+            return objects, [str(toolkit / "lib64"), str(toolkit / "lib")]
 
     extension = CppExtension(
         "srppo_kernels._C",
         sources=relative("**/*.cpp"),
         include_dirs=[pybind11.get_include()],
         depends=relative("**/*.h"),
-        extra_compile_args=flags,
+        extra_compile_args=[*CXX_FLAGS],
     )
     # torch_python is not ours to need: pybind11 alone makes the module.
     extension.libraries = [name for name in extension.libraries if name != "torch_python"]
