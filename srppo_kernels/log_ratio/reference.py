@@ -78,7 +78,7 @@ def log_ratio_reward_reference(
     last = last_valid(mask)
     reward = torch.where(mask if placement == "token" else last, score, 0)
     if truncated is not None and missing_eos_penalty is not None:
-        reward = reward - torch.where(last & truncated[:, None], missing_eos_penalty, 0.0).to(dtype)
+        reward = torch.where(last & truncated[:, None], reward - missing_eos_penalty, reward)
     shaped = reward.sum(-1, dtype=torch.float64).to(dtype)
     penalty = torch.zeros_like(ratio)
     if logprobs_policy is not None and logprobs_ref is not None and kl_coef != 0:

@@ -265,10 +265,12 @@ def test_dtypes_and_strides(dtype):
     tensors = inputs(5, 12)
     sft, base = (x.to(dtype).t().contiguous().t() for x in tensors[:2])
     mask = tensors[4].t().contiguous().t()
-    got = log_ratio_reward(sft, base, mask, placement="token")
+    options = {"placement": "token", "truncated": tensors[5], "missing_eos_penalty": 0.1}
+    got = log_ratio_reward(sft, base, mask, **options)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    expected = by_definition(sft, base, mask, placement="token", normalize="none")
-    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-7)
+    expected = by_definition(sft, base, mask, normalize="none", **options)
+    close = 1e-14 if dtype == torch.float64 else 1e-6  # of 0.1 too, which is no float32
+    torch.testing.assert_close(got.double(), expected, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
