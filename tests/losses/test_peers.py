@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from functools import partial
 from importlib.metadata import version
+from inspect import signature
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -77,8 +78,10 @@ def on_stand_in(method, stand_in, *args, **options):
 def trl_grpo(given, *, loss_type, level="token", epsilon=(0.2, 0.2), beta=0.0, importance=None, delta=None):
     """TRL's ``GRPOTrainer._compute_loss`` with these settings."""
     grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed")
+    of_tokens = grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies
+    third = (None,) if "compute_aux_loss" in signature(of_tokens).parameters else ()  # since 1.7
     stand_in = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (given.logprob, given.entropy, None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (given.logprob, given.entropy, *third),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         importance_sampling_level=level, beta=beta, loss_type=loss_type,
         epsilon_low=epsilon[0], epsilon_high=epsilon[1],
