@@ -190,18 +190,15 @@ def require_there(what: str, path: str | Path) -> None:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder. Padding needs a pad token only as filler: masks are carried, never derived from
-    it."""
+    """The tokenizer in a model folder, as it is: a tuned model is written with it. One without a pad token needs none,
+    see :func:`srppo.data.filler_token`."""
     from transformers import AutoTokenizer
 
     require_there("tokenizer", path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer could be loaded from {path}: {first_line(error)}") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def tokenizer_for(

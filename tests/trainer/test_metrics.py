@@ -32,6 +32,7 @@ from srppo import PipelineConfig, SRPPOTrainer, UserError, distributed, ppo, run
 from srppo.evaluation import EVAL_METRICS, answers_match, completion_rows, evaluate_policy
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
 from srppo.model_card import model_card
+from srppo.models import load_tokenizer
 from srppo.plots import plot_history
 from srppo.roles import frozen_roles
 from srppo.rollout import collate
@@ -378,6 +379,16 @@ def test_model_card_is_written_where_a_metric_was_no_number(tiny_models, tmp_pat
     last = {"objective/scores": 2.0, "completions/mean_length": 3.0}
     card = model_card(run.args, run.roles, [first, last], sft="sft")
     assert "| `objective/kl` | 0.250 | - |" in card and "| `completions/mean_length` | - | 3.000 |" in card
+
+
+def test_a_tokenizer_without_a_pad_token_is_written_as_it_was(tiny_models, tmp_path):
+    """A trainer that takes labels of pad tokens out would take out every EOS, were that made the pad token."""
+    tiny_tokenizer(pad=None).save_pretrained(tmp_path / "own")
+    tokenizer = load_tokenizer(tmp_path / "own")
+    run = SRPPOTrainer(
+        tiny_models.sft, tiny_models.base, config(tmp_path), ROWS, processing_class=tokenizer, console=QUIET
+    )
+    assert load_tokenizer(run.save_model()).pad_token is None
 
 
 def test_nothing_temporary_is_left(finished):
