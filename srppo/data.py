@@ -71,10 +71,13 @@ def rows_from_folder(folder: Path, split: str, missing_split_ok: bool) -> list[t
     if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
         import datasets
 
-        loaded = datasets.load_from_disk(str(folder))
-        splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
-        if split in splits:
-            return [(f"{folder}, {split} row {i}", dict(row)) for i, row in enumerate(splits[split])]
+        try:
+            loaded = datasets.load_from_disk(str(folder))
+            splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+            if split in splits:
+                return [(f"{folder}, {split} row {i}", dict(row)) for i, row in enumerate(splits[split])]
+        except Exception as error:  # of a damaged file: whatever its reader trips over
+            raise UserError(f"cannot read the data set in {folder}: {error}") from error
         names = sorted(splits)
     else:
         files = sorted(f for f in folder.iterdir() if f.suffix in FILE_KINDS)

@@ -81,6 +81,16 @@ def test_every_kind_of_source_gives_the_same_examples(tmp_path, kind):
     assert all(str(source) in e.where for e in got)
 
 
+@pytest.mark.parametrize("kind", ["save_to_disk", "dataset_dict"])
+@pytest.mark.parametrize("name", ["*.arrow", "state.json", "dataset_info.json"])
+def test_a_damaged_file_of_a_saved_data_set_is_an_error_that_names_the_folder(tmp_path, kind, name):
+    folder = write(kind, tmp_path, SOURCE_ROWS)
+    file = next(folder.rglob(name))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"cannot read the data set in {folder}: .+"):
+        load_rows(str(folder), "train")
+
+
 def test_places_are_lines_for_text_and_rows_for_tables(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
     assert [e.where.rpartition(", ")[2] for e in tokenised(load_rows(str(tmp_path / "a.jsonl"), "train"))] == [
