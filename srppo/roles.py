@@ -247,15 +247,26 @@ class Roles:
 
 @torch.no_grad()
 def check_head(role: Role) -> None:
-    """Stops if hidden states and head do not give the model's own log-probs, as in an architecture unknown to us.
+    """Stops if hidden states and head do not give the model's own log-probs, as in an architecture unknown to us, or if
+    a state depends on tokens behind it, as in an encoder.
 
     The logits of a model that was not trained are so small that a cap on them would not show: they are made as large as
     those of one that was.
     """
     with role.active() as model:
-        ids = torch.arange(8, device=role.device).remainder(model.config.get_text_config().vocab_size)[None]
-        hidden, head = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state, role.head
-        hidden = hidden.to(head.weight.dtype)
+        rows = torch.arange(8, device=role.device).repeat(2, 1)
+        rows[1, 4:] += 1  # the same four tokens, and others behind them
+        rows = rows.remainder(model.config.get_text_config().vocab_size)
+        states, head = trunk_of(model)(input_ids=rows, use_cache=False).last_hidden_state, role.head
+        one, other = states[:, :4].double()
+        # in 16 bit, tokens behind may change how experts round; an encoder's states change by more
+        if (other - one).norm() > (1e-4 if states.dtype.itemsize >= 4 else 0.2) * one.norm():
+            raise UserError(
+                f"{type(model).__name__} reads the tokens behind a token, too, as an encoder does, so that a log-prob "
+                "would be one of a token that the model has seen: take a causal model, or set is_decoder or the like "
+                "in its configuration"
+            )
+        ids, hidden = rows[:1], states[:1].to(head.weight.dtype)
         if hidden.shape[-1] != head.weight.shape[1]:
             raise UserError(
                 f"{type(model).__name__} has a layer under its head that changes the width: not supported yet"

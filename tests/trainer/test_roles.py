@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,8 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertGenerationConfig,
+    BertGenerationDecoder,
     Gemma2Config,
     GPT2Config,
     GPT2LMHeadModel,
@@ -347,6 +350,15 @@ def test_a_head_transform_that_nobody_knows_is_refused():
 
     model.forward = squared
     with pytest.raises(UserError, match=r"LlamaForCausalLM computes its logits in a way .* not supported"):
+        check_head(role(model))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_model_that_reads_later_tokens_is_refused(causal):
+    """As BertGeneration's decoder where its configuration does not say that it is one, here untrained."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = BertGenerationDecoder(BertGenerationConfig(**sizes, vocab_size=64, is_decoder=causal)).eval()
+    with nullcontext() if causal else pytest.raises(UserError, match="reads the tokens behind"):
         check_head(role(model))
 
 
