@@ -78,6 +78,15 @@ def check_rows(op: str, name: str, tensor: Tensor, rows: int, device: torch.devi
         raise ValueError(f"{op}: {name} is on {tensor.device} but the other inputs on {device}")
 
 
+def number_or_tensor(scalar: Tensor, device: torch.device) -> tuple[float | None, Tensor | None]:
+    """A constant of one element: its value where it lies on the CPU beside inputs on a device, which waits for nothing
+    and which a kernel could not read there; else the tensor, 0-d."""
+    scalar = scalar.detach().reshape(())
+    if scalar.device.type == "cpu" and device.type != "cpu":
+        return float(scalar), None
+    return None, scalar
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where any input is float64, else float32: half precision is read, never computed in."""
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):

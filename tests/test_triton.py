@@ -12,7 +12,7 @@ import pytest
 import torch
 from backends import needs_triton
 
-from srppo_kernels import _triton, gae, linear_logprob, log_ratio_reward, ppo_loss, value_loss, whiten
+from srppo_kernels import _arguments, _triton, gae, linear_logprob, log_ratio_reward, ppo_loss, value_loss, whiten
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,3 +121,10 @@ def test_a_counter_stays_out_of_the_memory_of_graphs(monkeypatch):
     counters = [_triton.finish_counter(torch.device("cuda", 0)) for _ in range(2)]
     assert counters[0] is counters[1]
     assert made[0] is stream and made[1] != threading.get_ident() and len(made) == 2
+
+
+def test_a_number_on_the_cpu_is_no_tensor_for_a_devices_kernel():
+    count, meta = torch.tensor([3]), torch.device("meta")
+    assert _arguments.number_or_tensor(count, meta) == (3.0, None)
+    assert _arguments.number_or_tensor(count, count.device)[1].shape == ()
+    assert _arguments.number_or_tensor(count.to(meta), meta)[1].device == meta

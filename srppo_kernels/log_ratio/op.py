@@ -12,6 +12,7 @@ from srppo_kernels._arguments import (
     check_rows,
     check_same_shape,
     compute_dtype,
+    number_or_tensor,
 )
 from srppo_kernels._extension import native_input, resolve
 from srppo_kernels._library import Op
@@ -249,8 +250,9 @@ def log_ratio_reward(
     if isinstance(running_std, Tensor):
         if running_std.numel() != 1:
             raise ValueError(f"{op}: running_std has shape {tuple(running_std.shape)}; pass a number or a 0-d tensor")
-        inputs = (logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref)
-        std_tensor = running_std.detach().reshape(()).to(compute_dtype(*inputs))
+        std, std_tensor = number_or_tensor(running_std, logprobs_sft.device)
+        if std_tensor is not None:
+            std_tensor = std_tensor.to(compute_dtype(logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref))
     elif running_std is not None:
         if not running_std > 0:
             raise ValueError(f"{op}: running_std={running_std} must be positive")

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from srppo_kernels import _triton
-from srppo_kernels._arguments import check_backend, check_choice, check_mask, check_same_shape, compute_dtype
+from srppo_kernels._arguments import (
+    check_backend,
+    check_choice,
+    check_mask,
+    check_same_shape,
+    compute_dtype,
+    number_or_tensor,
+)
 from srppo_kernels._extension import native_input, resolve
 from srppo_kernels._library import Op, differentiable_once
 from srppo_kernels.ppo_loss import reference
@@ -204,11 +211,15 @@ def _value_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 _value_loss.register_autograd(_value_autograd, setup_context=_value_setup)
 
 
-def _split_normalizer(op: str, normalizer: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+def _split_normalizer(
+    op: str, normalizer: float | Tensor | None, device: torch.device
+) -> tuple[float | None, Tensor | None]:
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"{op}: normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
-        divisor = normalizer.detach().reshape(())
+        number, divisor = number_or_tensor(normalizer, device)
+        if divisor is None:
+            return number or 1.0, None  # a count of 0 counts as 1
         return None, divisor if divisor.is_floating_point() else divisor.float()  # a count of tokens is whole
     if normalizer is None:
         return None, None
@@ -367,7 +378,7 @@ def ppo_loss(
     check_choice("ppo_loss", "reduction", reduction, reference.REDUCTIONS)
     if reduction == "sequence_mean" and logprobs.dim() < 2:
         raise ValueError("ppo_loss: reduction='sequence_mean' needs [B, T]; a packed [N] has no rows")
-    divisor, divisor_tensor = _split_normalizer("ppo_loss", normalizer)
+    divisor, divisor_tensor = _split_normalizer("ppo_loss", normalizer, logprobs.device)
     loss, _, _, vector, _ = torch.ops.srppo.ppo_loss(
         logprobs,
         old_logprobs,
@@ -421,7 +432,7 @@ def value_loss(
         raise ValueError("value_loss: values is 0-d; pass [B, T] or [N]")
     if clip is not None and not clip >= 0:
         raise ValueError(f"value_loss: clip={clip} must not be negative; pass None to switch clipping off")
-    divisor, divisor_tensor = _split_normalizer("value_loss", normalizer)
+    divisor, divisor_tensor = _split_normalizer("value_loss", normalizer, values.device)
     loss, _, vector, _ = torch.ops.srppo.value_loss(
         values, old_values, returns, mask, clip, divisor, divisor_tensor, backend
     )

@@ -124,6 +124,18 @@ def test_one_launch_of_the_value_loss(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_normalizer_on_the_host(backend):
+    (new, old, advantages, _), mask = inputs(8, 600)
+    for count in (50, 0):
+        made = [
+            (ppo_loss(new, old, advantages, mask, normalizer=n, backend=backend)[0],
+             value_loss(new, old, advantages, mask, normalizer=n, backend=backend)[0])
+            for n in (torch.tensor(count), torch.tensor(count, device="cuda"))
+        ]  # fmt: skip
+        assert all(same_bits(a, b) for a, b in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_into_a_graph(backend):
     """Warmed up, captured and replayed; nothing of ours stays in the graph's memory."""
     (values, old, returns, _), mask = inputs(8, 4096)
