@@ -79,6 +79,8 @@ SUPER = 16  # row blocks of a band: 16 MB of rows at D = 4096, a third of an H10
 
 def architecture(device: torch.device) -> int:
     """The key of the tables above."""
+    if torch.version.hip is not None:
+        return 80  # AMD's 9.x is no Hopper, and reads no PTX
     capability = torch.cuda.get_device_capability(device)
     return {9: 90, 10: 100, 11: 100}.get(capability[0], 80)
 

@@ -393,3 +393,14 @@ def test_compiled():
     eager = torch.autograd.grad(loss(p.hidden, p.weight), p.inputs())
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(p.hidden, p.weight), p.inputs())
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+def test_hoppers_tiles_are_for_hopper(monkeypatch):
+    """AMD's devices have capabilities of 9.x, too, and no PTX."""
+    from srppo_kernels.linear_logprob.triton_tiles import architecture
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    assert architecture(device) == 90
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert architecture(device) == 80
