@@ -22,7 +22,7 @@ def take(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         with suppress(IndexError):  # the first call, or another thread has it
             storage = _spare.pop()
             if storage.nbytes() >= size:
-                return torch.empty(0, dtype=dtype).set_(storage, 0, (rows, columns), (columns, 1))
+                return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (rows, columns), (columns, 1))
     return like.new_empty(rows, columns, dtype=dtype)
 
 

@@ -26,6 +26,10 @@ def test_a_block_is_handed_on_where_it_is_large_enough():
     other = spare.take(like, 7, 200, torch.bfloat16)  # while it is out
     assert other.untyped_storage().data_ptr() != smaller.untyped_storage().data_ptr()
     spare.give_back(smaller)
+    with torch.device("meta"):  # a default device, as torch.set_default_device has it, is not the block's
+        again = spare.take(like, 7, 200, torch.bfloat16)
+    assert again.data_ptr() == block.data_ptr()
+    spare.give_back(again)
     assert spare.take(like, 10, 101, torch.float32).untyped_storage().nbytes() >= 4040
 
 
