@@ -268,15 +268,23 @@ def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:
 
 def check_adapter(what: str, config: Any) -> None:
     """Only what can be switched off again may be put on a base that all roles share: LoRA, without the biases of the
-    base (which peft overwrites) or single rows of its embedding."""
+    base (which peft overwrites), single rows of its embedding, layers used again, or starts such as PiSSA's that take
+    the adapter out of the base's weights; nor one that is on behind some tokens only, which peft's forward finds."""
     kind = config.peft_type
     if kind != "LORA":
         raise UserError(f"{what} is of type {getattr(kind, 'value', kind)}: only LoRA is supported")
-    for option, off in (("bias", "none"), ("trainable_token_indices", None)):
-        value = getattr(config, option, off)
-        if value != off:
+    for option, *supported in (
+        ("bias", "none"),
+        ("trainable_token_indices", None),
+        ("layer_replication", None),
+        ("alora_invocation_tokens", None),
+        ("init_lora_weights", True, False, "gaussian", "orthogonal", "eva"),
+    ):
+        value = getattr(config, option, supported[0])
+        if value not in supported:
             raise UserError(
-                f"{what} has {option}={value!r}: only LoRA on whole layers is supported, use {option}={off!r}"
+                f"{what} has {option}={value!r}: only LoRA on whole layers is supported that leaves the base as it is; "
+                f"make one with {option}={supported[0]!r}, or merge it and give the full model"
             )
 
 

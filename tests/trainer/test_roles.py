@@ -529,12 +529,23 @@ def test_adapter_that_is_no_lora_is_refused(tiny_models, tmp_path):
         build(tmp_path, tiny_models.base, str(tmp_path / "prompts"), use_peft=True)
 
 
-@pytest.mark.parametrize("how", [{"bias": "all"}, {"bias": "lora_only"}, {"trainable_token_indices": [5, 6]}])
-def test_an_adapter_that_trains_weights_of_the_base_is_refused(tmp_path, how):
-    """peft writes such biases over the base's, which base, SFT, policy and critic share; it would not be base again."""
-    settings = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", **how)
-    base = save(tiny_model("gpt2"), tmp_path / "base")
-    made = get_peft_model(tiny_model("gpt2"), settings)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"trainable_token_indices": [5, 6]},
+        {"init_lora_weights": "pissa"},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"alora_invocation_tokens": [5]},
+    ],
+)
+def test_an_adapter_that_is_more_than_lora_on_a_base_that_stays_is_refused(tmp_path, how):
+    """peft writes biases over the base's, takes PiSSA's start out of its weights, or repeats its layers: what base,
+    SFT, policy and critic share would not be base again. An activated LoRA is on where peft's own forward says."""
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **how)
+    base = save(tiny_model("llama"), tmp_path / "base")
+    made = get_peft_model(tiny_model("llama"), settings)
     made.save_pretrained(tmp_path / "adapter")
     for sft, given in ((str(tmp_path / "adapter"), None), (base, settings)):
         with pytest.raises(UserError, match=f"has {next(iter(how))}=.*: only LoRA on whole layers is supported"):
