@@ -126,11 +126,12 @@ def run_demo(
         ``settings``, ``seconds``.
 
     Raises:
-        UserError: ``output_dir`` is not empty.
+        UserError: ``output_dir`` is not empty, or the seed is no number that SRPPO takes.
     """
     settings = settings or (QUICK if quick else DemoSettings())
     console = console or Console()
     folder = Path(output_dir)
+    SRPPOConfig(seed=seed)  # is refused here, and not after a minute of pretraining
     require_new_folder(folder)
     quiet_libraries()
     with one_thread():

@@ -94,6 +94,13 @@ def test_every_model_loads_with_plain_transformers(demo):
             assert not torch.equal(weights[left], weights[right]), (left, right)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_srppo_would_refuse_is_refused_before_anything_is_written(tmp_path, seed):
+    with pytest.raises(UserError, match=f"seed must be at least 0 and at most 4294967295; got {seed}"):
+        run_demo(tmp_path / "new", seed, quick=True, console=Console(quiet=True))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not empty: choose a new folder"):
