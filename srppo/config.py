@@ -254,7 +254,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -263,6 +264,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold 'name: value' lines, got a {type(content).__name__}")
+    mapping: Any = yaml.compose(text, yaml.SafeLoader)
+    names = [name.value for name, _ in mapping.value]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:  # YAML forbids it, and PyYAML takes the last
+        raise UserError(f"{path} has {twice!r} more than once: keep one")
     return content
 
 

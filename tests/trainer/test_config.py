@@ -485,6 +485,7 @@ def test_what_only_the_command_takes_is_in_its_configuration_and_not_in_the_trai
         ("a: [1", r"run\.yaml is not valid YAML"),
         ("- seed\n", r"run\.yaml must hold 'name: value' lines, got a list"),
         (b"seed: \xff\xfe", r"run\.yaml is not valid YAML"),
+        ("seed: 1\nlam: 1\nseed: 2\n", r"run\.yaml has 'seed' more than once: keep one"),
         ("sed: 1\n", r"unknown option 'sed' in .*run\.yaml; did you mean seed\?"),
         (None, r"cannot read the configuration file .*run\.yaml: No such file"),
     ],
