@@ -72,6 +72,8 @@ def require_rollouts(folder: Path, steps: Sequence[int]) -> None:
 
 def require_folders(save: str | Path | None, replay: str | Path | None, steps: Sequence[int]) -> None:
     """Stops before anything is computed if rollouts cannot be saved, or those of these iterations not be replayed."""
+    if save is not None and replay is not None:
+        raise UserError("save_rollouts is for rollouts that are sampled, and from_rollouts replays them: give one")
     if save is not None:
         distributed.on_main(lambda: checkpoint.require_new_folder(Path(save), "save_rollouts"))
     if replay is not None:

@@ -247,6 +247,8 @@ def test_a_saved_rollout_that_does_not_fit_is_refused_by_name(tiny_models, tmp_p
 def test_rollouts_from_a_folder_that_is_not_there_are_refused_at_the_start(tiny_models, tmp_path):
     with pytest.raises(UserError, match=r"rollout_00001\.safetensors, the rollout of iteration 1, is not there"):
         trainer(tiny_models, tmp_path, from_rollouts=tmp_path / "nowhere").train()
+    with pytest.raises(UserError, match="save_rollouts is for rollouts that are sampled, and from_rollouts replays"):
+        trainer(tiny_models, tmp_path, from_rollouts=tmp_path / "a", save_rollouts=tmp_path / "b").train()
 
 
 def test_rollouts_of_too_few_iterations_are_refused_at_the_start_and_none_are_written_over(tiny_models, tmp_path):
