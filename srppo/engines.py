@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -189,14 +190,14 @@ class VLLMEngine:
     def call(self, path: str, body: dict[str, Any] | None) -> Any:
         """POSTs JSON (GETs without a body) and returns the JSON of the answer, or its text."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
+            request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=self.seconds) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:300]
             raise UserError(f"the vLLM server at {self.url} refused {path} ({error.code}): {said}") from None
-        except OSError as error:
+        except (OSError, ValueError, HTTPException) as error:  # the last two, of what is no URL or no answer in HTTP
             raise UserError(
                 f"no vLLM server answers at {self.url} ({error}): start one, or rollout_engine=hf"
             ) from None

@@ -133,6 +133,10 @@ def test_what_is_wrong_with_the_server_is_said_before_training(tiny_models, tmp_
     with pytest.raises(UserError, match=r"no vLLM server answers at http://127\.0\.0\.1:9 .*rollout_engine=hf"):
         run.train()
     assert not (tmp_path / "a" / "run").exists()
+    for url in ("a-host", "http://a-host:port"):
+        run.engine.url = url
+        with pytest.raises(UserError, match=f"no vLLM server answers at {url} "):
+            run.train()
     full = trainer(tiny_models, tmp_path / "b", rollout_engine="vllm")
     assert isinstance(full.engine, VLLMEngine)
     with pytest.raises(UserError, match="needs use_peft=true"):
