@@ -8,7 +8,8 @@ A DTensor whose rows (the vocabulary) are cut over a mesh can mean two things, a
       head = vocab_parallel_head(lm_head.weight)
       linear_logprob(hidden, head.weight, targets, bias=head.bias, group=head.group)
 
-- *FSDP*: every rank has its own tokens, and the shard is only storage. The weight has to be gathered::
+- *FSDP*: every rank has its own tokens, and the shard is only storage. The weight has to be gathered, and its gradient
+  averaged over ranks, as FSDP averages those that it reduces itself::
 
       weight, bias = full_head(lm_head.weight)
       linear_logprob(hidden, weight, targets, bias=bias)
@@ -74,10 +75,17 @@ def vocab_parallel_head(
 
 
 def full_head(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The whole head, gathered from a DTensor's shards (for FSDP); its gradient is reduced and scattered back.
+    """The whole head, gathered from a DTensor's shards (for FSDP); its gradient is averaged over ranks and scattered.
 
     Plain tensors come back as they are, so a trainer can call this whatever the head is.
     """
-    gathered = [t.full_tensor() if _is_dtensor(t) else t for t in (weight, bias)]  # type: ignore[union-attr]
-    assert gathered[0] is not None
-    return gathered[0], gathered[1]
+    return _gathered(weight), None if bias is None else _gathered(bias)
+
+
+def _gathered(tensor: Any) -> Tensor:
+    if not _is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    # left out, full_tensor takes the gradient of every rank for the same, and each rank's shard lacks what others saw
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
