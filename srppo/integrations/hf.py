@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from srppo.errors import UserError
 from srppo.models import Head, head_of, is_peft, trunk_of
 from srppo.roles import Role, check_head, evaluating
+from srppo.sharding import is_sharded
 from srppo_kernels import LinearLogprob, linear_logprob, linear_loss
 from srppo_kernels.parallel import full_head
 
@@ -130,6 +131,8 @@ def fuse(model: PreTrainedModel) -> FusedForward:
     fused = vars(model).get("_srppo_fused")
     # pickle gives a method back by its name, so what was unpickled has the mark and the forward of its class
     if fused is None or getattr(model.forward, "__func__", None) is type(model).forward:
+        if is_sharded(model):
+            raise UserError(f"{type(model).__name__} is cut over ranks already: make this call before fully_shard")
         with evaluating(model):
             read_head(model)
             check_head(Role("model", model))

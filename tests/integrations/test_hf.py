@@ -281,6 +281,7 @@ def test_predictions_with_logits(tmp_path: Path) -> None:
         (lambda: strange(untrained(), lambda logits: 30 * torch.tanh(logits / 30)), "does not reproduce"),
         (lambda: with_scales(tiny_model()), "nor is a head that computes more"),
         (lambda: with_z_loss(tiny_model()), "where the next-token cross-entropy is"),
+        (lambda: sharded(tiny_model()), "before fully_shard"),
     ],
 )
 def test_what_is_refused(make: Any, says: str) -> None:
@@ -321,6 +322,12 @@ def with_z_loss(model: PreTrainedModel) -> PreTrainedModel:
         return output
 
     model.forward = with_addition
+    return model
+
+
+def sharded(model: PreTrainedModel) -> PreTrainedModel:
+    """As fully_shard leaves it, as far as it can be told."""
+    model.set_reshard_after_forward = lambda *_: None
     return model
 
 
