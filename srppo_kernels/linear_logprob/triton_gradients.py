@@ -70,8 +70,9 @@ def over_vocabulary(
     buffer = None if in_place else torch.empty(n, aligned, dtype=dtype, device=device)
     dhidden = None
     if into.hidden:
-        one_product = entries == vocab
-        dhidden = torch.empty(n, x.shape[1], dtype=hidden.dtype if one_product else torch.float32, device=device)
+        # Several products add up in fp32; fp16 would round to 0 what a loss over many tokens is yet to be scaled from.
+        rounded = entries == vocab and hidden.dtype != torch.float16
+        dhidden = torch.empty(n, x.shape[1], dtype=hidden.dtype if rounded else torch.float32, device=device)
     source = None
     if residual is not None:
         assert kept is not None

@@ -395,6 +395,16 @@ def test_compiled():
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
+def test_fp16_gradients_of_a_loss_over_many_tokens():
+    """They wait in fp32 for a gradient scaler's factor: fp16 ends at 6e-8."""
+    p = make(n=5, d=24, v=200, dtype=torch.float16)
+    loss, _ = linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum() / 1e7, {}), backend="triton")
+    twin = p.double()
+    exact = torch.autograd.grad(twin.oracle()[0].sum() / 1e7, twin.inputs())
+    for got, want in zip(torch.autograd.grad(loss * 2**17, p.inputs()), exact, strict=True):
+        assert relative(got, 2**17 * want) < 1.2e-2  # the interpreter truncates to bf16
+
+
 def test_hoppers_tiles_are_for_hopper(monkeypatch):
     """AMD's devices have capabilities of 9.x, too, and no PTX."""
     from srppo_kernels.linear_logprob.triton_tiles import architecture
