@@ -226,7 +226,7 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
             )
         model = load_model(under, args)
         adapted = attach_adapter(model, path, "default")
-        untie_adapted_embedding(model)
+        untie_adapted(model)
         return adapted.merge_and_unload()
     require_there("causal language model", path)
     try:
@@ -268,8 +268,8 @@ def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:
 
 def check_adapter(what: str, config: Any) -> None:
     """Only what can be switched off again may be put on a base that all roles share: LoRA, without the biases of the
-    base (which peft overwrites), single rows of its embedding, layers used again, or starts such as PiSSA's that take
-    the adapter out of the base's weights; nor one that is on behind some tokens only, which peft's forward finds."""
+    base (which peft overwrites), single rows of its embedding, layers used again, or PiSSA's, KaSA's and other starts
+    that alter the base's weights; nor one that is on behind some tokens only, which peft's forward finds."""
     kind = config.peft_type
     if kind != "LORA":
         raise UserError(f"{what} is of type {getattr(kind, 'value', kind)}: only LoRA is supported")
@@ -277,6 +277,7 @@ def check_adapter(what: str, config: Any) -> None:
         ("bias", "none"),
         ("trainable_token_indices", None),
         ("layer_replication", None),
+        ("kasa_config", None),
         ("alora_invocation_tokens", None),
         ("init_lora_weights", True, False, "gaussian", "orthogonal", "eva"),
     ):
@@ -288,12 +289,13 @@ def check_adapter(what: str, config: Any) -> None:
             )
 
 
-def untie_adapted_embedding(model: PreTrainedModel) -> None:
-    """Gives the head a weight of its own where it is that of an embedding with an adapter on it, which does not reach
-    the head: merged into a weight of both, it would."""
+def untie_adapted(model: PreTrainedModel) -> None:
+    """Makes embedding and head two weights where they are one and an adapter is on either: merged, it would be on
+    both."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if has_adapter_layers(embedding) and embedding.weight is head.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
+    if embedding.weight is head.weight and (has_adapter_layers(embedding) or has_adapter_layers(head)):
+        layer = getattr(head, "base_layer", head)
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 

@@ -43,7 +43,7 @@ from transformers import (
 
 from srppo import SelfReward, SRPPOTrainer, UserError, ppo, run_sft
 from srppo.data import Example
-from srppo.models import disable_dropout, load_model, load_tokenizer
+from srppo.models import check_adapter, disable_dropout, load_model, load_tokenizer
 from srppo.roles import Role, build_roles, check_head, frozen_roles
 from srppo.rollout import generate
 from srppo.sft import sft_role
@@ -399,8 +399,8 @@ def test_an_adapter_on_the_embeddings_is_trained_and_saved(tiny_models, tmp_path
     assert moved[0].abs().max() > 0
 
 
-def test_an_adapter_on_a_tied_embedding_is_not_merged_into_the_head(tmp_path):
-    which = ["embed_tokens", "q_proj"]
+@pytest.mark.parametrize("which", [["embed_tokens"], ["lm_head"]])
+def test_an_adapter_on_a_tied_embedding_or_head_is_not_merged_into_both(tmp_path, which):
     settings = LoraConfig(r=2, target_modules=which, task_type="CAUSAL_LM", init_lora_weights=False)
     base = save(tiny_model("qwen2"), tmp_path / "base")
     adapted = get_peft_model(tiny_model("qwen2"), settings).eval()
@@ -550,6 +550,11 @@ def test_an_adapter_that_is_more_than_lora_on_a_base_that_stays_is_refused(tmp_p
     for sft, given in ((str(tmp_path / "adapter"), None), (base, settings)):
         with pytest.raises(UserError, match=f"has {next(iter(how))}=.*: only LoRA on whole layers is supported"):
             build(tmp_path, base, sft, given, use_peft=True)
+
+
+def test_kasa_which_drops_singular_values_of_the_base_is_refused():
+    with pytest.raises(UserError, match=r"it has kasa_config=.*: only LoRA on whole layers is supported"):
+        check_adapter("it", SimpleNamespace(peft_type="LORA", kasa_config={"beta": 1e-4}))  # new in peft 0.21
 
 
 def test_adapter_of_another_base_is_refused(tiny_models, tmp_path):
