@@ -130,7 +130,7 @@ def test_a_normalizer_on_the_host(backend):
         made = [
             (ppo_loss(new, old, advantages, mask, normalizer=n, backend=backend)[0],
              value_loss(new, old, advantages, mask, normalizer=n, backend=backend)[0])
-            for n in (torch.tensor(count), torch.tensor(count, device="cuda"))
+            for n in (torch.full((), count), torch.full((), count).cuda())
         ]  # fmt: skip
         assert all(same_bits(a, b) for a, b in zip(*made, strict=True))
 
