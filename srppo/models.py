@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +225,7 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
             raise UserError(
                 f"the base model {under} is an adapter: give the model that it stands on, or merge the two first"
             )
+        warn_of_another_base(path, under)
         model = load_model(under, args)
         adapted = attach_adapter(model, path, "default")
         untie_adapted(model)
@@ -304,6 +306,17 @@ def adapter_base(adapter: str | Path) -> str:
     from peft import PeftConfig
 
     return str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+
+
+def warn_of_another_base(adapter: str | Path, base: str | Path | None) -> None:
+    """Where the model that an adapter was made on is there, under another path than the base: it may be a copy."""
+    named = Path(adapter_base(adapter))
+    if base is not None and named.is_dir() and Path(base).is_dir() and named.resolve() != Path(base).resolve():
+        warnings.warn(
+            f"the adapter in {adapter} was made on {named} and is loaded onto the base {base}: unless the two are "
+            "copies of one model, what it adds up to is neither, and rewards are wrong",
+            stacklevel=2,
+        )
 
 
 def first_line(error: BaseException) -> str:

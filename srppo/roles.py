@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ from srppo.models import (
     lora_config,
     require_full_precision,
     trunk_of,
+    warn_of_another_base,
 )
 from srppo.packing import Layout, attention_of, layout_of, pack, widest_tree
 from srppo.prefixes import tree_mask
@@ -324,17 +324,6 @@ def frozen_roles(
         disable_dropout(role.model)
         check_head(role)
     return laid_out_alike(*roles)
-
-
-def warn_of_another_base(adapter: str, base: str | None) -> None:
-    """Where the model that an adapter was made on is there, under another path than the base: it may be a copy."""
-    named = Path(adapter_base(adapter))
-    if base is not None and named.is_dir() and Path(base).is_dir() and named.resolve() != Path(base).resolve():
-        warnings.warn(
-            f"the adapter in {adapter} was made on {named} and is loaded onto the base {base}: unless the two are "
-            "copies of one model, what it adds up to is neither, and rewards are wrong",
-            stacklevel=2,
-        )
 
 
 def laid_out_alike(base: Role, sft: Role) -> tuple[Role, Role]:

@@ -569,6 +569,8 @@ def test_an_adapter_of_another_folders_model_is_warned_of(tiny_models, tmp_path)
     shutil.copytree(tiny_models.base, copy)
     with pytest.warns(UserWarning, match=rf"was made on .* and is loaded onto the base {re.escape(str(copy))}: unless"):
         build(tmp_path, str(copy), tiny_models.adapter, use_peft=True)
+    with pytest.warns(UserWarning, match=r"and is loaded onto the base"):
+        load_model(tiny_models.adapter, config(tmp_path, base_model_name_or_path=str(copy)))
 
 
 def test_peft_config_beside_an_sft_adapter_is_refused_as_it_would_be_ignored(tiny_models, tmp_path):
