@@ -218,12 +218,13 @@ def make_engine(args: SRPPOConfig, sampling: Sampling, *, url: str = VLLM_URL) -
 
 
 def sampling_metrics(rollout: Rollout, logprobs: Tensor) -> dict[str, float]:
-    """How far the sampler's log-probs are from the training forward's; nothing where the engine gives none.
+    """How far the sampler's log-probs are from the training forward's; nothing where the engine gives none, or no
+    token.
 
     Args:
         logprobs: log pi_old of the tokens taken, ``[B, T]``.
     """
-    if rollout.sampler_logprobs is None:
+    if rollout.sampler_logprobs is None or not rollout.completion_mask.any():
         return {}
     gaps = rollout.of_tokens((logprobs - rollout.sampler_logprobs).abs())
     return {

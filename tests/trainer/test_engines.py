@@ -168,6 +168,8 @@ def test_importance_weights_are_truncated_ratios_and_sampling_metrics_mean_over_
     got = sampling_metrics(given, logprobs)
     assert got["sampling/logp_difference/mean"] == pytest.approx(gaps[mask].abs().mean().item(), rel=1e-5)
     assert got["sampling/logp_difference/max"] == pytest.approx(gaps[mask].abs().max().item(), rel=1e-5)
+    empty = rollout(completions=((),) * 4).with_sampler_logprobs(torch.zeros(4, 1))
+    assert sampling_metrics(empty, torch.zeros(4, 1)) == {}
 
 
 def test_weights_multiply_the_advantages_and_nothing_else(tmp_path):
