@@ -73,7 +73,7 @@ def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
     console = shared_console()
     require(args, "base_model_name_or_path", "dataset_name")
     distributed.on_main(lambda: require_new_folder(Path(args.output_dir)))
-    tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
+    tokenizer = tokenizer_for(None, args.base_model_name_or_path, args)
     train, held_out = load_data(args, tokenizer, console)
     run_sft(
         args,
