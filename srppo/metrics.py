@@ -143,7 +143,7 @@ class MetricsWriter:
 
     def open(self, folder: Path) -> IO[str]:
         write_text(folder / "srppo_config.yaml", self.args.to_yaml())
-        step = self.history[-1]["step"] if self.history else None
+        step = self.history[-1]["step"] if self.history else 0
         self.trackers = start_trackers(folder, self.args, step)
         return self.rewrite(folder)
 

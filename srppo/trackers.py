@@ -33,13 +33,13 @@ class TensorBoard:
     """Event files in ``<folder>/tensorboard``.
 
     Args:
-        step: the last one of a run that is resumed: the board forgets what came after it.
+        step: the last one that a resumed run has done: the board forgets what came after it.
     """
 
-    def __init__(self, folder: Path, step: int | None) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if step is None else step + 1)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -76,11 +76,11 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"report_to={name} needs a package that is not installed: pip install {name}")
 
 
-def start_trackers(folder: Path, args: SRPPOConfig, step: int | None) -> list[Tracker]:
+def start_trackers(folder: Path, args: SRPPOConfig, step: int) -> list[Tracker]:
     """Those that ``args.report_to`` names.
 
     Args:
-        step: the last one that a resumed run has done.
+        step: the last one that a resumed run has done; 0 where it begins, or begins again.
     """
     trackers: list[Tracker] = [TensorBoard(folder, step)] if "tensorboard" in args.report_to else []
     return trackers + [Service(name, folder, args) for name in args.report_to if name in SERVICES]

@@ -245,9 +245,13 @@ def test_latest_starts_again_beside_the_rollouts_of_the_run_that_was_interrupted
         raise KeyboardInterrupt
 
     options = {"resume_from_checkpoint": "latest", "save_rollouts": tmp_path / "run" / place}
+    options["report_to"] = ["tensorboard"]
     with pytest.raises(KeyboardInterrupt):
         trainer(tiny_models, tmp_path, callbacks=[interrupt], **options).train()
     assert trainer(tiny_models, tmp_path, **options).train()["step"] == 2
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("objective/scores")] == [1, 2]
 
 
 class Payload:
