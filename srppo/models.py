@@ -247,14 +247,14 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
 
 def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:
     """Loads a LoRA adapter folder onto a model (or onto a peft model that has others) under ``name``, frozen."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     if name in getattr(model, "peft_config", {}) and has_adapter_layers(model):  # peft would mix the two
         raise UserError(
             f"the base has an adapter {name!r} in it, of an earlier run or reward: load it again, or give its folder"
         )
     try:
-        check_adapter(f"the adapter in {path}", PeftConfig.from_pretrained(str(path)))
+        check_adapter(f"the adapter in {path}", adapter_config(path))
         if is_peft(model):
             model.load_adapter(str(path), adapter_name=name)  # type: ignore[operator]
             return model
@@ -301,11 +301,19 @@ def untie_adapted(model: PreTrainedModel) -> None:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
-def adapter_base(adapter: str | Path) -> str:
-    """The model that an adapter folder says it was made on."""
+def adapter_config(adapter: str | Path) -> Any:
+    """What an adapter folder says of itself."""
     from peft import PeftConfig
 
-    return str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    try:
+        return PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"adapter_config.json of {adapter} cannot be read: {first_line(error)}") from None
+
+
+def adapter_base(adapter: str | Path) -> str:
+    """The model that an adapter folder says it was made on."""
+    return str(adapter_config(adapter).base_model_name_or_path)
 
 
 def warn_of_another_base(adapter: str | Path, base: str | Path | None) -> None:

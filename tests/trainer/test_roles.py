@@ -603,6 +603,12 @@ def test_missing_and_damaged_models_are_named(tiny_models, tmp_path):
     (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(UserError, match=r"no causal language model could be loaded from .*broken"):
         build(tmp_path, tiny_models.base, str(broken))
+    adapter = Path(shutil.copytree(tiny_models.adapter, tmp_path / "adapter"))
+    description = (adapter / "adapter_config.json").read_text()
+    (adapter / "adapter_config.json").write_text(description[: len(description) // 2])
+    for use_peft in (True, False):
+        with pytest.raises(UserError, match=rf"adapter_config\.json of {adapter} cannot be read: "):
+            build(tmp_path, tiny_models.base, str(adapter), use_peft=use_peft)
 
 
 def test_sequences_beyond_the_models_positions_are_refused_before_training(tiny_models, tmp_path):
