@@ -158,6 +158,21 @@ def test_without_labels_the_forward_is_the_models_own() -> None:
     assert texts[0].tolist() == texts[1].tolist()
 
 
+def test_a_forward_that_has_no_logits_with_labels() -> None:
+    """As TRL's chunked loss patched it before 1.15."""
+    plain = training()
+    patched, own = copy.deepcopy(plain), type(plain).forward
+
+    def forward(self: PreTrainedModel, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        output = own(self, *args, labels=labels, **kwargs)
+        if labels is not None:
+            output.logits = None
+        return output
+
+    patched.forward = types.MethodType(forward, patched)
+    assert_equal(plain, use_fused_cross_entropy(patched), **batch())
+
+
 def test_evaluation_has_logits_where_they_are_asked_for() -> None:
     inputs = batch()
     fused = use_fused_cross_entropy(training())
