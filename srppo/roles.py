@@ -254,6 +254,12 @@ def check_head(role: Role) -> None:
     those of one that was.
     """
     with role.active() as model:
+        module: Any = model.get_output_embeddings()
+        if "weight" in vars(module):  # and no parameter
+            raise UserError(
+                "the LM head's weight is computed by a hook when the head is called (weight_norm, pruning), which the "
+                "fused ops do not do: use torch.nn.utils.parametrizations, or make it permanent"
+            )
         rows = torch.arange(8, device=role.device).repeat(2, 1)
         rows[1, 4:] += 1  # the same four tokens, and others behind them
         rows = rows.remainder(model.config.get_text_config().vocab_size)
@@ -273,7 +279,6 @@ def check_head(role: Role) -> None:
             )
         largest = (hidden @ head.weight.T).abs().max().item() * abs(head.logit_scale)
         factor = max(1.0, 16 / max(largest, 1e-3))
-        module: Any = model.get_output_embeddings()
         hook = module.register_forward_pre_hook(lambda _, rows: (rows[0] * factor,))
         try:
             logits = model(input_ids=ids, use_cache=False).logits.float()

@@ -167,6 +167,8 @@ def read_head(model: PreTrainedModel) -> Head:
     head = head_of(model)
     if hasattr(head.weight, "ds_id"):
         raise UserError("DeepSpeed ZeRO-3 holds the LM head in pieces that the fused ops cannot gather: use ZeRO-2")
+    if head.weight.is_meta:
+        raise UserError("the LM head's weight is not in memory (meta device): load it, or keep it from offloading")
     weight, bias = full_head(head.weight, head.bias)
     return Head(weight, bias, head.logit_scale, head.softcap)
 

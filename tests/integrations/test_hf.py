@@ -17,6 +17,7 @@ from largest import LargestTensor
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
@@ -297,6 +298,8 @@ def test_predictions_with_logits(tmp_path: Path) -> None:
         (lambda: with_scales(tiny_model()), "nor is a head that computes more"),
         (lambda: with_z_loss(tiny_model()), "where the next-token cross-entropy is"),
         (lambda: sharded(tiny_model()), "before fully_shard"),
+        (lambda: tiny_model().to("meta"), "not in memory"),
+        (lambda: pruned(tiny_model()), "computed by a hook"),
     ],
 )
 def test_what_is_refused(make: Any, says: str) -> None:
@@ -343,6 +346,12 @@ def with_z_loss(model: PreTrainedModel) -> PreTrainedModel:
 def sharded(model: PreTrainedModel) -> PreTrainedModel:
     """As fully_shard leaves it, as far as it can be told."""
     model.set_reshard_after_forward = lambda *_: None
+    return model
+
+
+def pruned(model: PreTrainedModel) -> PreTrainedModel:
+    """With a weight that a hook computes anew when the head is called: read alone, it had no gradient."""
+    prune.random_unstructured(model.lm_head, "weight", 0.3)
     return model
 
 
