@@ -290,7 +290,10 @@ __device__ __forceinline__ void absorb_around_reference(float (&acc)[kLogits], T
   if (beyond[0] | beyond[1]) {
     raise(acc, rows, thread, beyond);
     sum_tile<false>(acc, rows, thread, v0, s, t, p);
-    if (kKeep) keep_again(acc, rows, thread, v0, p);
+    if (kKeep) {
+      __syncwarp();  // these columns were stored a moment ago, by other threads of the quad
+      keep_again(acc, rows, thread, v0, p);
+    }
   }
 #pragma unroll
   for (int slot = 0; slot < kThreadRows; ++slot) {
