@@ -123,15 +123,17 @@ def extension_arguments():
         def run(self):
             if cuda_sources and not cuda:
                 say(f"CUDA kernels are not built: {missing}")
+            # Where CXX is not set torch's build takes "c++", which an installation of clang alone may not have.
+            other = shutil.which("g++") or shutil.which("clang++")
+            if other and not shutil.which("c++"):
+                os.environ.setdefault("CXX", other)
             try:
                 super().run()
             except Exception as error:
                 self.give_up(error)
 
         def build_extensions(self):
-            named = os.environ.get("CXX")  # the compilers' usual variable, which torch's build heeds too
-            compiler = named or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-            if compiler is None:
+            if not os.environ.get("CXX") and not shutil.which("c++"):
                 self.give_up("no C++ compiler on PATH (install g++ or clang++)")
                 return
             if cuda:
