@@ -7,6 +7,11 @@
 
 #include "common/cpu_level.h"
 
+#if defined(SRPPO_CUDA)
+extern "C" int cudaDriverGetVersion(int*);  // of the runtime, without its headers: this file is the host compiler's
+extern "C" int cudaRuntimeGetVersion(int*);
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -37,6 +42,11 @@ py::dict build_info() {
   info["torch_target_version"] = "2.11";
 #if defined(SRPPO_CUDA)
   info["cuda"] = SRPPO_CUDA;  // architectures, as setup.py passed them
+  int runtime = 0, driver = 0;
+  cudaRuntimeGetVersion(&runtime);
+  cudaDriverGetVersion(&driver);  // 0 where there is none
+  info["cuda_runtime"] = runtime;  // 13010: CUDA 13.1, which the kernels are linked with
+  info["cuda_driver"] = driver;    // the latest that the driver runs
 #else
   info["cuda"] = "";
 #endif

@@ -141,10 +141,25 @@ def _resolve_triton(op: str, backend: str, like: Tensor, dtype: torch.dtype) -> 
 
 
 @cache
+def driver_obstacle() -> str:
+    """Why the runtime that the CUDA kernels are linked with cannot run on this driver; empty if it can."""
+    info = build_info()
+    runtime, driver = info.get("cuda_runtime", 0), info.get("cuda_driver", 0)
+    if driver // 1000 >= runtime // 1000:  # a driver runs all versions of its generation
+        return ""
+    return (
+        f"its CUDA kernels were built with CUDA {runtime // 1000} and the driver is for CUDA {driver // 1000}: "
+        f"build them with nvcc {driver // 1000}, or update the driver"
+    )
+
+
+@cache
 def _device_obstacle(index: int) -> str:
     architectures = build_info().get("cuda", "")
     if not architectures:
         return "it has no kernel for device 'cuda': the extension was built without CUDA"
+    if driver_obstacle():
+        return driver_obstacle()
     major, minor = torch.cuda.get_device_capability(index)
     for name in architectures.split(","):
         number = int(name.rstrip("a"))

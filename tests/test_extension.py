@@ -71,6 +71,7 @@ def test_raw_kernels_refuse_what_they_cannot_read():
         ),
         ("90a", (9, 1), torch.float32, "triton", "were built for sm_90a and the device is sm_91"),
         ("", (9, 0), torch.float32, "triton", "the extension was built without CUDA"),
+        ("80 under 12080", (8, 0), torch.float32, "triton", "built with CUDA 13 and the driver is for CUDA 12: build"),
         ("80,90a,100", (9, 0), torch.float64, "reference", "an input is float64"),
     ],
 )
@@ -79,11 +80,13 @@ def test_what_runs_on_a_cuda_device(monkeypatch, built, capability, dtype, auto,
     like = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     monkeypatch.setattr(_extension, "_module", object())
-    monkeypatch.setattr(_extension, "build_info", lambda: {"cuda": built})
+    built, _, driver = built.partition(" under ")
+    versions = {"cuda_runtime": 13010, "cuda_driver": int(driver or 13000)}
+    monkeypatch.setattr(_extension, "build_info", lambda: {"cuda": built, **versions})
     monkeypatch.setattr(_extension, "_warned", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(_extension._triton, "obstacle", lambda device, explicit=True: "")
-    _extension._device_obstacle.cache_clear()
+    forget()
     try:
         assert _extension.resolve("gae", "auto", like, compute) == auto
         if native == "native":
@@ -100,7 +103,12 @@ def test_what_runs_on_a_cuda_device(monkeypatch, built, capability, dtype, auto,
         told = [w for w in caught if "instead of Triton kernels: triton is not installed" in str(w.message)]
         assert len(told) == (alone == "reference" and dtype != torch.float64)
     finally:
-        _extension._device_obstacle.cache_clear()
+        forget()
+
+
+def forget() -> None:
+    _extension._device_obstacle.cache_clear()
+    _extension.driver_obstacle.cache_clear()
 
 
 def test_explicit_native_that_cannot_run_warns_once_and_still_answers():

@@ -87,7 +87,7 @@ def _device_obstacle(device: torch.device) -> str:
         return _extension.why()
     if not hasattr(torch.ops.srppo_native, "linear_logprob_scan_sm90"):
         return "the extension was built without CUDA: install again where nvcc and a CUDA build of torch are"
-    return _triton.obstacle(device)  # the merge
+    return _extension.driver_obstacle() or _triton.obstacle(device)  # Triton's is the merge
 
 
 def scan(
