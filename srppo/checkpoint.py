@@ -66,9 +66,15 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         os.chmod(folder, 0o755)
         for path in [*folder.rglob("*"), folder]:
             sync(path)
-        if replace and target.is_dir():
-            os.replace(target, old / target.name)
-        os.replace(folder, target)
+        aside = old / target.name
+        try:
+            if replace and target.is_dir():
+                os.replace(target, aside)
+            os.replace(folder, target)
+        except BaseException:  # between the two: ``old`` goes at the end, and all that there is would go with it
+            if aside.exists() and not target.exists():
+                os.replace(aside, target)
+            raise
         sync(target.parent)
 
 

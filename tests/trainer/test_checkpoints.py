@@ -382,6 +382,25 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("before", [1, 2])
+def test_ctrl_c_while_a_folder_is_replaced_leaves_the_old_one(tmp_path, monkeypatch, before):
+    """Before it is set aside, and before the new one comes to its place."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("x")
+    replace, calls = os.replace, []
+
+    def interrupted(*paths) -> None:
+        calls.append(paths)
+        if len(calls) == before:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), checkpoint.atomic_folder(tmp_path / "model", replace=True) as folder:
+        (folder / "new").write_text("y")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["model", "model/old"]
+
+
 @pytest.fixture
 def events(monkeypatch) -> list[tuple[str, str]]:
     """What is synced and what is renamed, in order, by name."""
