@@ -205,15 +205,16 @@ def cross_entropy(model: PreTrainedModel, fused: FusedForward, named: dict[str, 
 
     labels, shift_labels = named.pop("labels", None), named.pop("shift_labels", None)
     items, as_dict = named.pop("num_items_in_batch", None), named.pop("return_dict", None)
+    ignored = named.pop("ignore_index", IGNORE)
     refuse_router_loss(model, named.get("output_router_logits"))
     named.pop("logits_to_keep", None)
     outputs = backbone(model, named)
-    targets = next_tokens(labels) if shift_labels is None else shift_labels
+    targets = next_tokens(labels, ignored) if shift_labels is None else shift_labels
     hidden, head = head_inputs(model, outputs.last_hidden_state)
     targets = targets.to(hidden.device)
-    count = (targets != IGNORE).sum() if items is None else torch.as_tensor(items, device=hidden.device)
+    count = (targets != ignored).sum() if items is None else torch.as_tensor(items, device=hidden.device)
     loss, _ = linear_loss(
-        hidden, head.weight, targets, negative_log_likelihood, count.clamp(min=1),
+        hidden, head.weight, targets, negative_log_likelihood, count.clamp(min=1), ignore_index=ignored,
         workspace_bytes=fused.workspace_bytes, **head.options,
     )  # fmt: skip
     # a state-space model has no attentions to give
@@ -227,10 +228,10 @@ def negative_log_likelihood(logprob: Tensor, entropy: Tensor, count: Tensor) -> 
     return -logprob.sum() / count, {}
 
 
-def next_tokens(labels: Tensor) -> Tensor:
+def next_tokens(labels: Tensor, ignored: int) -> Tensor:
     """Each position's target: the label after it, and none for the last. Shifting labels instead of hidden states saves
     a copy of the latter."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return F.pad(labels[:, 1:], (0, 1), value=ignored)
 
 
 def token_logprobs(model: PreTrainedModel, named: dict[str, Any]) -> LinearLogprob:

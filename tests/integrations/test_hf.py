@@ -100,10 +100,12 @@ def test_a_model_without_attentions_and_one_without_a_base_model(kind: str) -> N
     assert_equal(plain, use_fused_cross_entropy(copy.deepcopy(plain)), **batch())
 
 
-def test_labels_that_are_shifted_already() -> None:
+def test_labels_that_are_shifted_already_and_another_index_that_is_ignored() -> None:
     plain = training()
     fused = use_fused_cross_entropy(copy.deepcopy(plain))
     inputs = batch()
+    labels = inputs["input_ids"]
+    assert_equal(plain, fused, input_ids=labels, labels=labels, ignore_index=int(labels[0, 5]))
     inputs["shift_labels"] = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
     assert_equal(plain, fused, **inputs)
 
