@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 import shutil
@@ -371,7 +372,10 @@ def test_a_model_for_images_too_has_the_cap_of_its_text_configuration():
     vision = SiglipVisionConfig(**sizes, num_hidden_layers=1, image_size=14, patch_size=14)
     config = PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=16, image_token_index=63)
     model = PaliGemmaForConditionalGeneration(config).eval()
-    check_head(role(model))
+    # Before transformers 5.23 its forward has no cap, whatever the configuration says, and it is refused.
+    capped = "final_logit_softcapping" in inspect.getsource(PaliGemmaForConditionalGeneration.forward)
+    with nullcontext() if capped else pytest.raises(UserError, match="does not reproduce"):
+        check_head(role(model))
     assert role(model).head.softcap == 5.0
 
 
