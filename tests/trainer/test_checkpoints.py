@@ -289,6 +289,18 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_models, tmp_path, straigh
         resume(tiny_models, tmp_path, folder / "run" / "checkpoint-2", other).train()
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_base_of_the_same_shapes_with_other_weights_is_warned_of(tiny_models, tmp_path, straight, changed):
+    kind, folder, _, _ = straight
+    run = resume(tiny_models, tmp_path, folder / "run" / "checkpoint-2", kind)
+    run.console = Mock()
+    with torch.no_grad():
+        next(run.roles.base.model.parameters()).view(-1)[7] += 1e-6 * changed
+    run.resume()
+    told = [call.args[0] for call in run.console.warn.call_args_list]
+    assert ["other weights of base or SFT" in text for text in told] == [True] * changed, told
+
+
 def test_a_checkpoint_with_parameters_of_another_shape_is_refused(tiny_models, tmp_path):
     """Copying a smaller tensor could broadcast, in silence."""
     first = trainer(tiny_models, tmp_path / "a", kind="sft", use_peft=True, lora_r=2, max_steps=1, save_steps=1)
