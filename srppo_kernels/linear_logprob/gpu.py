@@ -97,12 +97,10 @@ def chunk_entries(rows: int, vocab: int, item: int, dz_bytes: int, group: int = 
 
 
 def backward_bytes(
-    rows: int, width: int, vocab: int, item: int, kept_item: int, *, in_place: bool, around_one: bool, dz_bytes: int = 0
+    rows: int, width: int, vocab: int, item: int, kept_item: int, *, in_place: bool, wide: bool, dz_bytes: int = 0
 ) -> int:
-    """Beyond exponentials that are kept: rows gathered twice, scalars, and dZ and an fp32 dhidden where chunks add up,
-    or where a row's exponentials are around one number."""
-    size = rows * (2 * width * item + 96)
-    if in_place:
-        return size + (4 * rows * width if around_one else 0)
-    entries = chunk_entries(max(1, rows), vocab, kept_item, dz_bytes)
-    return size + rows * (-(-entries // 8) * 8 * kept_item + (4 * width if entries < vocab else 0))
+    """Beyond exponentials that are kept: rows gathered twice, scalars, dZ where it is not formed in them, and an fp32
+    dhidden where chunks add up, or ``wide``: a row's exponentials are around one number, or fp16 waits for a scale."""
+    entries = vocab if in_place else chunk_entries(max(1, rows), vocab, kept_item, dz_bytes)
+    dz = 0 if in_place else -(-entries // 8) * 8 * kept_item
+    return rows * (2 * width * item + 96 + dz + (4 * width if wide or entries < vocab else 0))

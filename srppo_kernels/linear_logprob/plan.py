@@ -283,8 +283,8 @@ def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0, dz_b
     if backend in gpu.FAMILY:
         return gpu.backward_bytes(
             in_place_rows or problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize,
-            problem.kept_bytes, in_place=in_place_rows > 0, around_one=sm90.keeps_around_one(backend),
-            dz_bytes=dz_bytes,
+            problem.kept_bytes, in_place=in_place_rows > 0, dz_bytes=dz_bytes,
+            wide=sm90.keeps_around_one(backend) or problem.hidden_dtype == torch.float16,
         )  # fmt: skip
     if problem.native_gradients:
         return native_gradients.workspace_bytes(
