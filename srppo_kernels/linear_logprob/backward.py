@@ -313,7 +313,10 @@ def context(
 def from_context(
     head: Head, targets: Tensor, rows: Rows, upstream: Upstream, kept: Tensor, group: str
 ) -> tuple[Rows, Tensor]:
-    """``dhidden = b A + dlse slope_y chain W_y`` from ``A`` of every row of the call: no GEMM at all."""
+    """``dhidden = b A + dlse slope_y chain W_y`` from ``A`` of every row of the call: no GEMM at all.
+
+    With dlse the row of the target cancels, down to what ``A`` was rounded to: plan.py leaves it to other plans.
+    """
     acc = upstream.logprob.dtype
     rows, _ = rows.keep(upstream.nonzero(rows))
     scalars = RowScalars.of(rows, upstream, acc, head)

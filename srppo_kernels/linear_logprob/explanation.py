@@ -22,6 +22,7 @@ def explain(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    lse: bool = False,
     plan: str = "auto",
     workspace_bytes: int | None = None,
     backend: str = "auto",
@@ -46,5 +47,5 @@ def explain(
         softcap=softcap, grad_weight_out=grad_weight_out,
     )  # fmt: skip
     fused_loss = op in ("linear_loss", "linear_ppo_loss")
-    problem = problem_of(op, hidden, weight, bias, entropy=entropy or fused_loss)
+    problem = problem_of(op, hidden, weight, bias, entropy=entropy or fused_loss, lse=lse)
     return choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)

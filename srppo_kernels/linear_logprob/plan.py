@@ -4,8 +4,9 @@ plan         GEMMs  when                                                      ex
 score        1      no gradient is wanted                                     blocks only
 precompute   3      the loss is given (linear_loss, linear_ppo_loss); 2 with  a chunk of rows' exponentials, fp32 dW
                     a frozen head. Gradients are formed in the forward.
-precompute   2      linear_logprob, frozen head, no entropy wanted: dhidden   N x D in the inputs' dtype
-                    is a row's scalar times a vector that the forward has
+precompute   2      linear_logprob, frozen head, no entropy or lse wanted:    N x D in the inputs' dtype
+                    dhidden is a row's scalar times a vector that the
+                    forward has
 cache        3      linear_logprob, and exp(z) of all rows fits in            N x V, 2 bytes (4 for fp32 inputs)
                     workspace_bytes; 2 with a frozen head
 recompute    4      else; 3 with a frozen head                                blocks only, 32 MiB of dz or less
@@ -43,6 +44,9 @@ class Problem:
     needs_weight: bool
     needs_bias: bool
     entropy: bool
+    # Whether linear_logprob's lse is wanted. W_y is not in its gradient but in what precompute keeps, and taken out
+    # again it left 8 % of rounding in a flat row's dhidden in bf16.
+    lse: bool = False
     weight_in_rows: bool = True  # contiguous rows at multiples of 16 bytes, as TMA reads them
 
     @property
@@ -194,15 +198,14 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
             f"{problem.op}: plan='precompute' serves a frozen head without entropy, and this call has {what}; "
             f"use linear_loss, whose loss is known in the forward, or plan='auto'"
         )
-    if plan in ("auto", "precompute") and frozen and not problem.entropy:
+    if plan == "precompute" or (plan == "auto" and frozen and not problem.entropy and not problem.lse):
         chunk = _rows_per_chunk(problem, budget, default)
         size = problem.rows * problem.width * problem.hidden_dtype.itemsize
         size += max(_backward_bytes(problem, backend, chunk), _scan_bytes(problem, backend))  # one after the other
         size += chunk * problem.vocab * problem.kept_bytes
-        reason = (
-            f"{asked}the head is frozen and no entropy is wanted: dhidden is formed in the forward up to a row's scalar"
-            f"{_how(problem, backend)}"
-        )
+        what = "" if problem.lse else " and neither entropy nor lse is wanted"
+        reason = f"{asked}the head is frozen{what}: dhidden is formed in the forward up to a row's scalar"
+        reason += _how(problem, backend)
         return Plan(backend, "precompute", 2, size, reason, chunk)
     kept = problem.rows * problem.vocab * problem.kept_bytes
     fits = kept <= budget
@@ -301,7 +304,9 @@ def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0, dz_b
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
 
 
-def problem_of(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, entropy: bool) -> Problem:
+def problem_of(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, entropy: bool, lse: bool = False
+) -> Problem:
     """The problem that a call's tensors pose; gradients are wanted only while grad mode is on."""
     on = torch.is_grad_enabled()
     return Problem(
@@ -316,5 +321,6 @@ def problem_of(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, 
         needs_weight=on and weight.requires_grad,
         needs_bias=on and bias is not None and bias.requires_grad,
         entropy=entropy,
+        lse=lse,
         weight_in_rows=sm90.in_rows(weight),
     )

@@ -222,3 +222,17 @@ def test_no_gradient_is_too_small_for_the_fp16_products_of_a_gpu(monkeypatch):
     exact = torch.autograd.grad((logprob + entropy).sum() / 1e6, twin.inputs())
     scaled = torch.autograd.grad(got * 1024, p.inputs())  # as a gradient scaler's: the results are fp16, too
     assert all(relative(a, 1024 * b) < 3e-3 for a, b in zip(scaled, exact, strict=True))
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
+def test_lse_of_flat_rows(plan):
+    """Where p is spread over the vocabulary, the head's row at the target is far larger than dL/dlse's dhidden."""
+    p = make("random", n=40, d=64, v=5000, dtype=torch.bfloat16, grad=(True, False))
+    with torch.no_grad():
+        p.hidden *= 0.1
+    twin = p.double()
+    (want,) = torch.autograd.grad(twin.oracle()[2].sum(), twin.hidden)
+    (got,) = torch.autograd.grad(p.run(lse=True, plan=plan).lse.sum(), p.hidden)
+    assert relative(got, want) < 5e-3
+    plans = [explain(p.hidden, p.weight, p.targets, plan=plan, lse=lse).plan for lse in (False, True)]
+    assert plans == (["precompute", "cache"] if plan == "auto" else ["recompute"] * 2)
