@@ -13,6 +13,7 @@ import json
 import os
 import pickletools
 import re
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -50,11 +51,14 @@ def sync(path: Path) -> None:
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A folder beside what will be written; gone at the end, whatever happened."""
     parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
+    folder = parent / f".writing-{secrets.token_hex(8)}"  # named first: Ctrl-C may come while it is made
     try:
+        folder.mkdir(mode=0o700)
         yield folder
-    finally:
         shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # or while it is removed
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -413,6 +413,25 @@ def test_ctrl_c_while_a_folder_is_replaced_leaves_the_old_one(tmp_path, monkeypa
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["model", "model/old"]
 
 
+@pytest.mark.parametrize("function", ["mkdir", "rmtree"])
+def test_ctrl_c_while_a_temporary_folder_is_made_or_removed_leaves_none(tmp_path, monkeypatch, function):
+    where = {"mkdir": Path, "rmtree": shutil}[function]
+    own, calls = getattr(where, function), []
+
+    def interrupted(path, *args, **options) -> None:
+        if not path.name.startswith(".writing-") or calls:
+            return own(path, *args, **options)
+        calls.append(path)
+        if function == "mkdir":
+            own(path, *args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, function, interrupted)
+    with pytest.raises(KeyboardInterrupt), checkpoint.temporary_folder(tmp_path / "run") as folder:
+        (folder / "new").write_text("y")
+    assert calls and not list((tmp_path / "run").iterdir())
+
+
 @pytest.fixture
 def events(monkeypatch) -> list[tuple[str, str]]:
     """What is synced and what is renamed, in order, by name."""
