@@ -291,8 +291,7 @@ def check_head(role: Role) -> None:
     if not worst <= tolerance:
         raise UserError(
             f"{type(model).__name__} computes its logits in a way that the fused head does not reproduce (log-probs "
-            f"differ by "
-            f"{worst:.3g}): this architecture is not supported yet"
+            f"differ by {worst:.3g}): this architecture is not supported yet"
         )
 
 
