@@ -189,6 +189,11 @@ class SRPPOConfig:
         if len(self.adam_betas) != 2:
             raise UserError(f"adam_betas takes two numbers, got {self.adam_betas}")
         check_trackers(self.report_to)
+        if 0 < self.max_steps <= self.value_warmup_steps:
+            raise UserError(
+                f"value_warmup_steps={self.value_warmup_steps} leaves none of max_steps={self.max_steps} iterations "
+                "for the policy to learn in"
+            )
         if self.kl_target is not None and self.kl_coef == 0:
             raise UserError("kl_target adapts beta from kl_coef on, so kl_coef must be above 0")
         if self.value_model == "adapter" and not self.use_peft:

@@ -417,6 +417,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_is_named(key, hint):
         ({"report_to": ["mlflow"]}, r"report_to knows tensorboard, wandb, trackio, none; got \['mlflow'\]"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_coef must be above 0"),
         ({"value_model": "adapter"}, "value_model=adapter needs use_peft=true"),
+        ({"value_warmup_steps": 9, "max_steps": 9}, "leaves none of max_steps=9 iterations for the policy"),
         ({"reward_normalization": "running", "reward_placement": "token"}, "running is for reward_placement=eos"),
     ],
 )
