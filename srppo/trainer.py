@@ -11,6 +11,7 @@ for each iteration:
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,9 +143,14 @@ class SRPPOTrainer:
     def examples(self, dataset: Dataset) -> list[Example]:
         return as_examples(dataset, self.tokenizer, self.stop_token_ids, self.args)
 
+    @functools.cached_property
+    def frozen(self) -> int:
+        """Of base and SFT as the run began with them: see :meth:`srppo.roles.Roles.frozen_bits`."""
+        return self.roles.frozen_bits()
+
     def train(self) -> dict[str, Any]:
         """Runs all iterations and writes the result to ``args.output_dir``; returns the last metrics."""
-        args, frozen = self.args, self.roles.frozen_bits()
+        args, frozen = self.args, self.frozen
         self.resume()
         space = 3 * checkpoint.model_bytes(self.roles.policy) + 2**20
         distributed.on_main(lambda: checkpoint.require_space(self.output_dir, space))
@@ -350,7 +356,9 @@ class SRPPOTrainer:
         weights = sharding.whole_state(self.roles.policy.model)
 
         def write() -> None:
-            checkpoint.sync(self.output_dir / "metrics.jsonl")  # whose entry says that the checkpoint is of this run
+            metrics = self.output_dir / "metrics.jsonl"
+            if metrics.exists():  # its entry says that the checkpoint is of this run
+                checkpoint.sync(metrics)
             checkpoint.save_checkpoint(folder, self.roles.policy, self.tokenizer, tensors, self.state(), weights)
             checkpoint.keep_newest(self.output_dir, self.args.save_total_limit, self.step)
 

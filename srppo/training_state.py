@@ -27,15 +27,15 @@ def snapshot(run: SRPPOTrainer) -> dict[str, Any]:
         "guard": run.guard.state_dict(),
         "controller": run.controller.state_dict(),
         "generator": run.generator.get_state(),
-        "frozen": distributed.gathered(frozen_bits(run)),
+        "frozen": distributed.gathered(frozen_part(run)),
         "rng": distributed.gathered(torch.get_rng_state()),
         "cuda_rng": distributed.gathered(torch.cuda.get_rng_state()) if torch.cuda.is_available() else [],
     }
 
 
-def frozen_bits(run: SRPPOTrainer) -> torch.Tensor:
+def frozen_part(run: SRPPOTrainer) -> torch.Tensor:
     """What tells base and SFT from others of the same shapes, or this rank's part of them."""
-    return torch.tensor(run.roles.frozen_bits() % 2**62)
+    return torch.tensor(run.frozen % 2**62)
 
 
 def restore(run: SRPPOTrainer, folder: Path, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -73,7 +73,7 @@ def restore(run: SRPPOTrainer, folder: Path, tensors: Mapping[str, Any], state: 
             f"other random numbers than they would have, and a batch is now {run.sampler.batch_size} prompts"
         )
     frozen = tensors.get("frozen", [])  # an older checkpoint has none
-    if distributed.any_rank(len(frozen) == distributed.size() and not torch.equal(frozen[rank], frozen_bits(run))):
+    if distributed.any_rank(len(frozen) == distributed.size() and not torch.equal(frozen[rank], frozen_part(run))):
         run.console.warn(
             f"{folder} was written beside other weights of base or SFT than these: rewards and KL are other ones from "
             "here on"

@@ -282,6 +282,14 @@ def test_a_checkpoint_that_would_run_code_is_refused_by_name_and_runs_none(
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_checkpoint_before_the_first_iteration(tiny_models, tmp_path):
+    run = trainer(tiny_models, tmp_path)
+    run.save_checkpoint()
+    again = trainer(tiny_models, tmp_path, resume_from_checkpoint=str(run.output_dir / "checkpoint-0"))
+    again.resume()
+    assert again.step == 0
+
+
 def test_a_checkpoint_of_another_model_is_refused(tiny_models, tmp_path, straight):
     kind, folder, _, _ = straight
     other = {"sft": "adapter", "adapter": "sft"}[kind]
