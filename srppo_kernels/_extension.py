@@ -158,8 +158,8 @@ def _device_obstacle(index: int) -> str:
     architectures = build_info().get("cuda", "")
     if not architectures:
         return "it has no kernel for device 'cuda': the extension was built without CUDA"
-    if driver_obstacle():
-        return driver_obstacle()
+    if obstacle := driver_obstacle():
+        return obstacle
     major, minor = torch.cuda.get_device_capability(index)
     for name in architectures.split(","):
         number = int(name.rstrip("a"))

@@ -20,7 +20,7 @@ from srppo_kernels.linear_logprob.chunked import Head
 from srppo_kernels.linear_logprob.op import _flat, group_name, linear_logprob, live_rows, prepare
 from srppo_kernels.linear_logprob.plan import choose, problem_of
 from srppo_kernels.ppo_loss import PPOStats, ppo_loss, ppo_terms
-from srppo_kernels.ppo_loss.op import check_clips
+from srppo_kernels.ppo_loss.op import check_clips, check_normalizer
 
 __all__ = ["linear_ppo_loss"]
 
@@ -184,10 +184,7 @@ def linear_ppo_loss(
             raise ValueError(f"{op}: {name} has shape {tuple(values.shape)} but targets {tuple(targets.shape)}")
         if values.device != hidden.device:
             raise ValueError(f"{op}: {name} is on {values.device} but hidden on {hidden.device}; move one of them")
-    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
-        raise ValueError(f"{op}: normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
-    if not isinstance(normalizer, Tensor) and normalizer is not None and not normalizer > 0:
-        raise ValueError(f"{op}: normalizer={normalizer} must be positive; it is what the sum is divided by")
+    check_normalizer(op, normalizer)
     problem = problem_of(op, hidden, weight, bias, entropy=True)
     chosen = choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)
     if chosen.plan not in ("precompute", "score"):

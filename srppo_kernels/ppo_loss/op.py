@@ -211,21 +211,25 @@ def _value_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 _value_loss.register_autograd(_value_autograd, setup_context=_value_setup)
 
 
-def _split_normalizer(
-    op: str, normalizer: float | Tensor | None, device: torch.device
-) -> tuple[float | None, Tensor | None]:
+def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
+    """A divisor that makes sense, for every op that takes one."""
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"{op}: normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
+    elif normalizer is not None and not normalizer > 0:
+        raise ValueError(f"{op}: normalizer={normalizer} must be positive; it is what the sum is divided by")
+
+
+def _split_normalizer(
+    op: str, normalizer: float | Tensor | None, device: torch.device
+) -> tuple[float | None, Tensor | None]:
+    check_normalizer(op, normalizer)
+    if isinstance(normalizer, Tensor):
         number, divisor = number_or_tensor(normalizer, device)
         if divisor is None:
             return number or 1.0, None  # a count of 0 counts as 1
         return None, divisor if divisor.is_floating_point() else divisor.float()  # a count of tokens is whole
-    if normalizer is None:
-        return None, None
-    if not normalizer > 0:
-        raise ValueError(f"{op}: normalizer={normalizer} must be positive; it is what the sum is divided by")
-    return float(normalizer), None
+    return None if normalizer is None else float(normalizer), None
 
 
 def check_clips(op: str, clip_low: float, clip_high: float, dual_clip: float | None) -> None:
