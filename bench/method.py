@@ -16,7 +16,9 @@ row's interval spans those of all visits. Of calls that take long a visit times 
 *Short calls.* A sample repeats a call until it lasts ``MIN_SAMPLE``, so that the clock's grain does not show.
 
 *GPU.* CUDA events around the repeats, warm L2; and single calls after a write of twice the L2 size, cold L2. A trainer
-calls these ops between transformer layers, so cold is what it sees; warm is what most benchmarks print.
+calls these ops between transformer layers, so cold is what it sees; warm is what most benchmarks print. The device is
+given something to wait for first, so that it never waits for the host within a turn: what is timed is its work, as
+where a trainer's host runs ahead. A call that waits for the device itself is timed with its waiting.
 
 *Memory.* Peak during one call beyond what was held before it and beyond what it returns, once a visit. On a GPU the
 allocator knows; on Linux the kernel keeps a resettable peak of the resident set, which also counts what C++ allocates.
@@ -43,6 +45,8 @@ from bench.core import Call, Result, live_bytes
 MIN_SAMPLE = 2e-3  # seconds
 LONG = 0.05  # seconds of a call that is not run again to be sized
 VERY_LONG = 0.3  # seconds of a call that a visit times once
+LEAD = 0.05  # seconds that a device waits at most for its host to get ahead
+CYCLES = 2e9  # of a GPU in a second, about
 FEW = 3  # samples, below which a row does not know its spread
 NOISE_LIMIT = 0.10  # a row whose p80 is further than this above its p20 is marked noisy
 
@@ -94,6 +98,9 @@ class Effort:
     samples: int = 15
 
 
+Work = tuple[Callable[[], Any], int]  # a call, and how often it is repeated
+
+
 class CpuClock:
     """Wall time."""
 
@@ -105,15 +112,16 @@ class CpuClock:
         once = max(time.perf_counter() - start, 1e-7)
         return max(1, math.ceil(MIN_SAMPLE / once))
 
-    def sample(self, call: Callable[[], Any], repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) / repeats
-
-    def cold(self, call: Callable[[], Any]) -> float:
-        """Not measured on a CPU: its caches hold less than one weight tile of the heads here, every call is cold."""
-        return math.nan
+    def turn(self, work: Sequence[Work], cold: bool = False) -> list[float]:
+        """Seconds of a call of each. Cold is not measured: a CPU's caches hold less than one weight tile of the heads
+        here, so every call is cold."""
+        seconds = [math.nan] * len(work)
+        for i, (call, repeats) in enumerate([] if cold else work):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            seconds[i] = (time.perf_counter() - start) / repeats
+        return seconds
 
 
 class CudaClock:
@@ -124,22 +132,30 @@ class CudaClock:
     def __init__(self) -> None:
         size = 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self.flush = torch.empty(max(size, 1 << 26), dtype=torch.int8, device="cuda")
+        self.host: dict[Callable[[], Any], float] = {}  # seconds in which the host last made a call
 
     def repeats(self, call: Callable[[], Any]) -> int:
-        return max(1, math.ceil(MIN_SAMPLE / max(self.sample(call, 1), 1e-6)))
+        (first,) = self.turn([(call, 1)])
+        return max(1, math.ceil(MIN_SAMPLE / max(first, 1e-6)))
 
-    def sample(self, call: Callable[[], Any], repeats: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-
-    def cold(self, call: Callable[[], Any]) -> float:
-        self.flush.zero_()
-        return self.sample(call, 1)
+    def turn(self, work: Sequence[Work], cold: bool = False) -> list[float]:
+        """Seconds of a call of each, repeated as often as it says, one after the other on the device."""
+        lead = sum(self.host.get(call, 0.0) * repeats for call, repeats in work)
+        torch.cuda._sleep(int(min(lead, LEAD) * CYCLES))
+        marks = []
+        for call, repeats in work:
+            if cold:
+                self.flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            began = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            self.host[call] = (time.perf_counter() - began) / repeats
+            end.record()
+            marks.append((start, end, repeats))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 / repeats for start, end, repeats in marks]
 
 
 Clock = CpuClock | CudaClock
@@ -192,25 +208,24 @@ def interleave(
     floor_samples, results = Samples(), [Samples() for _ in calls]
     turn = 0
 
-    def bare() -> tuple[float, float]:
-        floor_samples.add(clock.sample(floor, floor_repeats), clock.cold(floor))
-        return floor_samples.seconds[-1], floor_samples.cold[-1]
-
     while not all(samples.done(effort, late()) for samples in results):
-        beside = (math.nan, math.nan) if clock.paired else bare()
+        if not clock.paired:
+            (beside,) = clock.turn([(floor, floor_repeats)])
+            floor_samples.add(beside, math.nan)
         for step in range(len(calls)):
             index = (turn + step) % len(calls)
             samples = results[index]
             if samples.done(effort, late()):
                 continue
             start = time.perf_counter()
+            work = [(floor, floor_repeats)] * (2 if clock.paired else 0) + [(calls[index], repeats[index])]
+            warm, cold = clock.turn(work), clock.turn([(call, 1) for call, _ in work], cold=True)
             if clock.paired:
-                clock.sample(floor, floor_repeats)
-                beside = bare()
-            samples.add(clock.sample(calls[index], repeats[index]), clock.cold(calls[index]))
+                floor_samples.add(warm[1], cold[1])
+            samples.add(warm[-1], cold[-1])
             samples.spent += time.perf_counter() - start
-            samples.ratios.append(samples.seconds[-1] / beside[0])
-            samples.cold_ratios.append(samples.cold[-1] / beside[1])
+            samples.ratios.append(warm[-1] / floor_samples.seconds[-1])
+            samples.cold_ratios.append(cold[-1] / floor_samples.cold[-1])
         turn += 1
     return floor_samples, results
 

@@ -1,6 +1,7 @@
 """Statistics, turns and memory: what the figures rest on. Nothing here depends on how fast this machine is."""
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,13 @@ class FakeClock:
     def repeats(self, call):
         return 1
 
-    def sample(self, call, repeats):
+    def sample(self, call):
         name, seconds = call()
         self.order.append(name)
         return seconds
 
-    def cold(self, call):
-        return math.nan
+    def turn(self, work, cold=False):
+        return [math.nan if cold else self.sample(call) for call, _ in work]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,20 @@ def test_clocks_that_pair_time_a_floor_of_its_own_before_every_call():
     assert len(bare.seconds) == 4  # the first floor of each two only sets the clock
 
 
+@pytest.mark.gpu
+def test_a_device_s_clock_does_not_time_the_host():
+    x = torch.zeros(1 << 20, device="cuda")
+
+    def call():
+        time.sleep(0.004)
+        x.add_(1)
+
+    clock = CudaClock()
+    clock.turn([(call, 1)])
+    warm, cold = clock.turn([(call, 3), (call, 1)]), clock.turn([(call, 1)], cold=True)
+    assert max(*warm, *cold) < 0.002
+
+
 def test_which_clocks_pair():
     assert CudaClock.paired
     assert not CpuClock.paired
@@ -76,12 +91,12 @@ def test_which_clocks_pair():
 class PowerLimited(FakeClock):
     """A call takes a tenth longer after one that draws a GPU's limit; "idle" does not."""
 
-    def sample(self, call, repeats):
+    def sample(self, call):
         hot = bool(self.order) and self.order[-1] != "idle"
-        return super().sample(call, repeats) * (1.1 if hot else 1.0)
+        return super().sample(call) * (1.1 if hot else 1.0)
 
-    def cold(self, call):
-        return self.sample(call, 1)
+    def turn(self, work, cold=False):
+        return [self.sample(call) for call, _ in work]
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -113,10 +128,10 @@ def test_a_ratio_is_taken_within_its_round():
         return "floor", now["factor"]
 
     class Drifting(FakeClock):
-        def sample(self, call, repeats):
+        def sample(self, call):
             if call is floor:
                 now["factor"] = next(drift)
-            return super().sample(call, repeats)
+            return super().sample(call)
 
     bare, (samples,) = interleave(
         floor, [lambda: ("a", 0.0625 * now["factor"])], Effort(seconds=0, least=3, samples=3), Drifting()
