@@ -63,6 +63,8 @@ class PPOStats(NamedTuple):
         Raises:
             ValueError: no stats, or an entropy in some only.
         """
+        if len(stats) == 1:  # some forty launches on a GPU
+            return stats[0]
         columns = _columns(stats, "PPOStats")
         weights = columns["count"] / columns["count"].sum().clamp(min=1)
         merged = {name: (weights * column).sum() for name, column in columns.items()}
@@ -96,6 +98,8 @@ class ValueStats(NamedTuple):
         Raises:
             ValueError: no stats.
         """
+        if len(stats) == 1:  # some forty launches on a GPU
+            return stats[0]
         columns = _columns(stats, "ValueStats")
         weights = columns["count"] / columns["count"].sum().clamp(min=1)
         merged = {name: (weights * column).sum() for name, column in columns.items()}
