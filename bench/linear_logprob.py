@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -224,17 +223,6 @@ def explained(backend: str) -> Callable[[HeadProblem, str], str]:
     return resolve
 
 
-def around_targets(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, and the call that it may return, with exponentials around the targets' logits (sm90.py)."""
-
-    def switched(*arguments: Any) -> Any:
-        with mock.patch.object(sm90, "AROUND_TARGET", True):
-            result = run(*arguments)
-        return around_targets(result) if callable(result) else result
-
-    return switched
-
-
 def on_hopper(case: Case) -> bool:
     return case.device != "cpu" and case.dtype == "bfloat16"
 
@@ -245,9 +233,6 @@ def srppo_providers(plans: tuple[str, ...] = ("auto",)) -> tuple[Provider, ...]:
         Provider("srppo", "this library", ours("auto"), plans, others, resolve=explained("auto")),
         Provider("srppo-sm90", "this library with GEMM 1 in CUDA C++ for Hopper", ours("sm90"), ("auto",), PLANS[1:],
                  applies=on_hopper, resolve=explained("sm90")),
-        Provider("srppo-sm90-target", "the same with exponentials around the targets' logits",
-                 around_targets(ours("sm90")), ("auto",), PLANS[1:], default=False, applies=on_hopper,
-                 resolve=around_targets(explained("sm90"))),
         Provider("srppo-torch", "this library without its native kernels", ours("torch"), ("auto",), PLANS[1:],
                  default=False, resolve=explained("torch")),
         Provider("srppo-reference", "this library's reference, logits in full", ours("reference"), ("auto",),

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU, in a checkout: proves and measures, in two calls of five minutes or so, or in one of ten.
 #
-#     bench/on_gpu.sh FOLDER tests      triton small sm90, at once, then sanitizer
-#     bench/on_gpu.sh FOLDER measure    around tiles bench
-#     bench/on_gpu.sh FOLDER [triton|small|sm90|sanitizer|around|tiles|bench|alltiles]...    without stages: tests, then measure
+#     bench/on_gpu.sh FOLDER tests      triton small sm90 sanitizer, at once
+#     bench/on_gpu.sh FOLDER measure    tiles bench
+#     bench/on_gpu.sh FOLDER [triton|small|sm90|sanitizer|tiles|bench|alltiles]...    without stages: tests, then measure
 #
 # Needs torch (a CUDA build, 2.11 or later), triton, pytest, hypothesis and rich there, and no network; uses pytest-xdist and
 # pytest-timeout where they are installed. Nothing is installed. An extension in srppo_kernels/ that imports and has CUDA kernels is
@@ -18,11 +18,11 @@ out=${1:?a folder for the results}
 shift
 stages=" ${*:-tests measure} "
 stages=${stages/ tests / triton small sm90 sanitizer }
-stages=${stages/ measure / around tiles bench }
+stages=${stages/ measure / tiles bench }
 for stage in $stages; do
     case $stage in
-        triton | small | sm90 | sanitizer | around | tiles | bench | alltiles) ;;
-        *) echo "unknown stage '$stage': tests, measure, triton, small, sm90, sanitizer, around, tiles, bench or alltiles" >&2 && exit 2 ;;
+        triton | small | sm90 | sanitizer | tiles | bench | alltiles) ;;
+        *) echo "unknown stage '$stage': tests, measure, triton, small, sm90, sanitizer, tiles, bench or alltiles" >&2 && exit 2 ;;
     esac
 done
 mkdir -p "$out"
@@ -78,25 +78,20 @@ proven() { # waits for the tests: nothing is timed beside them
 }
 for stage in $stages; do
     [ "$stage" = triton ] || built
-    case $stage in triton | small | sm90) ;; *) proven ;; esac
+    case $stage in triton | small | sm90 | sanitizer) ;; *) proven ;; esac
     case $stage in
         triton) prove triton 5 tests/linear_logprob/test_linear_logprob_gpu.py & ;;
         small)
-            prove small 7 tests/gae/test_gae_gpu.py tests/ppo_loss/test_losses_gpu.py tests/log_ratio/test_reward_gpu.py &
+            prove small 7 tests/gae/test_gae_gpu.py tests/ppo_loss/test_losses_gpu.py tests/log_ratio/test_reward_gpu.py \
+                tests/bench/test_method.py &
             ;;
         sm90) prove sm90 3 tests/linear_logprob/test_linear_logprob_sm90.py & ;;
         sanitizer)
             if command -v compute-sanitizer > /dev/null; then
-                run sanitizer 60 compute-sanitizer --error-exitcode 1 python3 -m pytest -m gpu -q -p no:cacheprovider \
+                run sanitizer 200 compute-sanitizer --error-exitcode 1 python3 -m pytest -m gpu -q -p no:cacheprovider \
                     tests/linear_logprob/test_linear_logprob_gpu.py tests/linear_logprob/test_linear_logprob_sm90.py \
-                    tests/ppo_loss/test_losses_gpu.py -k "(ragged_sizes and 129-257) or kept_exponentials or test_value_loss" \
-                    || failed=1
-            fi
-            ;;
-        around) # on Hopper, in turns: exponentials around maxima, and around the targets' logits
-            run around 100 python3 bench/run.py --device cuda --budget 80 \
-                --op linear_logprob linear_ppo_loss linear_ppo_loss_frozen linear_logprob_grad --shape 8192xqwen3-8b \
-                --provider srppo-sm90 srppo-sm90-target --no-plot --out "$out/around.csv" || failed=1
+                    tests/ppo_loss/test_losses_gpu.py -k "(ragged_sizes and 129-257) or kept_exponentials or test_value_loss"
+            fi &
             ;;
         tiles) run tiles 60 python3 bench/tiles.py --quick || failed=1 ;;
         bench) # what is left of ten minutes, four at most, as its file is written at its end
@@ -107,7 +102,7 @@ for stage in $stages; do
             ;;
         alltiles) run alltiles 500 python3 bench/tiles.py || failed=1 ;;
     esac
-    case $stage in triton | small | sm90) provers+=($!) ;; esac
+    case $stage in triton | small | sm90 | sanitizer) provers+=($!) ;; esac
 done
 proven
 built

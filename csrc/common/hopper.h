@@ -18,6 +18,12 @@ __device__ __forceinline__ std::uint32_t computed_once(std::uint32_t number) {
   return number;
 }
 
+// The same number, with which the compiler computes nothing before this point.
+__device__ __forceinline__ float from_here(float number) {
+  asm volatile("" : "+f"(number));
+  return number;
+}
+
 // mbarriers. A phase completes when `count` arrivals and all expected bytes are in; the phases' parities are 0, 1, 0, ...
 // A wait for parity P returns once the phase of parity P is the last one that completed; before the first one completes,
 // a wait for parity 1 returns at once.
@@ -106,6 +112,36 @@ __device__ __forceinline__ void load_box_to(std::uint32_t to, const CUtensorMap*
       : "memory");
 }
 
+// Four 8 x 8 matrices of 16-bit elements to shared memory. Lane l brings the address of row l % 8 of matrix l / 8, 16 bytes, and
+// of each matrix columns 2 (l % 4) and the next of row l / 4.
+__device__ __forceinline__ void store_matrices(std::uint32_t row, std::uint32_t m0, std::uint32_t m1, std::uint32_t m2,
+                                               std::uint32_t m3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+               : "memory");
+}
+
+// What this thread wrote to shared memory, TMA may read after the next barrier.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A box from shared memory, by the threads that say so; what lies outside of the matrix is not written. Part of the thread's
+// next group of stores.
+__device__ __forceinline__ void store_box_if(bool stores, const CUtensorMap* map, int x, int y, std::uint32_t from) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %4, 0;\n"
+      "@p cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];\n"
+      "}\n" ::"l"(map),
+      "r"(x), "r"(y), "r"(from), "r"(static_cast<int>(stores))
+      : "memory");
+}
+
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until this thread's stores have read shared memory, or are there.
+__device__ __forceinline__ void wait_until_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_until_stored() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // Registers of a thread, for the whole warp group that executes it.
 
 template <int kCount>
@@ -138,29 +174,45 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define SRPPO_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SRPPO_16(d, i) SRPPO_4(d, i), SRPPO_4(d, i + 4), SRPPO_4(d, i + 8), SRPPO_4(d, i + 12)
+#define SRPPO_4(mode, d, i) mode(d[i]), mode(d[i + 1]), mode(d[i + 2]), mode(d[i + 3])
+#define SRPPO_16(mode, d, i) \
+  SRPPO_4(mode, d, i), SRPPO_4(mode, d, i + 4), SRPPO_4(mode, d, i + 8), SRPPO_4(mode, d, i + 12)
+#define SRPPO_96(mode, d) \
+  SRPPO_16(mode, d, 0), SRPPO_16(mode, d, 16), SRPPO_16(mode, d, 32), SRPPO_16(mode, d, 48), SRPPO_16(mode, d, 64), \
+      SRPPO_16(mode, d, 80)
+#define SRPPO_M64N192K16(accumulate) \
+  "{\n" \
+  ".reg .pred p;\n" \
+  ".reg .b64 a, b;\n" \
+  "setp.ne.b32 p, " accumulate ", 0;\n" \
+  "mov.b64 a, {%96, %98};\n" \
+  "mov.b64 b, {%97, %98};\n" \
+  "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 " \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, " \
+  "a, b, p, 1, 1, 0, 0;\n" \
+  "}\n"
+#define SRPPO_OUT(x) "=f"(x)
+#define SRPPO_INOUT(x) "+f"(x)
 
-// d (+)= A B^T for A [64, 16] and B [192, 16] in bf16, both K-major in shared memory; without `accumulate` d is overwritten.
-__device__ __forceinline__ void wgmma_m64n192k16(float (&d)[96], std::uint64_t a, std::uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %98, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
-      "%96, %97, p, 1, 1, 0, 0;\n"
-      "}\n"
-      : SRPPO_16(d, 0), SRPPO_16(d, 16), SRPPO_16(d, 32), SRPPO_16(d, 48), SRPPO_16(d, 64), SRPPO_16(d, 80)
-      : "l"(a), "l"(b), "r"(accumulate));
+// d (+)= A B^T for A [64, 16] and B [192, 16] in bf16, both K-major in shared memory; `a` and `b` are the lower halves of their
+// descriptors, kHigh the upper. The first of a sum overwrites d, and the compiler knows that it does: with a flag for both it
+// keeps d alive from the sum before.
+template <bool kFirst, std::uint32_t kHigh>
+__device__ __forceinline__ void wgmma_m64n192k16(float (&d)[96], std::uint32_t a, std::uint32_t b) {
+  if constexpr (kFirst) asm volatile(SRPPO_M64N192K16("0") : SRPPO_96(SRPPO_OUT, d) : "r"(a), "r"(b), "n"(kHigh));
+  else asm volatile(SRPPO_M64N192K16("1") : SRPPO_96(SRPPO_INOUT, d) : "r"(a), "r"(b), "n"(kHigh));
 }
 
 #undef SRPPO_4
 #undef SRPPO_16
+#undef SRPPO_96
+#undef SRPPO_M64N192K16
+#undef SRPPO_OUT
+#undef SRPPO_INOUT
 
 }  // namespace srppo::hopper

@@ -25,10 +25,12 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// A row-major bf16 matrix that is read in boxes of `box_rows` x `box_columns`, 128-byte swizzled in shared memory; elements
-// beyond the matrix arrive as zeros. TMA wants the base and the row stride at multiples of 16 bytes.
+// A row-major bf16 matrix that is read or written in boxes of `box_rows` x `box_columns`, 32 or 64 of them, swizzled in shared
+// memory by the bytes of a box's row; elements beyond the matrix arrive as zeros and are not written. TMA wants the base and the
+// row stride at multiples of 16 bytes.
 inline CUtensorMap bf16_boxes(const void* data, std::int64_t rows, std::int64_t columns, std::int64_t row_stride, int box_rows,
                               int box_columns) {
+  STD_TORCH_CHECK(box_columns == 32 || box_columns == 64, "srppo_native: a box has 32 or 64 columns");
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_stride) * 2};  // bytes, of all dimensions but the first
   const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
@@ -36,7 +38,8 @@ inline CUtensorMap bf16_boxes(const void* data, std::int64_t rows, std::int64_t 
   alignas(64) CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
       &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides, box, every,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // "none" is zeros
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "srppo_native: cuTensorMapEncodeTiled refuses a matrix of ", rows, " x ", columns,
                   " with row stride ", row_stride, ": CUresult ", static_cast<int>(result));

@@ -12,17 +12,21 @@
 
 namespace srppo::sm90 {
 
-template <bool kPlain, bool kKeep, bool kAroundReference, int kCluster>
+template <bool kPlain, bool kKeep, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     scan_gemm_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w,
-                     const __grid_constant__ ScanParams p) {
+                     const __grid_constant__ CUtensorMap kept, const __grid_constant__ ScanParams p) {
   extern __shared__ std::uint8_t memory[];
-  scan_block<kPlain, kKeep, kAroundReference, kCluster>(x, w, p, memory);
+  scan_block<kPlain, kKeep, kCluster>(x, w, kept, p, memory);
 }
 
-template <bool kPlain, bool kKeep, bool kAroundReference, int kCluster>
-void launch(const CUtensorMap& x, const CUtensorMap& w, const ScanParams& p, int blocks, cudaStream_t stream) {
-  const auto kernel = scan_gemm_kernel<kPlain, kKeep, kAroundReference, kCluster>;
+struct Maps {
+  CUtensorMap x, w, kept;  // kept: x's again where nothing is
+};
+
+template <bool kPlain, bool kKeep, int kCluster>
+void launch(const Maps& maps, const ScanParams& p, int blocks, cudaStream_t stream) {
+  const auto kernel = scan_gemm_kernel<kPlain, kKeep, kCluster>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -34,16 +38,16 @@ void launch(const CUtensorMap& x, const CUtensorMap& w, const ScanParams& p, int
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, x, w, p));
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, maps.x, maps.w, maps.kept, p));
 }
 
-template <bool kAroundReference, int kCluster>
-void choose(const CUtensorMap& x, const CUtensorMap& w, const ScanParams& p, int blocks, cudaStream_t stream) {
+template <int kCluster>
+void choose(const Maps& maps, const ScanParams& p, int blocks, cudaStream_t stream) {
   const bool plain = !p.bias && !p.inverse_temperatures && p.softcap == 0.0f;
-  if (plain && p.kept) launch<true, true, kAroundReference, kCluster>(x, w, p, blocks, stream);
-  else if (plain) launch<true, false, kAroundReference, kCluster>(x, w, p, blocks, stream);
-  else if (p.kept) launch<false, true, kAroundReference, kCluster>(x, w, p, blocks, stream);
-  else launch<false, false, kAroundReference, kCluster>(x, w, p, blocks, stream);
+  if (plain && p.kept_max) launch<true, true, kCluster>(maps, p, blocks, stream);
+  else if (plain) launch<true, false, kCluster>(maps, p, blocks, stream);
+  else if (p.kept_max) launch<false, true, kCluster>(maps, p, blocks, stream);
+  else launch<false, false, kCluster>(maps, p, blocks, stream);
 }
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -52,18 +56,18 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-CUtensorMap boxes(const Tensor& matrix, int box_rows, const char* name) {
+CUtensorMap boxes(const Tensor& matrix, int box_rows, int box_columns, const char* name) {
   STD_TORCH_CHECK(matrix.is_cuda() && matrix.dim() == 2 && matrix.stride(1) == 1 &&
                       matrix.scalar_type() == ScalarType::BFloat16 && matrix.size(1) > 0 &&
                       reinterpret_cast<std::uintptr_t>(matrix.const_data_ptr()) % 16 == 0 && matrix.stride(0) % 8 == 0,
                   "srppo_native: ", name, " must be a bf16 CUDA matrix with contiguous rows at multiples of 16 bytes");
-  return bf16_boxes(matrix.const_data_ptr(), matrix.size(0), matrix.size(1), matrix.stride(0), box_rows, kDepth);
+  return bf16_boxes(matrix.const_data_ptr(), matrix.size(0), matrix.size(1), matrix.stride(0), box_rows, box_columns);
 }
 
 // Fills state and target_logits of the first *count rows, and kept and kept_max if given. Where a row's target is in no group
 // (a shard of the vocabulary), its target_logits entry is left as it was.
 void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets,
-          const std::optional<Tensor>& inverse_temperatures, const std::optional<Tensor>& reference, const Tensor& count,
+          const std::optional<Tensor>& inverse_temperatures, const Tensor& reference, const Tensor& count,
           double scale, double softcap, double inverse_temperature, std::int64_t group, std::int64_t cluster,
           const Tensor& state, const Tensor& target_logits, const std::optional<Tensor>& kept,
           const std::optional<Tensor>& kept_max) {
@@ -88,19 +92,14 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
   p.state = const_cast<float*>(device_data<float>(state, ScalarType::Float, 3 * groups * n, "state"));
   p.target_logits = const_cast<float*>(device_data<float>(target_logits, ScalarType::Float, n, "target_logits"));
   if (kept) {
-    const std::int64_t part = p.reference ? kColumns : kPart, parts = (vocab + part - 1) / part;
-    STD_TORCH_CHECK(kept->is_cuda() && kept->scalar_type() == ScalarType::BFloat16 && kept->dim() == 2 &&
-                        kept->size(0) >= n && kept->size(1) == vocab && vocab % 8 == 0 && kept->stride(1) == 1 &&
-                        kept->stride(0) % 8 == 0 && reinterpret_cast<std::uintptr_t>(kept->const_data_ptr()) % 16 == 0,
-                    "srppo_native: kept must be a bf16 CUDA matrix [n, V], V a multiple of 8, with contiguous rows at "
-                    "multiples of 16 bytes");
+    const std::int64_t tiles = (vocab + kColumns - 1) / kColumns;
+    STD_TORCH_CHECK(kept->dim() == 2 && kept->size(0) == n && kept->size(1) == vocab,
+                    "srppo_native: kept must be a matrix [n, V]");
     STD_TORCH_CHECK(kept_max && kept_max->is_cuda() && kept_max->scalar_type() == ScalarType::Float &&
-                        kept_max->dim() == 2 && kept_max->size(0) >= n && kept_max->size(1) >= parts &&
+                        kept_max->dim() == 2 && kept_max->size(0) >= n && kept_max->size(1) >= tiles &&
                         kept_max->stride(1) == 1,
-                    "srppo_native: kept_max must be a float32 CUDA matrix with ", parts, " columns or more");
-    p.kept = static_cast<__nv_bfloat16*>(kept->mutable_data_ptr());
+                    "srppo_native: kept_max must be a float32 CUDA matrix with ", tiles, " columns or more");
     p.kept_max = static_cast<float*>(kept_max->mutable_data_ptr());
-    p.stride_kept = kept->stride(0);
     p.stride_max = kept_max->stride(0);
   }
   p.n = static_cast<int>(n);
@@ -113,13 +112,12 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
   p.inverse_temperature = static_cast<float>(inverse_temperature);
 
   const int wide = static_cast<int>(cluster);
-  const CUtensorMap x_boxes = boxes(x, kRows, "x"), w_boxes = boxes(weight, kColumns / wide, "weight");
+  Maps maps{boxes(x, kRows, kDepth, "x"), boxes(weight, kColumns / wide, kDepth, "weight"), {}};
+  maps.kept = kept ? boxes(*kept, kWarpRows, kPart, "kept") : maps.x;
   const Schedule most{static_cast<int>((n + kRows - 1) / kRows), p.vocab, p.group, wide};
   const int clusters = attribute(cudaDevAttrMultiProcessorCount, device) / wide;
   const int blocks = wide * (clusters < most.units() ? clusters : most.units());
-  const auto around_reference = wide == 1 ? choose<true, 1> : choose<true, 2>;
-  const auto around_maxima = wide == 1 ? choose<false, 1> : choose<false, 2>;
-  (p.reference ? around_reference : around_maxima)(x_boxes, w_boxes, p, blocks, current_stream(x));
+  (wide == 1 ? choose<1> : choose<2>)(maps, p, blocks, current_stream(x));
 }
 
 }  // namespace srppo::sm90
@@ -127,7 +125,7 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
 STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
   m.def(
       "linear_logprob_scan_sm90(Tensor x, Tensor weight, Tensor? bias, Tensor targets, Tensor? inverse_temperatures, "
-      "Tensor? reference, Tensor count, float scale, float softcap, float inverse_temperature, int group, int cluster, "
+      "Tensor reference, Tensor count, float scale, float softcap, float inverse_temperature, int group, int cluster, "
       "Tensor(a!) state, Tensor(b!) target_logits, Tensor(c!)? kept, Tensor(d!)? kept_max) -> ()");
 }
 

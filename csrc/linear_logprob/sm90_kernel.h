@@ -46,7 +46,7 @@ constexpr int kLead = 2;  // steps
 static_assert(kLead < kStages, "consumer 0 gets no further than the slots that consumer 1 has not released");
 
 struct Shared {
-  std::uint32_t stages, barriers;
+  std::uint32_t stages, kept, barriers;
 
   __device__ std::uint32_t x(int stage) const { return stages + stage * kStageBytes; }
   __device__ std::uint32_t w(int stage) const { return x(stage) + kXBytes; }
@@ -92,34 +92,40 @@ __device__ __forceinline__ void release(const Shared& shared, int stage) {
   }
 }
 
+// Queues the WGMMAs of one step, once its slot is full; with kFirst they begin a sum.
+template <bool kFirst>
+__device__ __forceinline__ void multiply_step(float (&acc)[kLogits], const Shared& shared, const Ring& ring, int consumer) {
+  hopper::wait(shared.full(ring.stage), ring.phase);
+  __syncwarp();
+  const std::uint32_t stage = descriptor(shared.stages) + ring.stage * (kStageBytes / 16);
+  const std::uint32_t a = stage + advance(consumer * kHalf, 0), b = stage + kXBytes / 16;
+  hopper::wgmma_fence();
+  hopper::wgmma_m64n192k16<kFirst, kDescriptorHigh>(acc, a, b);
+#pragma unroll
+  for (int k = kStep; k < kDepth; k += kStep)
+    hopper::wgmma_m64n192k16<false, kDescriptorHigh>(acc, a + advance(0, k), b + advance(0, k));
+  hopper::wgmma_commit();
+}
+
 // sum = this consumer's rows of the X tile times W tile^T, over `steps` stages from `ring` on. `signal`: the step that lets the
 // other consumer start, or -1.
-template <bool kAroundReference, int kCluster>
+template <int kCluster>
 __device__ __forceinline__ void multiply(float (&sum)[kLogits], const Shared& shared, Ring& ring, int steps, int consumer,
                                          int signal) {
 #pragma unroll
   for (int i = 0; i < kLogits; ++i) sum[i] = 0.0f;
   for (int done = 0; done < steps; done += kBlockSteps) {
     float acc[kLogits];
-    if (kAroundReference) {
-#pragma unroll
-      for (int i = 0; i < kLogits; ++i) acc[i] = 0.0f;
-    }
     const int until = steps - done < kBlockSteps ? steps : done + kBlockSteps;
-    int before = -1;
-    for (int step = done; step < until; ++step) {
-      hopper::wait(shared.full(ring.stage), ring.phase);
-      __syncwarp();
-      const std::uint64_t a = descriptor(shared.x(ring.stage)) + advance(consumer * kHalf, 0);
-      const std::uint64_t b = descriptor(shared.w(ring.stage));
-      hopper::wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kDepth; k += kStep)
-        hopper::wgmma_m64n192k16(acc, a + advance(0, k), b + advance(0, k), step > done || k > 0);
-      hopper::wgmma_commit();
+    multiply_step<true>(acc, shared, ring, consumer);
+    if (done == signal && threadIdx.x % 32 == 0) hopper::arrive(shared.start());
+    int before = ring.stage;
+    ring.next();
+    for (int step = done + 1; step < until; ++step) {
+      multiply_step<false>(acc, shared, ring, consumer);
       if (step == signal && threadIdx.x % 32 == 0) hopper::arrive(shared.start());
       hopper::wgmma_wait<1>();  // the step before is done
-      if (before >= 0) release<kCluster>(shared, before);
+      release<kCluster>(shared, before);
       before = ring.stage;
       ring.next();
     }
@@ -131,9 +137,11 @@ __device__ __forceinline__ void multiply(float (&sum)[kLogits], const Shared& sh
   }
 }
 
-template <bool kPlain, bool kKeep, bool kAroundReference, int kCluster>
-__device__ void consume(const ScanParams& p, const Schedule& schedule, const Shared& shared, int rank, int live, int consumer) {
+template <bool kPlain, bool kKeep, int kCluster>
+__device__ void consume(const CUtensorMap& kept, const ScanParams& p, const Schedule& schedule, const Shared& shared, int rank,
+                        int live, int consumer) {
   const int thread = threadIdx.x % 128, steps = (p.width + kDepth - 1) / kDepth;
+  const Keeper keeper{&kept, shared.kept + (consumer * 4 + thread / 32) * kKeptBytes};
   Ring ring;
   int signal = consumer == 0 ? (kLead < steps ? kLead : steps - 1) : -1;  // once, in the first tile
   if (consumer == 1 && static_cast<int>(blockIdx.x) / kCluster < schedule.units()) hopper::wait(shared.start(), 0);
@@ -145,18 +153,15 @@ __device__ void consume(const ScanParams& p, const Schedule& schedule, const Sha
     rows.live = live;
 #pragma unroll
     for (int slot = 0; slot < kThreadRows; ++slot) {
-      rows.state[slot] = RowState{};
-      if (kAroundReference) rows.state[slot].m = p.reference[rows.first + row_offset(slot)];
+      rows.state[slot] = RowState{p.reference[rows.first + row_offset(slot)]};
       const std::int64_t target = rows.is_live(slot) ? p.targets[rows.first + row_offset(slot)] : -1;
       rows.target[slot] = target < p.vocab ? static_cast<int>(target) : -1;  // a shard may see another's targets
     }
     for (int tile = 0; tile < tiles; ++tile) {
       float z[kLogits];
-      multiply<kAroundReference, kCluster>(z, shared, ring, steps, consumer, signal);
+      multiply<kCluster>(z, shared, ring, steps, consumer, signal);
       signal = -1;
-      const int v0 = unit.group * p.group + tile * kColumns;
-      if (kAroundReference) absorb_around_reference<kPlain, kKeep>(z, rows, thread, v0, p);
-      else absorb_tile<kPlain, kKeep>(z, rows, thread, v0, p);
+      absorb_tile<kPlain, kKeep>(z, rows, thread, unit.group * p.group + tile * kColumns, p, keeper);
     }
     const std::int64_t plane = static_cast<std::int64_t>(schedule.groups()) * p.n;
 #pragma unroll
@@ -164,7 +169,6 @@ __device__ void consume(const ScanParams& p, const Schedule& schedule, const Sha
       RowState state = rows.state[slot];
       state.s = quad_sum(state.s);
       state.t = quad_sum(state.t);
-      if (!kAroundReference) state = softmax::finished(state);  // else s is 0 there, around what was given
       if (thread % 4 != 0 || !rows.is_live(slot)) continue;
       float* out = p.state + static_cast<std::int64_t>(unit.group) * p.n + rows.first + row_offset(slot);
       out[0] = state.m;
@@ -172,21 +176,25 @@ __device__ void consume(const ScanParams& p, const Schedule& schedule, const Sha
       out[2 * plane] = state.t;
     }
   }
+  if (kKeep) hopper::wait_until_read();  // shared memory is there until then
 }
 
 // Block ------------------------------------------------------------------------------------------------------------------
 
 // What a thread of the kernel does; `memory` has room for kSharedBytes.
-template <bool kPlain, bool kKeep, bool kAroundReference, int kCluster>
-__device__ __forceinline__ void scan_block(const CUtensorMap& x, const CUtensorMap& w, const ScanParams& p, void* memory) {
+template <bool kPlain, bool kKeep, int kCluster>
+__device__ __forceinline__ void scan_block(const CUtensorMap& x, const CUtensorMap& w, const CUtensorMap& kept,
+                                           const ScanParams& p, void* memory) {
   const std::uint32_t base =
       hopper::computed_once((hopper::shared_address(memory) + kAlignment - 1) / kAlignment * kAlignment);
-  const Shared shared{base, base + kStages * kStageBytes};
+  const std::uint32_t kept_at = base + kStages * kStageBytes;
+  const Shared shared{base, kept_at, kept_at + 4 * kConsumers * kKeptBytes};
   const int rank = kCluster == 1 ? 0 : hopper::cluster_rank(), live = *p.count;
   const Schedule schedule{(live + kRows - 1) / kRows, p.vocab, p.group, kCluster};
   if (threadIdx.x == 0) {
     hopper::prefetch(&x);
     hopper::prefetch(&w);
+    if (kKeep) hopper::prefetch(&kept);
     for (int stage = 0; stage < kStages; ++stage) {
       hopper::barrier_init(shared.full(stage), 1);
       hopper::barrier_init(shared.empty(stage), 4 * kConsumers * kCluster);  // the consumers' warps in every block
@@ -204,7 +212,7 @@ __device__ __forceinline__ void scan_block(const CUtensorMap& x, const CUtensorM
     if (threadIdx.x == 0) produce<kCluster>(x, w, p, schedule, shared, rank);
   } else {
     hopper::grow_registers<kConsumerRegisters>();
-    consume<kPlain, kKeep, kAroundReference, kCluster>(p, schedule, shared, rank, live, group - 1);
+    consume<kPlain, kKeep, kCluster>(kept, p, schedule, shared, rank, live, group - 1);
   }
   __syncwarp();
   if (kCluster > 1) hopper::cluster_sync();  // the other block may still arrive at barriers of this one

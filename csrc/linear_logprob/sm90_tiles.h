@@ -14,19 +14,24 @@ constexpr int kStep = 16;       // of K that a WGMMA takes
 constexpr int kBlockSteps = 8;  // stages that the tensor cores add up, which truncate; then their sum is added, rounded
 constexpr int kConsumers = 2;   // warp groups, one above the other
 constexpr int kHalf = kRows / kConsumers;
-constexpr int kPart = 32;  // columns of a tile that are absorbed at a time and share a kept maximum
 constexpr int kBand = 16;  // row blocks that go through the vocabulary together
-static_assert(kHalf == 64 && kColumns % kPart == 0, "a WGMMA has 64 rows");
+static_assert(kHalf == 64, "a WGMMA has 64 rows");
 
-// Shared memory: 5 stages of an X and a W tile, two barriers a stage, one for the start, and what aligning the stages to 1024
-// bytes may cost.
+// Shared memory: 5 stages of an X and a W tile, for every consumer's warp half of its tile's exponentials on their way out, two
+// barriers a stage, one for the start, and what aligning the stages to 1024 bytes may cost.
 constexpr int kXBytes = kRows * kDepth * 2, kWBytes = kColumns * kDepth * 2;
 constexpr int kStageBytes = kXBytes + kWBytes;
 constexpr int kStages = 5;
 constexpr int kAlignment = 1024;  // a period of the swizzle: 8 rows of 128 bytes
-constexpr int kSharedBytes = kStages * kStageBytes + (2 * kStages + 1) * 8 + kAlignment;
+constexpr int kWarpRows = kHalf / 4;
+constexpr int kPart = 32;  // columns of what TMA stores at a time
+constexpr int kHalfParts = kColumns / 2 / kPart, kHalfBlocks = kColumns / 2 / 8;
+constexpr int kPartBytes = kWarpRows * kPart * 2, kKeptBytes = kHalfParts * kPartBytes;
+constexpr int kSharedBytes =
+    kStages * kStageBytes + 4 * kConsumers * kKeptBytes + (2 * kStages + 1) * 8 + kAlignment;
 static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90 has 227 KiB");
 static_assert(kXBytes % kAlignment == 0 && kWBytes / 2 % kAlignment == 0, "half of a W tile is whole periods");
+static_assert(kColumns % (2 * kPart) == 0 && kPartBytes % 512 == 0, "a part is whole periods of its swizzle");
 
 // A place in the endless sequence of stages that the producer fills: the slot, and the parity of its use.
 struct Ring {
@@ -80,22 +85,23 @@ struct Schedule {
 // XORed with the row's number modulo 8.
 constexpr int tma_byte(int row, int k) { return row * 128 + (((k / 8) ^ (row % 8)) * 16) + k % 8 * 2; }
 
+// Byte of 8 columns of a row in a part of kept exponentials, as TMA reads it with a 64-byte swizzle: the 16-byte chunk of a row
+// is XORed with half the row's number modulo 4. So the 8 rows of a matrix that stmatrix stores lie in different banks.
+constexpr std::uint32_t kept_byte(int row, int chunk) { return row * kPart * 2 + (chunk ^ row / 2 % 4) * 16; }
+
 // WGMMA's descriptor of a K-major operand with that swizzle: address / 16 in bits 0 to 13; bytes / 16 from 8 rows to the
 // next 8 in bits 32 to 45; base offset in bits 49 to 51: 0, as tiles are aligned to 1024 bytes;
-// swizzle mode in bits 62 and 63: 1 is 128 bytes.
-constexpr std::uint64_t kStride = 8 * 128;
-constexpr std::uint64_t descriptor(std::uint32_t address) {
-  return (address & 0x3ffffu) >> 4 | kStride / 16 << 32 | std::uint64_t{1} << 62;
-}
+// swizzle mode in bits 62 and 63: 1 is 128 bytes. Operands differ in the lower half alone.
+constexpr std::uint32_t kDescriptorHigh = 8 * 128 / 16 | 1u << 30;
+constexpr std::uint32_t descriptor(std::uint32_t address) { return (address & 0x3ffffu) >> 4; }
 
 // What is added to a descriptor to start `rows` further down (a multiple of 8) and `k` further right (of 16, within the
 // stage): the hardware swizzles the address that it has computed, so an offset inside the 128 bytes is a plain addition.
-constexpr std::uint64_t advance(int rows, int k) { return static_cast<std::uint64_t>(rows * 128 + k * 2) / 16; }
+constexpr std::uint32_t advance(int rows, int k) { return static_cast<std::uint32_t>(rows * 128 + k * 2) / 16; }
 
 // The address that WGMMA reads for element (row, k) of the operand that a descriptor points to.
-constexpr std::uint32_t wgmma_byte(std::uint64_t descriptor, int row, int k) {
-  const auto start = static_cast<std::uint32_t>(descriptor & 0x3fff) << 4;
-  const auto stride = static_cast<std::uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+constexpr std::uint32_t wgmma_byte(std::uint32_t descriptor, int row, int k) {
+  const std::uint32_t start = (descriptor & 0x3fff) << 4, stride = (kDescriptorHigh & 0x3fff) << 4;
   const std::uint32_t linear = start + row / 8 * stride + row % 8 * 128 + k * 2;
   return linear ^ (linear >> 7 & 7) << 4;
 }
@@ -106,7 +112,6 @@ constexpr std::uint32_t wgmma_byte(std::uint64_t descriptor, int row, int k) {
 // lane / 4 and lane / 4 + 8 of the warp's 16, and two columns of every 8.
 constexpr int kThreadRows = 2;
 constexpr int kRowLogits = kColumns / 4, kLogits = kThreadRows * kRowLogits;
-constexpr int kEntries = kPart / 4;
 
 constexpr int first_row(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 constexpr int row_offset(int slot) { return slot * 8; }  // from a thread's first row

@@ -45,71 +45,33 @@ SRPPO_INLINE float capped(float z, float softcap, float inverse_softcap) { retur
 
 // m, and sums of e^(z - m) and of e^(z - m) (z - m) over entries other than the target.
 struct RowState {
-  float m = kLowest, s = 0.0f, t = 0.0f;
+  float m = 0.0f, s = 0.0f, t = 0.0f;
 };
 
-template <int kCount>
-SRPPO_INLINE float largest(const float (&z)[kCount]) {
-  float m = z[0];
-#pragma unroll
-  for (int i = 1; i < kCount; ++i) m = fmaxf(m, z[i]);
-  return m;
-}
-
-// Sums of e^(z - m) and e^(z - m) (z - m), of even and of odd entries: half the latency, half the rounding.
+// Sums of even and of odd entries: half the latency, half the rounding.
 struct Sums {
   float s[2] = {0.0f, 0.0f}, t[2] = {0.0f, 0.0f};
 };
 
-// Adds entries to sums around m. `z` becomes e^(z - m).
-template <int kCount>
-SRPPO_INLINE void exponentials(Sums& sums, float m, float (&z)[kCount]) {
+// Adds entries to sums around m, from z - m. The difference comes before the product with log2 e: m may be 1e4, and its product
+// has lost the digits. Entries that do not count come as kLowest. `x` becomes e^(z - m).
+SRPPO_INLINE void exponentials(Sums& sums, float (&x)[2]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float shifted = z[i] - m;  // before the product with log2 e: m may be 1e4 and its product has lost the digits
-    z[i] = exp2_of(shifted * kLog2e);
-    sums.s[i % 2] += z[i];
-    sums.t[i % 2] = fmaf(z[i], shifted, sums.t[i % 2]);
+  for (int i = 0; i < 2; ++i) {
+    const float shifted = x[i];
+    x[i] = exp2_of(shifted * kLog2e);
+    sums.s[i] += x[i];
+    sums.t[i] = fmaf(x[i], shifted, sums.t[i]);
   }
 }
 
-// What moving a state to an m that is not below its own does to its sums.
-struct Move {
-  float fall, factor;
-};
-
-SRPPO_INLINE Move move_of(float from, float to) {
+// Moves the sums of a state to an m that is not below its own.
+SRPPO_INLINE void raise(RowState& state, float m) {
   // Bounded below: from kLowest it would be -2e38, whose product with s overflows, and inf * 0 is NaN.
-  const float fall = fmaxf(from - to, kVanished);
-  return {fall, exp2_of(fall * kLog2e)};
-}
-
-// The state around m, with sums around m of further entries added.
-SRPPO_INLINE void add(RowState& state, const Move& move, float m, const Sums& sums) {
-  state.t = fmaf(move.factor, fmaf(state.s, move.fall, state.t), sums.t[0] + sums.t[1]);
-  state.s = fmaf(move.factor, state.s, sums.s[0] + sums.s[1]);
+  const float fall = fmaxf(state.m - m, kVanished), factor = exp2_of(fall * kLog2e);
+  state.t = factor * fmaf(state.s, fall, state.t);
+  state.s = factor * state.s;
   state.m = m;
-}
-
-// Takes entries into a state. `m_part` is the largest of them and of all that other threads take of the same row at this
-// time, so that a row's threads have one m; each has its own s and t, and they add up to the row's. Entries that do not
-// count (the target, or beyond the vocabulary) come as kLowest. `z` becomes e^(z - m).
-template <int kCount>
-SRPPO_INLINE void absorb(RowState& state, float m_part, float (&z)[kCount]) {
-  const float m = fmaxf(state.m, m_part);
-  const Move move = move_of(state.m, m);
-  Sums sums;
-  exponentials(sums, m, z);
-  add(state, move, m, sums);
-}
-
-// Where every entry was ruled out, m is kLowest and s counts them: nothing is what they add up to. A product, so that NaN,
-// which a maximum drops, stays in s.
-SRPPO_INLINE RowState finished(RowState state) {
-  const float any = state.m <= kLowest ? 0.0f : 1.0f;
-  state.s *= any;
-  state.t *= any;
-  return state;
 }
 
 }  // namespace srppo::softmax

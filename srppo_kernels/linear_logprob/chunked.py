@@ -102,7 +102,7 @@ def kept_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def maxima_of(vocab: int, backend: str) -> int:
     """How many maxima a row of kept exponentials has."""
     if backend in gpu.FAMILY:
-        return 1 if sm90.keeps_around_one(backend) else gpu.maxima(vocab)
+        return 1 if backend == "sm90" else gpu.maxima(vocab)
     return -(-vocab // GROUP)
 
 

@@ -269,7 +269,7 @@ def _scan_bytes(problem: Problem, backend: str) -> int:
     """Blocks of the forward: logits and exponentials, the rows, the weight copy, and four numbers a row."""
     if backend in gpu.FAMILY:
         group = sm90.GROUP if backend == "sm90" else gpu.GROUP
-        tiles = -(-problem.vocab // sm90.TILE) + 1 if sm90.keeps_around_one(backend) else 0
+        tiles = -(-problem.vocab // sm90.TILE) + 1 if backend == "sm90" else 0
         return gpu.scan_bytes(problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize, group, tiles)
     if backend == "native":
         return native.workspace_bytes(problem.rows, problem.width, problem.vocab, GROUP)
@@ -287,7 +287,7 @@ def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0, dz_b
         return gpu.backward_bytes(
             in_place_rows or problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize,
             problem.kept_bytes, in_place=in_place_rows > 0, dz_bytes=dz_bytes,
-            wide=sm90.keeps_around_one(backend) or problem.hidden_dtype == torch.float16,
+            wide=backend == "sm90" or problem.hidden_dtype == torch.float16,
         )  # fmt: skip
     if problem.native_gradients:
         return native_gradients.workspace_bytes(

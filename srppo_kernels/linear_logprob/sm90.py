@@ -1,9 +1,9 @@
 """The CUDA C++ scan for sm_90a (csrc/linear_logprob/sm90_kernel.h): GEMM 1 by TMA and WGMMA, else as triton_scan.scan.
 
-It takes the same row lists, fills the same residual (maxima of 32 columns, by position among the live rows) and ends in
-the same merge, so that the Triton backend's gradients follow it. Its vocabulary groups are smaller and it adds up K in
-blocks, so its bits are its own; what it serves depends on nothing but dtypes, widths and the head, so that a model is
-scored and trained by one of the two.
+It takes the same row lists and ends in the same merge, so that the Triton backend's gradients follow it; but what it
+keeps is around one number a row, its target's logit, and GEMMs 2 and 3 read that as it is (triton_reference.py). Its
+vocabulary groups are smaller and it adds up K in blocks, so its bits are its own; what it serves depends on nothing but
+dtypes, widths and the head, so that a model is scored and trained by one of the two.
 
 "auto" takes it on compute capability 9.0: on an H100 it is faster than Triton's scan, and its log-probs are closer to
 float64 (README.md). tests/linear_logprob/test_linear_logprob_sm90.py proves it there; test_sm90_host.py runs it
@@ -27,17 +27,8 @@ GROUP = 1536
 ROWS = 128  # of a block
 CLUSTER = 2  # blocks that share the loads of W
 TILE = 192  # columns of a tile
-# Whether exponentials are around the targets' logits and not around maxima (triton_reference.py): fewer instructions a
-# logit, and GEMMs 2 and 3 straight from what is kept. Shown right on the host, not yet run on a device: hence off, and
-# switched on by tests and by bench/run.py's provider srppo-sm90-target alone.
-AROUND_TARGET = False
 NOT_IN_ROWS = "TMA reads rows that are contiguous and start at multiples of 16 bytes, and the weight's do not"
 LARGEST = 2**31 - 8 * GROUP  # rows, and vocabulary entries, that the kernel counts in 32 bits
-
-
-def keeps_around_one(backend: str) -> bool:
-    """Whether a backend keeps a row's exponentials around one number."""
-    return backend == "sm90" and AROUND_TARGET
 
 
 def call_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int, vocab: int) -> str:
@@ -120,7 +111,7 @@ def scan(
     if reason:
         _extension.warn_once(f"sm90:{reason}", f"srppo: running Triton's scan instead of the one for sm_90a: {reason}")
     n, vocab = rows.count, head.weight.shape[0]
-    if min(n, vocab) == 0 or (reason and (residual is None or not residual.around_one)):
+    if min(n, vocab) == 0 or (reason and residual is None):
         return triton_scan.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     listed = row_list(rows.live if rows.live is not None else y.new_ones(n, dtype=torch.bool))
     targets = y.index_select(0, listed.index)
@@ -137,11 +128,9 @@ def scan(
     cluster = cluster or (CLUSTER if n > ROWS else 1)
     state = out.new_empty(3, -(-vocab // group), n)
     target_logits = out.new_zeros(n)
-    reference, kept_max = None, None if residual is None else residual.group_max
-    if AROUND_TARGET:
-        whole = ROWS * cluster  # blocks of the last cluster read beyond the rows
-        reference = references(x, head, targets, inverse, listed, -(-n // whole) * whole)
-        kept_max = None if residual is None else out.new_empty(n, -(-vocab // TILE))
+    whole = ROWS * cluster  # blocks of the last cluster read beyond the rows
+    reference = references(x, head, targets, inverse, listed, -(-n // whole) * whole)
+    kept_max = None if residual is None else out.new_empty(n, -(-vocab // TILE))
     torch.ops.srppo_native.linear_logprob_scan_sm90(
         x,
         head.weight,
@@ -157,10 +146,10 @@ def scan(
         cluster,
         state,
         target_logits,
-        None if residual is None else residual.kept,
+        None if residual is None else residual.kept[:n],  # of a last chunk, fewer than there is room for
         kept_max,
     )
     triton_scan.merge(state, target_logits, listed, out)
-    if residual is not None and kept_max is not None and reference is not None:
+    if residual is not None and kept_max is not None:
         settle(residual, kept_max, TILE, reference, out, listed, targets, zero_all=rows.dense)
     return out

@@ -10,12 +10,10 @@ import torch
 from bench import head, runner
 from bench.core import Case, Errors, Provider, Unavailable
 from bench.linear_logprob import OPS as HEAD_OPS
-from bench.linear_logprob import around_targets
 from bench.log_ratio import OPS as RATIO_OPS
 from bench.method import Effort
 from bench.peers import require
 from bench.run import OPS, main
-from srppo_kernels.linear_logprob import sm90
 
 EFFORT = Effort(seconds=0.0, least=1, samples=1)
 FOREVER = runner.Deadline(math.inf)
@@ -90,14 +88,6 @@ def test_the_mask_has_the_density_that_was_asked_for():
 def op_with(*providers):
     (op,) = (op for op in RATIO_OPS if op.name == "log_ratio_reward")
     return dataclasses.replace(op, providers=(*op.providers[:2], *providers))
-
-
-def test_exponentials_around_targets_are_switched_on_in_a_provider_s_call_alone():
-    call = around_targets(lambda problem, plan: lambda: {"around": sm90.AROUND_TARGET})("a problem", "auto")
-    before = sm90.AROUND_TARGET
-    assert call()["around"]
-    assert sm90.AROUND_TARGET is before
-    assert around_targets(lambda: str(sm90.AROUND_TARGET))() == "True"
 
 
 def refuses(problem, plan):

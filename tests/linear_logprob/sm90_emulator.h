@@ -29,8 +29,8 @@ struct Index {
 Index threadIdx, blockIdx, gridDim;  // not static: they change under a thread whenever it waits
 
 struct CUtensorMap {
-  const std::uint16_t* data;
-  int rows, columns, row_stride, box_rows;  // 64 columns a box
+  std::uint16_t* data;
+  int rows, columns, row_stride, box_rows, box_columns;
 };
 
 struct __nv_bfloat16 {
@@ -93,12 +93,19 @@ struct Wgmma {
   int group;
 };
 
+struct Store {  // of a box, from shared memory
+  const CUtensorMap* map;
+  int x, y;
+  std::uint32_t from;
+};
+
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   Block* block = nullptr;
   int index = 0, groups = 0;  // WGMMA groups committed
   std::deque<Wgmma> pending;
+  std::vector<Store> stores, uncommitted;
   const Barrier* barrier = nullptr;  // waits for a phase of this parity
   unsigned parity = 0;
   const Meeting* meeting = nullptr;  // waits for this generation to end
@@ -162,20 +169,37 @@ unsigned ballot(bool value) {
   return bits;
 }
 
+// Byte of an element of a box in shared memory: rows of 128 bytes, or of 64, swizzled.
+std::uint32_t swizzled(const CUtensorMap& map, std::uint32_t base, int row, int column) {
+  const std::uint32_t at = base + (row * map.box_columns + column) * 2;
+  return at ^ (at >> 7 & (map.box_columns == 64 ? 7 : 3)) << 4;
+}
+
+// As late as it may be, a store reads shared memory when it is waited for.
+void read_stores() {
+  faults += !current->uncommitted.empty();
+  for (const Store& store : current->stores)
+    for (int r = 0; r < store.map->box_rows; ++r)
+      for (int c = 0; c < store.map->box_columns; ++c) {
+        if (store.y + r >= store.map->rows || store.x + c >= store.map->columns) continue;
+        std::memcpy(&store.map->data[std::int64_t{store.y + r} * store.map->row_stride + store.x + c],
+                    &current->block->memory.at(swizzled(*store.map, store.from, r, c)), 2);
+      }
+  current->stores.clear();
+}
+
 void land(const Load& load) {
   for (auto& block : blocks) {
     if (!(load.blocks >> block->rank & 1)) continue;
     for (int r = 0; r < load.map->box_rows; ++r)
-      for (int c = 0; c < 64; ++c) {
+      for (int c = 0; c < load.map->box_columns; ++c) {
         const bool inside = load.y + r < load.map->rows && load.x + c < load.map->columns;
         const std::uint16_t value =
             inside ? load.map->data[std::int64_t{load.y + r} * load.map->row_stride + load.x + c] : std::uint16_t{0};
-        std::uint32_t at = load.to + r * 128 + c * 2;
-        at ^= (at >> 7 & 7) << 4;
-        std::memcpy(&block->memory[at], &value, 2);
+        std::memcpy(&block->memory[swizzled(*load.map, load.to, r, c)], &value, 2);
       }
     Barrier& barrier = block->barriers[load.barrier / 8];
-    barrier.bytes -= load.map->box_rows * 128;
+    barrier.bytes -= load.map->box_rows * load.map->box_columns * 2;
     barrier.settle();
   }
 }
@@ -224,6 +248,7 @@ using emulator::current;
 
 inline emulator::Barrier& at(std::uint32_t barrier, int rank) { return emulator::blocks[rank]->barriers[barrier / 8]; }
 inline std::uint32_t computed_once(std::uint32_t number) { return number; }
+inline float from_here(float number) { return number; }
 inline std::uint32_t shared_address(const void*) { return 16; }  // aligned to no more than it must be
 inline void barrier_init(std::uint32_t barrier, int count) { at(barrier, current->block->rank) = {count, count}; }
 inline void barrier_init_fence() {}
@@ -243,6 +268,22 @@ inline void wait(std::uint32_t barrier, std::uint32_t parity) {
   emulator::pause();
   current->barrier = nullptr;
 }
+inline void store_matrices(std::uint32_t row, std::uint32_t m0, std::uint32_t m1, std::uint32_t m2, std::uint32_t m3) {
+  const std::uint32_t words[4] = {m0, m1, m2, m3};
+  const int lane = current->index % 32;
+  for (int i = 0; i < 4; ++i)
+    std::memcpy(&current->block->memory.at(emulator::shuffle(row, i * 8 + lane / 4) + lane % 4 * 4), &words[i], 4);
+}
+inline void fence_async() {}
+inline void store_box_if(bool stores, const CUtensorMap* map, int x, int y, std::uint32_t from) {
+  if (stores) current->uncommitted.push_back({map, x, y, from});
+}
+inline void commit_stores() {
+  current->stores.insert(current->stores.end(), current->uncommitted.begin(), current->uncommitted.end());
+  current->uncommitted.clear();
+}
+inline void wait_until_read() { emulator::read_stores(); }
+inline void wait_until_stored() { emulator::read_stores(); }
 inline int cluster_rank() { return current->block->rank; }
 inline void cluster_sync() { emulator::meet(emulator::cluster); }
 inline void prefetch(const CUtensorMap*) {}
@@ -258,8 +299,9 @@ template <int kCount>
 void grow_registers() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { ++current->groups; }
-inline void wgmma_m64n192k16(float (&d)[96], std::uint64_t a, std::uint64_t b, int accumulate) {
-  current->pending.push_back({d, a, b, accumulate != 0, current->groups});
+template <bool kFirst, std::uint32_t kHigh>
+void wgmma_m64n192k16(float (&d)[96], std::uint32_t a, std::uint32_t b) {
+  current->pending.push_back({d, std::uint64_t{kHigh} << 32 | a, std::uint64_t{kHigh} << 32 | b, !kFirst, current->groups});
 }
 template <int kPending>
 void wgmma_wait() {
@@ -330,8 +372,10 @@ int launch(void (*kernel)(), int grid, int size, unsigned seed) {
       land(loads.back());
       loads.pop_back();
     }
-    for (auto& thread : threads)
+    for (auto& thread : threads) {
       if (!thread->finished) return 1;
+      faults += !thread->stores.empty() || !thread->uncommitted.empty();
+    }
     for (auto& block : blocks)
       for (auto& barrier : block->barriers) faults += barrier.pending != barrier.count || barrier.bytes != 0;
   }

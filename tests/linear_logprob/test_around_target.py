@@ -1,5 +1,5 @@
-"""Exponentials around the targets' logits (triton_reference.py), as the scan for sm_90a keeps them on request: what is
-kept, and products straight from it, against float64.
+"""Exponentials around the targets' logits (triton_reference.py), as the scan for sm_90a keeps them: what is kept, and
+products straight from it, against float64.
 
 The scan is Triton's here, interpreted, and every row is settled from maxima of its own; test_sm90_host.py has the rest.
 """
@@ -20,7 +20,6 @@ N, V = 40, 200
 
 @pytest.fixture(autouse=True)
 def around_target(monkeypatch):
-    monkeypatch.setattr(sm90, "AROUND_TARGET", True)
     monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
     monkeypatch.setattr(sm90, "operand_obstacle", lambda *_: "there is no device")
     monkeypatch.setattr(_extension, "warn_once", lambda *_: None)

@@ -18,10 +18,9 @@ STEP = 128  # triton_dz.STEP
 N, D, V = 700, 200, 5008  # ragged row blocks, steps of K, tiles and groups; more units than one cluster takes
 
 
-@pytest.fixture(params=[False, True], ids=["maximum", "target"])
-def hopper(request, monkeypatch):
-    """A device for the kernel, and what its exponentials are around."""
-    monkeypatch.setattr(sm90, "AROUND_TARGET", request.param)
+@pytest.fixture
+def hopper():
+    """A device for the kernel."""
     reason = sm90._device_obstacle(torch.device("cuda"))
     if reason:
         pytest.skip(reason)
@@ -63,13 +62,10 @@ class Call:
 
 def check_kept(residual: Residual, z: Tensor, targets: Tensor, tolerance: float) -> None:
     """Exponentials of logits ``z`` [rows, V], those of the first rows that were kept."""
-    live, v = z.shape
-    if not residual.around_one:
-        around = residual.group_max[:live].double().repeat_interleave(gpu.PART, 1)[:, :v]
-        exact = (z - around).exp()
-    else:  # minus the sum of the others in the target's place
-        exact = (z - residual.group_max[:live].double()).exp().scatter(1, targets[:, None], 0.0)
-        exact.scatter_(1, targets[:, None], -exact.sum(1, keepdim=True))
+    live = len(z)
+    # Minus the sum of the others in the target's place.
+    exact = (z - residual.group_max[:live].double()).exp().scatter(1, targets[:, None], 0.0)
+    exact.scatter_(1, targets[:, None], -exact.sum(1, keepdim=True))
     assert ((residual.kept[:live].double() - exact).abs() <= exact.abs() * tolerance + 1e-30).all()
 
 
@@ -86,13 +82,21 @@ def problem(kind: str = "random", **options) -> Problem:
     return on_device(make(kind, dtype=torch.bfloat16, **shape))
 
 
+def truncation(p: Problem, block: int) -> float:
+    """What tensor cores lose beside what fp32 does: at every 16 of K half a unit of the last place, of a sum that grows
+    over a block of K. On an H100 some half of that: at D = 4096 an lse of 108 is off by 6.7e-5, and 5e-4 from Triton's.
+    """
+    largest = float((p.hidden.double() @ p.weight.double().T).abs().max())
+    return min(p.hidden.shape[1], block) / 16 * 2**-25 * largest
+
+
 def check(p: Problem, **how) -> None:
     call = Call(p)
     got, triton = outputs(call.run(**how)), outputs(call.run(gpu.scan))
+    bound = value_bound(p) + truncation(p, 512)
     for value, other, want in zip(got, triton, p.double().oracle(), strict=True):
-        assert (value - want)[call.live].abs().max() <= value_bound(p)
-        # Triton's accumulators are truncated over all of K: on an H100 up to 3.2 bounds from here, at D = 4096.
-        assert (value - other)[call.live].abs().max() <= 5 * value_bound(p)
+        assert (value - want)[call.live].abs().max() <= bound
+        assert (value - other)[call.live].abs().max() <= bound + truncation(p, p.hidden.shape[1])
 
 
 @pytest.mark.gpu
@@ -130,7 +134,7 @@ def test_kept_exponentials(hopper):
     live = int(call.live.sum())
     z = (call.problem.hidden.double() @ call.problem.weight.double().T)[call.live]
     check_kept(call.residual, z, call.problem.targets[call.live], 1 / 128)
-    end = -(-live // STEP) * STEP if sm90.AROUND_TARGET else live  # what a product's last step of K reads is zero
+    end = -(-live // STEP) * STEP  # what a product's last step of K reads is zero
     assert (call.residual.kept[live:end] == 0).all() and call.residual.kept[end:].isnan().all()
 
 
@@ -221,16 +225,17 @@ def test_an_unchanged_model_as_a_backend(hopper):
 
 
 @needs_triton
-@pytest.mark.parametrize("plan", ["score", "recompute", "cache", "precompute"])
+@pytest.mark.parametrize("plan", ["score", "recompute"])
 def test_the_backend_is_tritons_with_another_scan(plan, monkeypatch):
-    """Its scan replaced by Triton's, interpreted: all else is the Triton backend, bit for bit."""
+    """Its scan replaced by Triton's, interpreted: where no exponentials are kept, all else is the Triton backend, bit
+    for bit. Those that are kept are test_around_target.py's."""
     monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
     scans = []
     monkeypatch.setattr(sm90, "scan", lambda *arguments: (scans.append(1), gpu.scan(*arguments))[1])
     made = {}
     for backend in ("triton", "sm90"):
-        p = make("random", n=40, d=16, v=200, mask=torch.arange(40) % 3 > 0, grad=(True, plan != "precompute"))
-        got = p.run(entropy=plan != "precompute", plan=plan, workspace_bytes=1 << 30, backend=backend)
+        p = make("random", n=40, d=16, v=200, mask=torch.arange(40) % 3 > 0)
+        got = p.run(entropy=True, plan=plan, workspace_bytes=1 << 30, backend=backend)
         made[backend] = [got.logprob.detach()]
         if plan != "score":
             made[backend] += torch.autograd.grad(got.logprob.sum(), p.inputs())
