@@ -126,8 +126,10 @@ def over_vocabulary(
                 _product(sums, dz, x, transposed=True, add=True)
             else:
                 _product(weight_out[v], dz, x, transposed=True, add=accumulate[0])
+            del x  # before the next block's
         if weight_out is not None and sums is not None:
             _add(weight_out[v], sums, accumulate[0])
+            sums = None  # before the next chunk's
     if not in_place:
         spare.give_back(buffer)
     return dhidden
