@@ -2,7 +2,7 @@
 //
 // Work is cut into (vocabulary group x row block) tasks, each with its own scratch; groups are fixed and merged in
 // order at the end, row by row in float64. So a row's bits depend on neither the rows beside it nor the number of
-// threads.
+// threads, nor on how many of them a bounded workspace has room for.
 //
 // With bf16 inputs K goes in pairs on AMX tiles (amx_logits.h) or with AVX-512 BF16 (bf16_tile.h); everything else is
 // widened to fp32 when it is packed, which is exact.
@@ -11,10 +11,12 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "../common/scratch.h"
 #include "../common/tensors.h"
+#include "../common/workers.h"
 #include "amx_logits.h"
 #include "bf16_tile.h"
 
@@ -93,9 +95,9 @@ struct Packer {
 };
 
 constexpr std::int64_t kRowBlock = 336;    // rows a task: packing a panel is then 1 or 2 % of its multiplications
-constexpr std::int64_t kRowBytes = 48 << 20;  // of a block's rows and logits, all threads together: many take fewer rows
+constexpr std::int64_t kFewestRows = 64;  // a task, where threads share a small workspace; below, fewer of them work
 constexpr std::int64_t kTileRowBytes = 16 << 20;  // of rows packed at once for AMX tiles, which all threads read
-constexpr std::int64_t kTileFewestRows = 128;  // a task, there
+constexpr std::int64_t kTileFewestRows = 128;  // kFewestRows, there
 constexpr std::int64_t kWidestPanel = 32;  // vocabulary entries, at AVX-512
 
 // Rows of the head a panel at a time, packed for the tiles.
@@ -209,27 +211,35 @@ class VectorLogits {
 // The scan of bf16 inputs on AMX tiles. Rows are packed once, kTileRowBytes of them at a time, by all threads for all.
 // A task is a vocabulary group and a block of them, blocks innermost, so that a group is in L3 for all but the first.
 void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const RowArgs& of, const float* biases,
-                   std::int64_t group, std::uint16_t* kept, float* kept_max, TileRows::Pack pack, Partial* partials) {
+                   std::int64_t group, std::uint16_t* kept, float* kept_max, TileRows::Pack pack,
+                   std::int64_t workspace, Partial* partials) {
   const std::int64_t vocab = w.rows, width = x.width, groups = (vocab + group - 1) / group;
   const auto* weight = reinterpret_cast<const std::uint16_t*>(w.data);
   const auto softmax = kept ? (args.entropy ? &tile_softmax<true, true> : &tile_softmax<false, true>)
                             : (args.entropy ? &tile_softmax<true, false> : &tile_softmax<false, false>);
-  const std::int64_t threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
-  const std::int64_t packed = kTileRowBytes / std::max<std::int64_t>(1, 2 * whole_tiles(width, kTileDepth));
-  const std::int64_t most = std::max(kTileRowBlock, packed / kTileRowBlock * kTileRowBlock);
+  // Rows at once take half of the workspace at most, and leave what a thread needs.
+  const std::int64_t row_bytes = std::max<std::int64_t>(1, 2 * whole_tiles(width, kTileDepth));
+  const auto each = [](std::int64_t rows) {
+    return rows * static_cast<std::int64_t>(4 * kTileChunk + sizeof(TileState) / kTilePanel) + TileLogits::kCopyBytes;
+  };
+  const std::int64_t fitting = std::min({kTileRowBytes, workspace / 2, workspace - each(kTileFewestRows)}) / row_bytes;
+  const std::int64_t unit = fitting < kTileRowBlock ? kTileFewestRows : kTileRowBlock;
+  const std::int64_t most = std::max(kTileFewestRows, fitting / unit * unit);
+  workspace = std::max<std::int64_t>(0, workspace - std::min(most, whole_tiles(of.n, kTilePanel)) * row_bytes);
   // Many threads take fewer rows a task, as elsewhere.
-  const std::int64_t room = (kRowBytes / threads - TileLogits::kCopyBytes) / (4 * kTileChunk) / kTilePanel * kTilePanel;
+  const std::int64_t room = (workspace / threads_there() - each(0)) / (each(1) - each(0)) / kTilePanel * kTilePanel;
   const std::int64_t most_block = std::clamp(room, kTileFewestRows, kTileRowBlock);
   for (std::int64_t first = 0; first < of.n; first += most) {
     const std::int64_t count = std::min(most, of.n - first), panels = (count + kTilePanel - 1) / kTilePanel;
     const std::int64_t blocks = (panels * kTilePanel + most_block - 1) / most_block;
     const std::int64_t block = (panels + blocks - 1) / blocks;  // panels
     TileRows rows(width, count);
-    torch::stable::parallel_for(0, panels, 1, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t set_bytes = (width + 1) / 2 * 4 * (kTilePanel + 1);
+    parallel_within(workspace, set_bytes, panels, [&](std::int64_t begin, std::int64_t end) {
       const auto row_at = [&](std::int64_t r) { return of.row(first + r); };
       for (std::int64_t p = begin; p < end; ++p) rows.set_panel(p, x, count, row_at, pack);
     });
-    torch::stable::parallel_for(0, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+    parallel_within(workspace, each(block * kTilePanel), groups * blocks, [&](std::int64_t begin, std::int64_t end) {
       Scratch<float> z(block * kTilePanel * kTileChunk);
       Scratch<TileState> states(block);
       TileLogits logits(weight, w.stride, width, vocab);
@@ -274,7 +284,8 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
                            const Tensor& targets, const std::optional<Tensor>& index,
                            const std::optional<Tensor>& row_temperature, double temperature, double logit_scale,
                            double softcap, bool entropy, std::int64_t group, const std::optional<Tensor>& kept,
-                           const std::optional<Tensor>& group_max, const std::optional<Tensor>& kept_rows) {
+                           const std::optional<Tensor>& group_max, const std::optional<Tensor>& kept_rows,
+                           std::optional<std::int64_t> bound) {
   const Matrix x(hidden, "hidden"), w(weight, "weight");
   const std::int64_t vocab = weight.size(0), groups = (vocab + group - 1) / group, width = x.width;
   STD_TORCH_CHECK(width == w.width, "srppo_native: hidden and weight have different widths");
@@ -328,11 +339,16 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
 
   // Not a multiple of 4096 bytes, where the rows of a tile would share the sets of L1.
   const std::int64_t ldz = (std::min(group, vocab) + tile.panel - 1) / tile.panel * tile.panel + 16;
-  const std::int64_t threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
-  const std::int64_t room = std::max<std::int64_t>(1, kRowBytes / (threads * 4 * (ldz + width) * 64)) * 64;
-  const std::int64_t most = std::min(kRowBlock, room), row_blocks = (n + most - 1) / most;
-  const std::int64_t block = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
   std::vector<Partial> partials(static_cast<std::size_t>(groups * n));
+  const std::int64_t held = static_cast<std::int64_t>(sizeof(Partial)) * (groups + 1) * n;  // these, and the result
+  const std::int64_t workspace = std::max<std::int64_t>(0, workspace_of(bound) - held);
+  // A thread's: a panel packed and widened, two rows; and rows packed, with their logits.
+  const auto each = [&](std::int64_t rows) {
+    return 4 * (2 * (tile.panel + 1) * packer.steps + rows * (packer.steps + ldz));
+  };
+  const std::int64_t room = (workspace / threads_there() - each(0)) / (each(1) - each(0)) / kFewestRows * kFewestRows;
+  const std::int64_t most = std::clamp(room, kFewestRows, kRowBlock), row_blocks = (n + most - 1) / most;
+  const std::int64_t block = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
 
   const auto scan = [&](std::int64_t begin, std::int64_t end) {
     VectorLogits logits(w, packer, tile, block);
@@ -361,10 +377,10 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
   if (on_tiles) {
 #if defined(__x86_64__)
     scan_on_tiles(x, w, args, of, biases, group, reinterpret_cast<std::uint16_t*>(kept_data), kept_max, tile.pack_panel,
-                  partials.data());
+                  workspace, partials.data());
 #endif
   } else {
-    torch::stable::parallel_for(0, groups * row_blocks, 1, scan);
+    parallel_within(workspace, each(block), groups * row_blocks, scan);
   }
 
   Tensor state = torch::stable::new_empty(targets, {4, n}, ScalarType::Float);
@@ -397,7 +413,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
   m.def(
       "linear_logprob_scan(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? index, "
       "Tensor? row_temperature, float temperature, float logit_scale, float softcap, bool entropy, int group, "
-      "Tensor(a!)? kept, Tensor(b!)? group_max, Tensor? kept_rows) -> Tensor");
+      "Tensor(a!)? kept, Tensor(b!)? group_max, Tensor? kept_rows, int? workspace=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(srppo_native, CPU, m) {

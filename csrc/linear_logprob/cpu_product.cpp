@@ -7,15 +7,17 @@
 // the same panels of B, and A by rows.
 //
 // A task is a block of rows of the result and a block of its columns, over all of K in order: bits do not depend on the
-// number of threads, nor on how the result is cut.
+// number of threads, nor on how the result is cut. In a bounded workspace it is cut smaller, and then fewer threads work.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "../common/cpu_level.h"
 #include "../common/scratch.h"
 #include "../common/tensors.h"
+#include "../common/workers.h"
 #include "amx_tile.h"
 #include "bf16_tile.h"
 
@@ -35,6 +37,7 @@ constexpr std::int64_t kPairs = 512;  // of K at a time: a panel of B is 64 KB
 // in L2. Columns: packing A is a few percent.
 constexpr std::int64_t kRows = 336, kColumns = 1024;
 constexpr std::int64_t kTileTaskRows = 512, kTileTaskColumns = 2048;
+constexpr std::int64_t kSmallTask = 128;  // rows and columns: a bounded workspace does not cut smaller ones
 
 // Two rows of bf16, element by element: `out[i] = first[i] | second[i] << 16`; 0 beyond `n` up to `room`, and for a row
 // that is not there.
@@ -167,6 +170,11 @@ struct TileScratch {
         whole(whole_panels) {
     std::fill(packed.data(), packed.data() + rows * tile_stride(2 * kPairs), std::uint16_t{0});  // rows beyond the last
   }
+
+  static std::int64_t bytes(std::int64_t rows, std::int64_t columns, bool whole_panels, bool rounds) {
+    return 2 * rows * tile_stride(2 * kPairs) + 4 * kPairs * (whole_panels ? columns : kTilePanel) +
+           2 * kTileDepth * rows + (rounds ? 4 * rows * (whole_panels ? kTilePanel : columns) : 0);
+  }
 };
 
 // Brings the panel of B that is packed next to L2 in shares, between multiplications: a line of each of up to 1024
@@ -214,7 +222,8 @@ void product_task_on_tiles(const Bf16Matrix& a, const Bf16Matrix& b, bool transp
   if (scratch.whole) scratch.c0 = c0;
 }
 
-void product(const Tensor& left, const Tensor& right, bool transposed, bool add, Tensor result) {
+void product(const Tensor& left, const Tensor& right, bool transposed, bool add, Tensor result,
+             std::optional<std::int64_t> bound) {
   const Bf16Matrix a(left, "a"), b(right, "b");
   const std::int64_t m = transposed ? a.columns : a.rows, n = b.columns;
   STD_TORCH_CHECK((transposed ? a.rows : a.columns) == b.rows, "srppo_native: a and b have different depths");
@@ -235,15 +244,26 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
   const std::int64_t most_rows = on_tiles ? kTileTaskRows : kRows;
   const std::int64_t most_columns = on_tiles ? kTileTaskColumns : kColumns;
   // Blocks of equal size, of whole tiles and panels; a small result is cut by columns until every thread has one.
-  const std::int64_t threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
-  const std::int64_t row_blocks = (m + most_rows - 1) / most_rows;
+  const std::int64_t threads = threads_there(), workspace = workspace_of(bound);
+  std::int64_t row_blocks = (m + most_rows - 1) / most_rows;
   std::int64_t column_blocks = std::max((n + most_columns - 1) / most_columns, (threads + row_blocks - 1) / row_blocks);
   column_blocks = std::min(column_blocks, (n + kBf16Panel - 1) / kBf16Panel);
   const auto even = [](std::int64_t size, std::int64_t blocks, std::int64_t unit) {
     return whole_tiles((size + blocks - 1) / blocks, unit);
   };
-  const std::int64_t rows = even(m, row_blocks, on_tiles ? kTileRows : 14);
-  const std::int64_t columns = even(n, column_blocks, kBf16Panel);
+  std::int64_t rows = even(m, row_blocks, on_tiles ? kTileRows : 14), columns = even(n, column_blocks, kBf16Panel);
+  const bool whole_panels = b.rows <= 2 * kPairs, by_columns = on_tiles && (whole_panels || rounds);
+  const auto each = [&] {
+    return on_tiles ? TileScratch::bytes(rows, columns, whole_panels, rounds)
+                    : 4 * (rows * kPairs + kBf16Panel * (kPairs + kRows));  // packed; a panel, and what is at an edge
+  };
+  while (std::min(threads, row_blocks * column_blocks) > workspace / each() &&
+         std::max(rows, by_columns ? columns : 0) > kSmallTask) {
+    if (by_columns && columns > rows)
+      columns = even(n, column_blocks *= 2, kBf16Panel);
+    else
+      rows = even(m, row_blocks *= 2, on_tiles ? kTileRows : 14);
+  }
   const auto tasks = [&](std::int64_t begin, std::int64_t end, const auto& task) {
     for (std::int64_t i = begin; i < end; ++i) {
       // On tiles the same columns one after another, for the panels' sake; else the same rows.
@@ -253,9 +273,9 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
       if (count > 0 && width > 0) task(r0, count, c0, width);
     }
   };
-  torch::stable::parallel_for(0, row_blocks * column_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_within(workspace, each(), row_blocks * column_blocks, [&](std::int64_t begin, std::int64_t end) {
     if (on_tiles) {
-      TileScratch scratch(rows, columns, b.rows <= 2 * kPairs, rounds);
+      TileScratch scratch(rows, columns, whole_panels, rounds);
       const tiles::InUse in_use;
       tasks(begin, end, [&](std::int64_t r0, std::int64_t count, std::int64_t c0, std::int64_t width) {
         product_task_on_tiles(a, b, transposed, add, r0, count, c0, width, out, rounded, ldo, scratch);
@@ -271,10 +291,11 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
 
 #endif
 
-void linear_logprob_product(const Tensor& a, const Tensor& b, bool transposed, bool add, Tensor out) {
+void linear_logprob_product(const Tensor& a, const Tensor& b, bool transposed, bool add, Tensor out,
+                            std::optional<std::int64_t> bound) {
 #if defined(__x86_64__)
   if (cpu_level() >= CpuLevel::avx512_bf16) {
-    product(a, b, transposed, add, out);
+    product(a, b, transposed, add, out, bound);
     return;
   }
 #endif
@@ -285,7 +306,9 @@ void linear_logprob_product(const Tensor& a, const Tensor& b, bool transposed, b
 }  // namespace srppo
 
 STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
-  m.def("linear_logprob_product(Tensor a, Tensor b, bool transposed, bool add, Tensor(a!) out) -> ()");
+  m.def(
+      "linear_logprob_product(Tensor a, Tensor b, bool transposed, bool add, Tensor(a!) out, "
+      "int? workspace=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(srppo_native, CPU, m) {

@@ -5,9 +5,11 @@
 // result is cut, and so not on the number of threads.
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "../common/scratch.h"
 #include "../common/tensors.h"
+#include "../common/workers.h"
 #include "bf16_tile.h"
 
 #if defined(__x86_64__)
@@ -41,7 +43,8 @@ struct Fp32Matrix {
 
 std::int64_t blocks_of(std::int64_t extent, std::int64_t size) { return (extent + size - 1) / size; }
 
-void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool transposed, bool add, Tensor result) {
+void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool transposed, bool add, Tensor result,
+                                 std::optional<std::int64_t> bound) {
   const Fp32Matrix a(left, "a"), b(right, "b");
   const std::int64_t m = transposed ? a.columns : a.rows, n = b.columns, depth = b.rows;
   STD_TORCH_CHECK((transposed ? a.rows : a.columns) == depth, "srppo_native: a and b have different depths");
@@ -58,14 +61,19 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
   const auto write_edge = SRPPO_AT_LEVEL(write_edge);
   const std::int64_t panel = SRPPO_AT_LEVEL(panel_width)(), tile = tile_height(kRows);
 
-  // A task for every thread, by halving the longer side.
-  const auto threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
-  std::int64_t row_blocks = blocks_of(m, kRows), column_blocks = blocks_of(n, kColumns);
-  while (row_blocks * column_blocks < threads && std::max(m / row_blocks, n / column_blocks) > 2 * panel)
+  // A task for every thread, and room for its blocks in a bounded workspace, by halving the longer side; then fewer
+  // threads work.
+  const std::int64_t threads = threads_there(), workspace = workspace_of(bound);
+  std::int64_t row_blocks = blocks_of(m, kRows), column_blocks = blocks_of(n, kColumns), rows = 0, columns = 0, each = 0;
+  const auto cut = [&] {
+    rows = blocks_of(blocks_of(m, row_blocks), tile) * tile;
+    columns = blocks_of(blocks_of(n, column_blocks), panel) * panel;
+    each = 4 * (kSteps * (rows + columns) + tile * panel);
+    return row_blocks * column_blocks < threads || threads > workspace / each;
+  };
+  while (cut() && std::max(m / row_blocks, n / column_blocks) > 2 * panel)
     ++(m / row_blocks > n / column_blocks ? row_blocks : column_blocks);
-  const std::int64_t rows = blocks_of(blocks_of(m, row_blocks), tile) * tile;
-  const std::int64_t columns = blocks_of(blocks_of(n, column_blocks), panel) * panel;
-  torch::stable::parallel_for(0, row_blocks * column_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_within(workspace, each, row_blocks * column_blocks, [&](std::int64_t begin, std::int64_t end) {
     Scratch<float> packed(rows * kSteps), panels(columns * kSteps), edge(tile * panel);
     std::int64_t panels_c0 = -1, panels_k0 = -1;  // what `panels` holds: all of B, for many tasks, where it is small
     for (std::int64_t task = begin; task < end; ++task) {
@@ -114,7 +122,9 @@ bool linear_logprob_product_fp32_is_faster() {
 }  // namespace srppo
 
 STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
-  m.def("linear_logprob_product_fp32(Tensor a, Tensor b, bool transposed, bool add, Tensor(a!) out) -> ()");
+  m.def(
+      "linear_logprob_product_fp32(Tensor a, Tensor b, bool transposed, bool add, Tensor(a!) out, "
+      "int? workspace=None) -> ()");
   m.def("linear_logprob_product_fp32_is_faster() -> bool");
 }
 

@@ -127,12 +127,13 @@ def gradients(
     group: str = "",
     backend: str = "torch",
     dz_bytes: int = 0,
+    bound: int | None = None,
 ) -> tuple[Rows, Tensor | None]:
     """Writes dweight and dbias; returns the rows that have a gradient and their dhidden, ``[count, D]``.
 
     With a ``residual`` (which holds ``rows`` in order, or at ``kept_rows``) p is read from it, else it is recomputed;
     ``consume`` allows it to be overwritten. ``dz_bytes``: of a dz that has no exponentials to be formed in, 0 for the
-    default.
+    default. ``bound``: on the workspace of native code without a residual, in bytes; None: the default.
     """
     acc = accumulation_dtype(hidden)
     if backend in gpu.FAMILY:
@@ -146,7 +147,7 @@ def gradients(
     if position is not None:
         kept_rows = position if kept_rows is None else kept_rows[position]
     scalars = RowScalars.of(wanted, upstream, acc, head)
-    dhidden = over_groups(hidden, head, targets, wanted, scalars, into, residual, kept_rows, consume, dz_bytes)
+    dhidden = over_groups(hidden, head, targets, wanted, scalars, into, residual, kept_rows, consume, dz_bytes, bound)
     return wanted, _sum_over_ranks(dhidden, acc, group)
 
 
@@ -195,6 +196,7 @@ def over_groups(
     kept_rows: Tensor | None,
     consume: bool = False,
     dz_bytes: int = 0,
+    bound: int | None = None,
 ) -> Tensor | None:
     """The loop over vocabulary groups; dhidden is this shard's part, rounded only where it is one GEMM's result."""
     acc, dtype = accumulation_dtype(hidden), operand_dtype(hidden, head.weight)
@@ -212,7 +214,7 @@ def over_groups(
         return native_gradients.over_vocabulary(
             hidden, head, y, rows, (b, h, at_target, row_max, log_sum), temperature,
             (into.hidden, into.weight, into.bias), (into.accumulate_weight, into.accumulate_bias),
-            residual, kept_rows, consume, dz_bytes,
+            residual, kept_rows, consume, dz_bytes, bound,
         )  # fmt: skip
     dhidden = torch.zeros(n, width, dtype=acc, device=device) if into.hidden else None
     step = max(128, BACKWARD_ELEMENTS // GROUP)

@@ -180,13 +180,20 @@ def forward(
     residual: Residual | None = None,
     kept_rows: Tensor | None = None,
     group: str = "",
+    bound: int | None = None,
 ) -> RowOutputs:
-    """logprob, entropy and lse of ``rows``; fills ``residual`` if given, at ``kept_rows`` (default: in order)."""
+    """logprob, entropy and lse of ``rows``; fills ``residual`` if given, at ``kept_rows`` (default: in order).
+
+    ``bound``: on the native scan's workspace, in bytes; None: its default.
+    """
     acc = accumulation_dtype(hidden)
     y = rows.take(targets).long()
     temperature = None if head.row_temperature is None else rows.take(head.row_temperature, 1.0).to(acc)
-    scan = {"native": native.scan, "triton": gpu.scan, "sm90": sm90.scan}.get(backend, _scan)
-    state = scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
+    if backend == "native":
+        state = native.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows, bound)
+    else:
+        scan = {"triton": gpu.scan, "sm90": sm90.scan}.get(backend, _scan)
+        state = scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     m, s, t, zy = vocab_parallel.merge_ranks(state, group)
     d = zy - m
     e_y = d.exp()

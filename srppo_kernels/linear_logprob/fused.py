@@ -82,8 +82,9 @@ def run(
     backend: str,
     group: str,
     dense: bool = False,
+    bound: int | None = None,
 ) -> Formed:
-    """Calls ``loss`` on chunk after chunk, in row order, and returns the gradients."""
+    """Calls ``loss`` on chunk after chunk, in row order, and returns the gradients; ``bound`` as in ``forward``."""
     acc = accumulation_dtype(hidden)
     rows = Rows.of(live, backend=backend, dense=dense)
     formed = formed_like(hidden, head.weight, head.bias, wanted)
@@ -95,7 +96,9 @@ def run(
     sums = [t.new_zeros(t.shape, dtype=acc) if several and t.dtype != acc else t for t in (formed.weight, formed.bias)]
     with torch.autocast(hidden.device.type, enabled=False):
         for number, (start, stop, part) in enumerate(parts):
-            out = forward(hidden, head, targets, part, entropy=True, backend=backend, residual=residual, group=group)
+            out = forward(
+                hidden, head, targets, part, entropy=True, backend=backend, residual=residual, group=group, bound=bound
+            )
             whole = [part.put(values.new_zeros(hidden.shape[0]), values) for values in out]
             g, h = loss(start, stop, whole[0][start:stop], whole[1][start:stop])
             if not wanted.any:

@@ -57,7 +57,7 @@ class _LinearLoss(torch.autograd.Function):
         formed = fused.run(
             x, head, y, live, chunks, wanted,
             chunk=call.plan.rows_per_chunk or x.shape[0], backend=call.plan.backend, group=call.group,
-            dense=mask is None,
+            dense=mask is None, bound=call.plan.bound,
         )  # fmt: skip
         call.names = list(chunks.aux)
         ctx.save_for_backward(*formed, *chunks.argument_gradients())
@@ -241,7 +241,8 @@ def linear_loss(
             ``loss_args``, where they get it; one that ``loss_fn`` closes over is refused.
         plan: ``"precompute"`` (the default where a gradient is wanted), ``"score"``, or ``"cache"`` and
             ``"recompute"``, which call ``loss_fn`` once, on all rows.
-        workspace_bytes: bound on a chunk's exponentials, which sets how many rows a chunk has.
+        workspace_bytes: bound on a chunk's exponentials, which sets how many rows a chunk has; for the other plans as
+            in ``linear_logprob``.
 
     Returns:
         ``(loss, aux)``: an aux tensor whose first dimension is the chunk's rows is joined to ``targets``' shape, any

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 # Measured on a Zen 4: 0.7 times MKL's fp32 GEMM with AVX2 as with AVX-512. Portable code takes 2.2 times that GEMM.
 FASTER_LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
-ROW_BLOCK = 336  # kRowBlock of csrc/linear_logprob/cpu.cpp
-TILE_ROW_BLOCK = 512  # kTileRowBlock of amx_logits.h
-TILE_FEWEST_ROWS = 128  # kTileFewestRows of cpu.cpp
+WORKSPACE = 64 << 20  # of a scan, or of plan recompute, where the caller gives no bound
+# kRowBlock and kFewestRows of csrc/linear_logprob/cpu.cpp; on tiles kTileRowBlock of amx_logits.h and kTileFewestRows
+ROW_BLOCK, FEWEST_ROWS = 336, 64
+TILE_ROW_BLOCK, TILE_FEWEST_ROWS = 512, 128
 TILE_ROW_BYTES = 16 << 20  # kTileRowBytes of cpu.cpp
 TILE_COPY_BYTES = 2 * 256 * 672  # kCopyBytes of amx_logits.h: entries of the head, 640 of K and padding
-ROW_BYTES = 48 << 20  # kRowBytes of cpu.cpp
+SMALL_TASK = 128  # kSmallTask of cpu_product.cpp
 PANEL = 32  # vocabulary entries packed at a time, at most
 
 
@@ -53,33 +54,66 @@ def not_faster() -> str:
     return "" if level in FASTER_LEVELS else f"the native kernel was not measured to be faster at CPU level {level!r}"
 
 
-def workspace_bytes(rows: int, width: int, vocab: int, group: int) -> int:
-    """Of all threads: packed rows, a panel packed and widened, two rows, logits; and four numbers a row and group."""
-    columns = _whole(min(group, vocab)) + 16
-    room = max(1, ROW_BYTES // (_threads() * 4 * (columns + width) * 64)) * 64
-    block = min(rows, ROW_BLOCK, room)
-    scratch = 4 * (block * width + 2 * (PANEL + 1) * width + block * columns)
-    packed = 0
-    if on_tiles():  # of bf16 inputs: rows packed for all threads; for each, logits of 256 entries and 40 bytes a row
+def default_bound(held: int) -> int:
+    """What a kernel keeps to where the caller gives no bound, ``held`` of it being there already: WORKSPACE, or where
+    that leaves the threads less than a quarter of it, half of it beside what is held: a scan on AMX tiles by 16
+    threads has room there."""
+    return WORKSPACE if held <= WORKSPACE * 3 // 4 else held + WORKSPACE // 2
+
+
+def _within(bound: int | None, held: int, most: int, least: int) -> int:
+    """What threads that take ``most`` each take within ``bound``, beside ``held``: they cut their blocks until each of
+    them has one, and then fewer of them work; one with the smallest blocks takes ``least``."""
+    every = held + most * _threads()
+    return every if bound is None else min(every, max(bound, held + least))
+
+
+def held_bytes(rows: int, vocab: int, group: int) -> int:
+    """Of a scan, whatever its threads do: four numbers a row and group."""
+    return 16 * rows * (-(-vocab // group) + 1)
+
+
+def workspace_bytes(rows: int, width: int, vocab: int, group: int, bf16: bool, bound: int | None) -> int:
+    """Of a scan of inputs that are both ``bf16``, or not: what it holds, and by thread packed rows, a panel packed and
+    widened, two rows, logits."""
+    held = held_bytes(rows, vocab, group)
+    bound = default_bound(held) if bound is None else bound
+    if bf16 and on_tiles():  # rows packed for all threads; for each, logits of 256 entries and 40 bytes a row
         row_bytes = max(1, 2 * _whole(width))
-        most = max(TILE_ROW_BLOCK, TILE_ROW_BYTES // row_bytes // TILE_ROW_BLOCK * TILE_ROW_BLOCK)
-        packed = _whole(min(rows, most)) * row_bytes
-        room = (ROW_BYTES // _threads() - TILE_COPY_BYTES) // 1024 // PANEL * PANEL
-        block = min(_whole(rows), max(TILE_FEWEST_ROWS, min(TILE_ROW_BLOCK, room)))
-        scratch = max(scratch, (4 * 256 + 40) * block + TILE_COPY_BYTES)
-    return packed + scratch * _threads() + 16 * rows * (-(-vocab // group) + 1)
+        fitting = max(TILE_ROW_BLOCK, TILE_ROW_BYTES // row_bytes // TILE_ROW_BLOCK * TILE_ROW_BLOCK)
+        most, least = (
+            (4 * 256 + 40) * min(_whole(rows), block) + TILE_COPY_BYTES for block in (TILE_ROW_BLOCK, TILE_FEWEST_ROWS)
+        )
+        packed, fewest = (_whole(min(rows, block)) * row_bytes for block in (fitting, TILE_FEWEST_ROWS))
+        return min(held + packed + most * _threads(), max(bound, held + fewest + least))
+    steps = -(-width // 2) if bf16 and _in_pairs() else width
+    columns = _whole(min(group, vocab)) + 16
+    most, least = (
+        4 * (2 * (PANEL + 1) * steps + min(rows, block) * (steps + columns)) for block in (ROW_BLOCK, FEWEST_ROWS)
+    )
+    return _within(bound, held, most, least)
 
 
 def _whole(size: int) -> int:
     return -(-size // PANEL) * PANEL
 
 
-def product_bytes(width: int) -> int:
-    """Of all threads: a block of A and panels of B, packed (kRows or kTileTaskRows, kPairs, of cpu_product.cpp)."""
+def product_bytes(width: int, bf16: bool, held: int, bound: int | None) -> int:
+    """Of GEMMs 2 and 3 with ``held``: by thread a block of A and panels of B, packed (kPairs, kRows, kTileTaskRows and
+    kTileTaskColumns of cpu_product.cpp; kSteps, kRows and kColumns of cpu_product_fp32.cpp)."""
+    if not bf16:
+        most = 4 * (512 * (ROW_BLOCK + min(_whole(width), 1024)) + 16 * PANEL)
+        least = 4 * (512 * (80 + 96) + 16 * PANEL)  # two panels each way, in whole tiles and whole panels
+        return _within(bound, held, most, least)
     if on_tiles():  # A by rows, an odd number of cache lines each; pairs of A^T on their way there; all columns of B
         # and a panel of sums, or a panel of B and all sums
-        return (512 * (2 * 1056 + 4 * 16) + 4 * 512 * (min(_whole(width), 2048) + PANEL)) * _threads()
-    return 4 * 512 * (ROW_BLOCK + PANEL) * _threads()
+        most, least = (
+            rows * (2 * 1056 + 4 * 16) + 4 * 512 * (min(_whole(width), columns) + PANEL)
+            for rows, columns in ((512, 2048), (SMALL_TASK, SMALL_TASK))
+        )
+        return _within(bound, held, most, least)
+    most, least = (4 * (512 * (rows + PANEL) + ROW_BLOCK * PANEL) for rows in (ROW_BLOCK, SMALL_TASK))
+    return _within(bound, held, most, least)
 
 
 @_extension.constant_when_traced
@@ -88,9 +122,10 @@ def on_tiles() -> bool:
     return _extension.build_info()["cpu_level"] == "amx"
 
 
-def fp32_product_bytes(width: int) -> int:
-    """Of all threads: a block of A and panels of B, packed (kSteps, kRows and kColumns of cpu_product_fp32.cpp)."""
-    return 4 * 512 * (ROW_BLOCK + min(-(-width // PANEL) * PANEL, 1024)) * _threads()
+@_extension.constant_when_traced
+def _in_pairs() -> bool:
+    """Whether bf16 inputs are packed as they are, and not widened."""
+    return _extension.build_info()["cpu_level"] in ("avx512_bf16", "amx")
 
 
 @_extension.constant_when_traced
@@ -107,12 +142,15 @@ def scan(
     entropy: bool,
     residual: "Residual | None",
     kept_rows: Tensor | None,
+    bound: int | None,  # bytes of workspace
 ) -> Tensor:
     """The online state ``(m, s, t, z_y)``, ``[4, count]``; chunked._scan has the meaning of the arguments."""
     from srppo_kernels.linear_logprob.chunked import GROUP
 
     if rows.index is None:
         hidden = hidden[rows.start : rows.stop]
+    if bound is None:
+        bound = default_bound(held_bytes(rows.count, head.weight.shape[0], GROUP))
     weight = head.weight if head.weight.shape[1] <= 1 or head.weight.stride(1) == 1 else head.weight.contiguous()
     return torch.ops.srppo_native.linear_logprob_scan(
         hidden if hidden.stride(1) == 1 else hidden.contiguous(),
@@ -129,4 +167,5 @@ def scan(
         None if residual is None else residual.kept,
         None if residual is None else residual.group_max,
         kept_rows,
+        bound,
     )

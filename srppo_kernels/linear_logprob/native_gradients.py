@@ -54,24 +54,48 @@ def chunk_shape(rows: int, vocab: int, item: int, dz_bytes: int = 0) -> tuple[in
     return step, min(vocab, max(1, dz_bytes // (max(1, step) * item) // GROUP) * GROUP)
 
 
-def workspace_bytes(
-    rows: int, width: int, vocab: int, item: int, *, in_place: bool, weight: bool, dz_bytes: int = 0
-) -> int:
-    """Beyond exponentials that are kept: dz, a chunk's rows, dhidden in fp32, a chunk's dweight, packed operands."""
-    packed = native.product_bytes(width) if item == 2 else native.fp32_product_bytes(width)
+def workspace_bytes(rows: int, width: int, vocab: int, item: int, *, in_place: bool, weight: bool) -> int:
+    """Beyond exponentials that are kept: what is held, and packed operands."""
     if in_place:
-        return 2 * rows * width * item + packed + 32 * rows
-    step, entries = chunk_shape(rows, vocab, item, dz_bytes)
-    size = step * entries * item + rows * width * 4 + step * width * item + packed + 32 * rows
-    several = entries * width * 4 if weight and step < rows else 0  # dweight of several blocks of rows
-    return size + several
+        held = 2 * rows * width * item + 32 * rows
+    else:
+        held = row_bytes(rows, width) + dz_held_bytes(rows, width, vocab, item, weight, 0)
+    return native.product_bytes(width, item == 2, held, None)
 
 
-def scan_bytes(rows: int, width: int, vocab: int, item: int, dz_bytes: int = 0) -> int:
-    """At the peak of plan recompute, whose backward scans a chunk while dz's memory and dhidden are there."""
+def recompute_bytes(
+    rows: int, width: int, vocab: int, item: int, *, weight: bool, dz_bytes: int, bound: int | None
+) -> int:
+    """Of plan recompute, whose backward scans a chunk and multiplies by it beside what is held."""
+    held = row_bytes(rows, width) + dz_held_bytes(rows, width, vocab, item, weight, dz_bytes)
+    bound = native.default_bound(held) if bound is None else bound
     step, entries = chunk_shape(rows, vocab, item, dz_bytes)
-    scan = native.workspace_bytes(step, width, entries, GROUP)
-    return step * entries * item + rows * width * 4 + step * width * item + scan + 32 * rows
+    scan = native.workspace_bytes(step, width, entries, GROUP, item == 2, bound - held)
+    return max(held + scan, native.product_bytes(width, item == 2, held, bound))
+
+
+def row_bytes(rows: int, width: int) -> int:
+    """dhidden in fp32, and a row's numbers."""
+    return rows * width * 4 + 32 * rows
+
+
+def dz_held_bytes(rows: int, width: int, vocab: int, item: int, weight: bool, dz_bytes: int) -> int:
+    """dz, a chunk's rows, and a chunk's dweight where it is of several blocks of rows."""
+    step, entries = chunk_shape(rows, vocab, item, dz_bytes)
+    return step * (entries + width) * item + (entries * width * 4 if weight and step < rows else 0)
+
+
+def bounded_dz_bytes(rows: int, width: int, vocab: int, item: int, weight: bool, bound: int) -> int:
+    """Of dz in a workspace of ``bound``, 0 for the default: what comes with it takes half of what the rows leave, and
+    the scan and the products share the rest. Not a matter of the number of threads: bits depend on it."""
+
+    def held(dz_bytes: int) -> int:
+        return dz_held_bytes(rows, width, vocab, item, weight, dz_bytes)
+
+    sizes, room = [0], (bound - row_bytes(rows, width)) // 2
+    while sizes[-1] != LEAST_CHUNK_BYTES and held(sizes[-1]) > room:
+        sizes.append((sizes[-1] or CHUNK_BYTES) // 2)
+    return min(sizes, key=held)  # fewer rows in dz may need a dweight to add up in, which is larger
 
 
 def over_vocabulary(
@@ -87,10 +111,11 @@ def over_vocabulary(
     kept_rows: Tensor | None,
     consume: bool,
     dz_bytes: int,
+    bound: int | None,
 ) -> Tensor | None:
     """Writes dweight and dbias and returns dhidden, in float32 or in the hidden states' dtype.
 
-    ``consume``: the residual may be overwritten.
+    ``consume``: the residual may be overwritten. ``bound``: on the workspace without a residual, None: the default.
     """
     n, vocab, item = rows.count, head.weight.shape[0], hidden.element_size()
     want_hidden, weight_out, bias_out = destinations
@@ -101,6 +126,11 @@ def over_vocabulary(
         buffer = residual.kept
     else:
         buffer = spare.take(hidden, 1, step * entries, hidden.dtype)[0]
+    share = None  # of the bound, for the scan and the products
+    if residual is None:
+        width = hidden.shape[1]
+        held = row_bytes(n, width) + dz_held_bytes(n, width, vocab, item, weight_out is not None, dz_bytes)
+        share = max(0, (native.default_bound(held) if bound is None else bound) - held)
     dhidden = None
     if want_hidden and entries < vocab:
         dhidden = hidden.new_zeros(n, hidden.shape[1], dtype=torch.float32)
@@ -114,18 +144,18 @@ def over_vocabulary(
         for r in blocks:
             shape = r.stop - r.start, v.stop - v.start
             dz = buffer[:n] if in_place else buffer[: shape[0] * shape[1]].view(shape)
-            _form_dz(hidden, head, y, rows, row_scalars, temperature, residual, kept_rows, r, v, dz)
+            _form_dz(hidden, head, y, rows, row_scalars, temperature, residual, kept_rows, r, v, dz, share)
             if bias_out is not None:
                 _add(bias_out[v], torch.sum(dz, 0, dtype=torch.float32), accumulate[1] or r.start > 0)
             if dhidden is not None:
-                _product(dhidden[r], dz, weight, transposed=False, add=entries < vocab)
+                _product(dhidden[r], dz, weight, transposed=False, add=entries < vocab, bound=share)
             if weight_out is None:
                 continue
             x = rows.block(hidden, r.start, r.stop, hidden.dtype)
             if sums is not None:
-                _product(sums, dz, x, transposed=True, add=True)
+                _product(sums, dz, x, transposed=True, add=True, bound=share)
             else:
-                _product(weight_out[v], dz, x, transposed=True, add=accumulate[0])
+                _product(weight_out[v], dz, x, transposed=True, add=accumulate[0], bound=share)
             del x  # before the next block's
         if weight_out is not None and sums is not None:
             _add(weight_out[v], sums, accumulate[0])
@@ -147,6 +177,7 @@ def _form_dz(
     r: slice,
     v: slice,
     out: Tensor,
+    bound: int | None,
 ) -> None:
     """dz of a block of rows and a chunk of the vocabulary, written to ``out``."""
     local = (y[r] - v.start).contiguous()
@@ -157,7 +188,7 @@ def _form_dz(
         kept, group_max = out, hidden.new_empty(out.shape[0], groups.stop - groups.start, dtype=torch.float32)
         part = replace(head, weight=head.weight[v], bias=None if head.bias is None else head.bias[v])
         chunk = Residual(kept, group_max)
-        native.scan(hidden, part, local, row_temperature, rows.part(r.start, r.stop), False, chunk, None)
+        native.scan(hidden, part, local, row_temperature, rows.part(r.start, r.stop), False, chunk, None, bound)
     else:
         kept, group_max = residual.kept[:, v], residual.group_max[:, groups]
         if kept_rows is not None:
@@ -178,19 +209,19 @@ def _add(destination: Tensor, part: Tensor, accumulate: bool) -> None:
         destination.copy_(part)
 
 
-def _product(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool, add: bool) -> None:
+def _product(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool, add: bool, bound: int | None) -> None:
     """``out (+)= a @ b`` (``a.T @ b``); unrounded where out is wider than a, as a caller's buffer may be."""
     rows_are_contiguous = all(t.stride(1) == 1 or t.shape[1] <= 1 for t in (out, b))
     rounds = out.dtype == torch.bfloat16 and not add and a.numel() > 0 and native.on_tiles()
     if a.dtype == torch.bfloat16 and (out.dtype == torch.float32 or rounds) and rows_are_contiguous:
-        torch.ops.srppo_native.linear_logprob_product(a, b, transposed, add, out)
+        torch.ops.srppo_native.linear_logprob_product(a, b, transposed, add, out, bound)
     elif a.dtype == out.dtype == torch.float32 and rows_are_contiguous and fp32_product_is_native():
-        torch.ops.srppo_native.linear_logprob_product_fp32(a, b, transposed, add, out)
+        torch.ops.srppo_native.linear_logprob_product_fp32(a, b, transposed, add, out, bound)
     elif a.dtype == out.dtype and add:
         out.addmm_(a.T if transposed else a, b)
     elif a.dtype == out.dtype:
         torch.mm(a.T if transposed else a, b, out=out)
     else:
         whole = torch.zeros(out.shape, dtype=torch.float32)
-        _product(whole, a, b.contiguous(), transposed=transposed, add=False)
+        _product(whole, a, b.contiguous(), transposed=transposed, add=False, bound=bound)
         _add(out, whole, add)

@@ -73,6 +73,7 @@ def _linear_logprob(
     plan: str,
     backend: str,
     chunk: int,  # rows at a time (plan precompute), or bytes of dz (recompute; 0: the default)
+    bound: int | None,  # bytes of workspace (score and recompute on native code; None: the default)
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group)
@@ -95,8 +96,9 @@ def _linear_logprob(
         else:
             cache = Residual(kept, group_max) if plan == "cache" else None
             result = forward(
-                x, head, y, rows, entropy=entropy, backend=backend, residual=cache, kept_rows=rows.index, group=group
-            )
+                x, head, y, rows, entropy=entropy, backend=backend, residual=cache, kept_rows=rows.index, group=group,
+                bound=bound,
+            )  # fmt: skip
             for whole, values in zip([*outputs, *norm], result, strict=True):
                 rows.put(whole, values)
     logprob, h, lse = (t.view(targets.shape) for t in outputs)
@@ -162,6 +164,7 @@ def _linear_logprob_backward(
     plan: str,
     backend: str,
     chunk: int,
+    bound: int | None,
     group: str,
     need_hidden: bool,
     need_weight: bool,
@@ -190,7 +193,7 @@ def _linear_logprob_backward(
             residual = Residual(kept, group_max) if plan == "cache" else None
             wanted, dhidden = grads.gradients(
                 x, head, y, rows, upstream, into, residual=residual, kept_rows=rows.index, group=group, backend=backend,
-                dz_bytes=chunk,
+                dz_bytes=chunk, bound=bound,
             )  # fmt: skip
     if dhidden is None:
         return hidden.new_empty(0), dweight, dbias
@@ -217,11 +220,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     # Not through save_for_backward: another micro-batch adds to it in between, which is its purpose.
     ctx.grad_weight_out = grad_weight_out
     ctx.scalars = options[:4]
-    ctx.plan = options[5:]  # plan, backend, chunk, group
+    ctx.plan = options[5:]  # plan, backend, chunk, bound, group
 
 
 def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 16
+    nothing = (None,) * 17
     if g is None and h is None and dlse is None:
         return nothing
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
@@ -284,7 +287,8 @@ def linear_logprob(
         entropy, lse: whether to return them; their gradients are supported.
         plan: ``"auto"``, ``"score"`` (no gradient), ``"precompute"``, ``"cache"`` or ``"recompute"``: see plan.py.
         workspace_bytes: bound on the exponentials that ``cache`` keeps, by default the size of an fp32 dweight; and on
-            what ``recompute`` holds at a time, down to what its smallest blocks take.
+            what ``recompute`` and, on native code, ``score`` hold at a time, by default 64 MiB there, down to what one
+            thread's smallest blocks take.
         backend: ``"auto"``, ``"native"`` (C++, CPU), ``"triton"`` (GPU), ``"sm90"`` (``"triton"`` with GEMM 1 in CUDA
             C++, for bf16 on Hopper, where ``"auto"`` takes it), ``"torch"``, or ``"reference"`` (all logits).
         group: process group over which the vocabulary is cut in rank order; ``weight`` and ``bias`` are then this
@@ -320,7 +324,8 @@ def linear_logprob(
     else:
         outputs = torch.ops.srppo.linear_logprob(
             hidden, weight, targets, bias, mask, per_row, grad_weight_out, ignore_index, scalar, float(logit_scale),
-            softcap, entropy, chosen.plan, chosen.backend, chosen.rows_per_chunk or chosen.dz_bytes, group_name(group),
+            softcap, entropy, chosen.plan, chosen.backend, chosen.rows_per_chunk or chosen.dz_bytes, chosen.bound,
+            group_name(group),
         )  # fmt: skip
     return LinearLogprob(outputs[0], outputs[1] if entropy else None, outputs[2] if lse else None)
 

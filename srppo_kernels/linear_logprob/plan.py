@@ -11,6 +11,11 @@ cache        3      linear_logprob, and exp(z) of all rows fits in            N 
                     workspace_bytes; 2 with a frozen head
 recompute    4      else; 3 with a frozen head                                blocks only, 32 MiB of dz or less
 
+On native code score and recompute keep within 64 MiB, or within workspace_bytes where that is given, for any number of
+threads: their blocks shrink until each thread has one, then fewer threads work. In any case they take what belongs to
+the rows (dhidden in fp32, four numbers a vocabulary group) and what one thread's smallest blocks need. Where rows leave
+less than 16 MiB of the default, threads have 32 MiB beside them. What torch's own GEMMs pack into is not counted.
+
 On a CPU the memory of a chunk's exponentials or dz, up to 64 MiB, stays with the process for the next call (spare.py).
 """
 
@@ -81,6 +86,7 @@ class Plan:
     reason: str
     rows_per_chunk: int = 0
     dz_bytes: int = 0  # of plan recompute, where workspace_bytes asks for less than the default
+    bound: int | None = None  # workspace_bytes, where it bounds all of it: plans score and recompute
 
     def __str__(self) -> str:
         chunk = f", {self.rows_per_chunk} rows a chunk" if self.rows_per_chunk else ""
@@ -144,24 +150,23 @@ def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend:
         return Plan("reference", "autograd", 1 + problem.needs_hidden + problem.needs_weight, 3 * size, why)
     budget = problem.width * problem.vocab * 4 if workspace_bytes is None else workspace_bytes
     if plan in ("auto", "score") and not problem.needs_any:
-        return Plan(chosen, "score", 1, _scan_bytes(problem, chosen), f"no input needs a gradient; {why}")
+        return _score(problem, workspace_bytes, chosen, f"no input needs a gradient; {why}")
     if plan == "score":
-        return Plan(chosen, "score", 1, _scan_bytes(problem, chosen), f"plan='score' was asked for: no gradient; {why}")
+        return _score(problem, workspace_bytes, chosen, f"plan='score' was asked for: no gradient; {why}")
     asked = "" if plan == "auto" else f"plan={plan!r} was asked for; "
     if op in ("linear_loss", "linear_ppo_loss") and plan in ("auto", "precompute"):
+        if not problem.needs_any:
+            reason = f"{asked}no input needs a gradient, so only the score runs"
+            return _score(problem, workspace_bytes, chosen, reason)
         return _precomputed_loss(problem, budget, workspace_bytes is None, chosen, asked)
     return _per_token(problem, plan, budget, workspace_bytes is None, chosen, asked)
 
 
+def _score(problem: Problem, bound: int | None, backend: str, reason: str) -> Plan:
+    return Plan(backend, "score", 1, _scan_bytes(problem, backend, bound), reason, bound=bound)
+
+
 def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str, asked: str) -> Plan:
-    if not problem.needs_any:
-        return Plan(
-            backend,
-            "score",
-            1,
-            _scan_bytes(problem, backend),
-            f"{asked}no input needs a gradient, so only the score runs",
-        )
     chunk = _rows_per_chunk(problem, budget, default)
     chunks = -(-problem.rows // chunk)
     blocks = max(_backward_bytes(problem, backend, chunk), _scan_bytes(problem, backend))  # one after the other
@@ -221,25 +226,38 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
         return Plan(backend, "cache", 1 + gradient_gemms, kept + size, reason)
     reason = f"{asked}the exponentials of all rows would be {_mib(kept)} MiB, above {_mib(budget)} MiB"
     reason = (asked.rstrip("; ") if asked else reason) + _how(problem, backend)
-    size, dz_bytes = _recompute_bytes(problem, backend, 0), 0
-    if not default and size > budget:
-        dz_bytes = native_gradients.CHUNK_BYTES
-        while size > budget and dz_bytes > native_gradients.LEAST_CHUNK_BYTES:
-            dz_bytes //= 2
-            size = _recompute_bytes(problem, backend, dz_bytes)
+    bound = None if default else budget
+    dz_bytes = 0 if bound is None else _bounded_dz_bytes(problem, backend, bound)
+    if dz_bytes:
         reason += f"; blocks of dz of {dz_bytes / 2**20:g} MiB, for a workspace of {_mib(budget)} MiB"
-    return Plan(backend, "recompute", 2 + gradient_gemms, size, reason, dz_bytes=dz_bytes)
+    size = _recompute_bytes(problem, backend, dz_bytes, bound)
+    return Plan(backend, "recompute", 2 + gradient_gemms, size, reason, dz_bytes=dz_bytes, bound=bound)
 
 
-def _recompute_bytes(problem: Problem, backend: str, dz_bytes: int) -> int:
-    """Of plan recompute: the forward's scan, or the backward, which scans again beside dz."""
-    size = max(_backward_bytes(problem, backend, dz_bytes=dz_bytes), _scan_bytes(problem, backend))
+def _recompute_bytes(problem: Problem, backend: str, dz_bytes: int, bound: int | None) -> int:
+    """Of plan recompute: the forward's scan, or the backward, which on native code scans again beside dz."""
+    scan = _scan_bytes(problem, backend, bound)
+    if backend in gpu.FAMILY or not problem.native_gradients:
+        return max(_backward_bytes(problem, backend, dz_bytes=dz_bytes), scan)
+    again = native_gradients.recompute_bytes(
+        problem.rows, problem.width, problem.vocab, problem.kept_bytes, weight=problem.needs_weight, dz_bytes=dz_bytes,
+        bound=bound,
+    )  # fmt: skip
+    return max(scan, again)
+
+
+def _bounded_dz_bytes(problem: Problem, backend: str, bound: int) -> int:
+    """Of dz in a workspace of ``bound``; 0 for the default."""
     if backend not in gpu.FAMILY and problem.native_gradients:
-        again = native_gradients.scan_bytes(
-            problem.rows, problem.width, problem.vocab, problem.kept_bytes, dz_bytes
+        return native_gradients.bounded_dz_bytes(
+            problem.rows, problem.width, problem.vocab, problem.kept_bytes, problem.needs_weight, bound
         )  # fmt: skip
-        size = max(size, again)
-    return size
+    dz_bytes = 0
+    while (
+        _recompute_bytes(problem, backend, dz_bytes, bound) > bound and dz_bytes != native_gradients.LEAST_CHUNK_BYTES
+    ):
+        dz_bytes = (dz_bytes or native_gradients.CHUNK_BYTES) // 2
+    return dz_bytes
 
 
 def _mib(size: int) -> str:
@@ -265,14 +283,15 @@ def _weight_copy_bytes(problem: Problem) -> int:
     return min(GROUP, problem.vocab) * problem.width * problem.accumulator_bytes
 
 
-def _scan_bytes(problem: Problem, backend: str) -> int:
+def _scan_bytes(problem: Problem, backend: str, bound: int | None = None) -> int:
     """Blocks of the forward: logits and exponentials, the rows, the weight copy, and four numbers a row."""
     if backend in gpu.FAMILY:
         group = sm90.GROUP if backend == "sm90" else gpu.GROUP
         tiles = -(-problem.vocab // sm90.TILE) + 1 if backend == "sm90" else 0
         return gpu.scan_bytes(problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize, group, tiles)
     if backend == "native":
-        return native.workspace_bytes(problem.rows, problem.width, problem.vocab, GROUP)
+        bf16 = problem.hidden_dtype == problem.weight_dtype == torch.bfloat16
+        return native.workspace_bytes(problem.rows, problem.width, problem.vocab, GROUP, bf16, bound)
     block, group = row_block(problem.device), min(GROUP, problem.vocab)
     numbers = 2 * block * group + block * problem.width + 8 * problem.rows
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
@@ -292,7 +311,7 @@ def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0, dz_b
     if problem.native_gradients:
         return native_gradients.workspace_bytes(
             in_place_rows or problem.rows, problem.width, problem.vocab, problem.kept_bytes,
-            in_place=in_place_rows > 0, weight=problem.needs_weight, dz_bytes=dz_bytes,
+            in_place=in_place_rows > 0, weight=problem.needs_weight,
         )  # fmt: skip
     group = min(GROUP, problem.vocab)
     block = min(problem.rows, BACKWARD_ELEMENTS // GROUP)

@@ -48,6 +48,7 @@ def _linear_ppo_loss(
     normalizer: float | None,
     backend: str,
     chunk: int,
+    bound: int | None,
     group: str,
     need_hidden: bool,
     need_weight: bool,
@@ -74,7 +75,7 @@ def _linear_ppo_loss(
         return terms.d_logprobs / divisor, None if h is None or entropy_coef == 0 else h / divisor
 
     wanted = fused.Wanted(need_hidden, need_weight, need_bias, wide_weight=grad_weight_out is not None)
-    formed = fused.run(x, head, y, live, loss, wanted, chunk=chunk, backend=backend, group=group)
+    formed = fused.run(x, head, y, live, loss, wanted, chunk=chunk, backend=backend, group=group, bound=bound)
     # The chunks' losses in float64 and in order: the sum then moves by no more than a rounding with the chunk size.
     total = (torch.stack(losses).double().sum() / divisor).to(losses[0].dtype)
     merged = PPOStats.merge(stats)
@@ -105,7 +106,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 @differentiable_once
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing: list[Any] = [None] * 25
+    nothing: list[Any] = [None] * 26
     if grad is None:
         return tuple(nothing)
     for position, formed, dtype in zip((0, 1, 6), ctx.saved_tensors, ctx.dtypes, strict=True):
@@ -160,7 +161,7 @@ def linear_ppo_loss(
             default the number of live tokens of this call. A count of 0 counts as 1.
         plan: ``"precompute"`` (the default where a gradient is wanted), ``"score"``, or ``"cache"`` and
             ``"recompute"``, which go through ``linear_logprob``.
-        workspace_bytes: bound on a chunk's exponentials.
+        workspace_bytes: bound on a chunk's exponentials; for the other plans as in ``linear_logprob``.
 
     Returns:
         The loss, an fp32 0-d tensor differentiable in ``hidden``, ``weight`` and ``bias``, and the statistics of
@@ -205,7 +206,7 @@ def linear_ppo_loss(
         1.0 if per_row is not None else float(temperature), float(logit_scale), softcap,
         float(clip_low), float(clip_high), dual_clip, float(entropy_coef),
         None if isinstance(normalizer, Tensor) or normalizer is None else float(normalizer),
-        chosen.backend, chosen.rows_per_chunk or problem.rows, group_name(group),
+        chosen.backend, chosen.rows_per_chunk or problem.rows, chosen.bound, group_name(group),
         problem.needs_hidden and not scored, problem.needs_weight and not scored, problem.needs_bias and not scored,
     )  # fmt: skip
     return loss, PPOStats.from_vector(vector, True)

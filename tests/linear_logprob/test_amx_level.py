@@ -6,12 +6,14 @@ the product with an fp32 result, in one chunk, in several and into a caller's bu
 """
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from linear_logprob import test_linear_logprob_workspace as workspace
 
 ROOT = Path(__file__).parents[2]
 TESTS = Path(__file__).parent
@@ -72,3 +74,8 @@ def test_what_every_level_has_to_pass(library):
     assert seen["configured"] == 0  # nobody kept the tiles
     assert seen["products"] > 500_000  # forwards and adding products went through them
     assert "skipped" not in done.stdout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts glibc's malloc")
+def test_a_bounded_workspace_for_any_number_of_threads(library, tmp_path):
+    workspace.check(tmp_path, str(library), ["amx-bfloat16-score", "amx-bfloat16-recompute"])

@@ -136,12 +136,17 @@ def test_auto_takes_it_where_it_was_measured():
 
 @pytest.mark.parametrize("level", ALL_LEVELS)
 def test_many_threads_share_a_bounded_workspace(level):
-    """Blocks of rows shrink with the number of threads: no more than 64 MiB at 32 of them, and the same bits."""
+    """Blocks of rows shrink with the number of threads, then fewer of them work: within any bound, the same bits."""
     p = make("random", n=200, d=2048, v=2100, dtype=torch.bfloat16, grad=(False, False))
     head = torch.empty(128256, 1, dtype=torch.bfloat16).expand(128256, 2048)
     hidden, targets = torch.empty(4096, 2048, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.int64)
     with _extension.cpu_level(level):
         want = p.run(plan="score", backend="native").logprob
-        with threads(32):
-            assert explain(hidden, head, targets, plan="score", backend="native").workspace_bytes <= 64 << 20
-            assert torch.equal(p.run(plan="score", backend="native").logprob, want)
+        for count in (1, 32, 100):
+            with threads(count):
+                assert explain(hidden, head, targets, plan="score", backend="native").workspace_bytes <= 64 << 20
+                for bound in (None, 4 << 20):
+                    options = {"plan": "score", "backend": "native", "workspace_bytes": bound}
+                    said = explain(p.hidden, p.weight, p.targets, **options).workspace_bytes
+                    assert said <= (bound or 64 << 20)
+                    assert torch.equal(p.run(**options).logprob, want)

@@ -14,7 +14,7 @@ BIG = 1 << 30
 def head_arguments(p, plan, backend, *, entropy=True, chunk=128):
     return (
         p.hidden, p.weight, p.targets, p.options.get("bias"), p.options.get("mask"), None, None, -100, 0.8, 1.5, 4.0,
-        entropy, plan, backend, chunk, "",
+        entropy, plan, backend, chunk, None, "",
     )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def test_opcheck(plan, backend):
             torch.ops.srppo.linear_logprob_backward.default,
             (
                 torch.rand(9), torch.rand(9) if train else None, None, logprob, entropy, norm, kept, group_max, hidden,
-                weight, targets, bias, mask, None, out, -100, 0.8, 1.5, 4.0, plan, "torch", 0, "", True,
+                weight, targets, bias, mask, None, out, -100, 0.8, 1.5, 4.0, plan, "torch", 0, None, "", True,
                 train and out is None, train,
             ),
         )  # fmt: skip
@@ -51,7 +51,7 @@ def test_opcheck_ppo():
         torch.ops.srppo.linear_ppo_loss.default,
         (
             p.hidden, p.weight, p.targets, torch.full((9,), -3.0), torch.randn(9), mask, p.options["bias"], None, None,
-            None, -100, 0.8, 1.5, 4.0, 0.2, 0.2, None, 0.01, None, "torch", 128, "", True, True, True,
+            None, -100, 0.8, 1.5, 4.0, 0.2, 0.2, None, 0.01, None, "torch", 128, None, "", True, True, True,
         ),
     )  # fmt: skip
 

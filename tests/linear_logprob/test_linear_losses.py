@@ -6,6 +6,7 @@ from linear_logprob.head_problems import BACKENDS, make, relative
 from torch.utils.checkpoint import checkpoint
 
 from srppo_kernels import explain, linear_logprob, linear_loss, linear_ppo_loss, ppo_loss
+from srppo_kernels.linear_logprob import native
 
 BIG = 1 << 30
 
@@ -272,3 +273,26 @@ def test_policy_gradient_of_the_op_and_the_loss_agree_in_bits():
     seen = []
     linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (seen.append(lp.detach()) or lp.sum(), {}))
     assert torch.equal(torch.cat(seen), linear_logprob(p.hidden, p.weight, p.targets).logprob)
+
+
+@pytest.mark.skipif(
+    bool(native.obstacle(torch.device("cpu"), (torch.float32, torch.float32))), reason="the extension is not built"
+)
+def test_a_score_hands_its_bound_to_the_scan(monkeypatch):
+    """Of the ops without a gradient; where exponentials are kept, workspace_bytes bounds these and not the scan."""
+    p = make("random", n=20)
+    scan, bounds = native.scan, []
+
+    def noting(*arguments):
+        bounds.append(arguments[-1])
+        return scan(*arguments)
+
+    monkeypatch.setattr(native, "scan", noting)
+    ones, options = torch.ones(20), {"workspace_bytes": 1 << 20, "backend": "native"}
+    with torch.no_grad():
+        linear_logprob(p.hidden, p.weight, p.targets, **options)
+        linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}), **options)
+        linear_ppo_loss(p.hidden, p.weight, p.targets, -ones, ones, ones.bool(), **options)
+    assert bounds == [1 << 20] * 3
+    linear_ppo_loss(p.hidden, p.weight, p.targets, -ones, ones, ones.bool(), **options)
+    assert bounds[3:] == [None]

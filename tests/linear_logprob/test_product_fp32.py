@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def product(a, b, out, *, transposed, add=False):
-    torch.ops.srppo_native.linear_logprob_product_fp32(a, b, transposed, add, out)
+def product(a, b, out, *, transposed, add=False, bound=None):
+    torch.ops.srppo_native.linear_logprob_product_fp32(a, b, transposed, add, out, bound)
     return out
 
 
@@ -46,9 +46,9 @@ def test_bits_over_threads_and_rows(transposed):
     """However the result is cut into tasks, and whichever rows a row shares the call with."""
     a, b = torch.randn(700, 900), torch.randn(700 if transposed else 900, 1100)
     want = product(a, b, torch.empty(900 if transposed else 700, 1100), transposed=transposed)
-    for count in (1, 2, 3):
+    for count, bound in ((1, None), (2, None), (3, None), (2, 0), (16, 4 << 20)):
         with threads(count):
-            assert torch.equal(product(a, b, torch.empty_like(want), transposed=transposed), want)
+            assert torch.equal(product(a, b, torch.empty_like(want), transposed=transposed, bound=bound), want)
     few = torch.tensor([698, 13, 2])
     some = a[:, few] if transposed else a[few]
     assert torch.equal(product(some, b, torch.empty(3, 1100), transposed=transposed), want[few])

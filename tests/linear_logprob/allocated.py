@@ -1,0 +1,75 @@
+"""Prints, a JSON line a case, what explain says that a call takes and what it does take, for any number of threads.
+
+``python allocated.py LIBRARY LEVEL-DTYPE-PLAN...`` in a process that preloads what allocations.c is compiled to, which
+counts malloc's bytes. LIBRARY is as in amx_process.py, "" for the installed extension. Each case says whether its
+results have the bits of those of 2 threads.
+"""
+
+import ctypes
+import json
+import sys
+
+import torch
+from torch import Tensor
+
+ROWS, WIDTH, VOCABULARY = 600, 96, 9000
+THREADS = (2, 16, 100)
+BOUNDS = (None, 5 << 20, 12 << 20)  # in 5 MiB one thread can do all of it
+
+
+def measure(host: ctypes.CDLL, level: str, dtype: torch.dtype, plan: str) -> None:
+    """All bounds and numbers of threads."""
+    from srppo_kernels import _extension, explain, linear_logprob
+    from srppo_kernels.linear_logprob import spare
+
+    torch.manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH).div_(WIDTH**0.5).to(dtype).requires_grad_()
+    targets, upstream = torch.randint(0, VOCABULARY, (ROWS,)), torch.randn(ROWS)
+
+    def call(bound: int | None) -> list[Tensor]:
+        out = linear_logprob(hidden, weight, targets, plan=plan, workspace_bytes=bound, backend="native")
+        if plan == "score":
+            return [out.logprob]
+        gradients = torch.autograd.grad(out.logprob, [hidden, weight], upstream)
+        return [out.logprob.detach(), *gradients]
+
+    for bound in BOUNDS:
+        want: list[Tensor] = []
+        for count in THREADS:
+            torch.set_num_threads(count)
+            with _extension.cpu_level(level):
+                said = explain(hidden, weight, targets, plan=plan, workspace_bytes=bound, backend="native")
+                call(bound)  # what libraries allocate once
+                spare.drop()
+                before = host.mark_allocated()
+                got = call(bound)
+                took = host.most_allocated() - before
+            want = want or got
+            result = {
+                "case": f"{level}, {dtype}, {plan}",
+                "bound": bound,
+                "threads": count,
+                "said": said.workspace_bytes,
+                "took": took - sum(t.numel() * t.element_size() for t in got),
+                "same_bits": all(torch.equal(a, b) for a, b in zip(got, want, strict=True)),
+            }
+            print(json.dumps(result))
+
+
+def main() -> None:
+    """Every case that is asked for."""
+    library, *cases = sys.argv[1:]
+    if library:
+        import amx_process
+
+        amx_process.take_the_place(library)
+    host = ctypes.CDLL(None)
+    host.mark_allocated.restype = host.most_allocated.restype = ctypes.c_long
+    for case in cases:
+        level, dtype, plan = case.split("-")
+        measure(host, level, getattr(torch, dtype), plan)
+
+
+if __name__ == "__main__":
+    main()

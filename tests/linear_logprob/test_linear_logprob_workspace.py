@@ -1,0 +1,69 @@
+"""The native kernels' workspace for many threads: within its bound, as explain says it, and with no bit changed.
+
+A process of its own counts what malloc hands out (allocations.c, allocated.py), in plans whose every GEMM is native: a
+BLAS has memory of its own.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backends import LEVELS
+
+from srppo_kernels import _extension
+from srppo_kernels.linear_logprob import native, native_gradients
+
+FOLDER = Path(__file__).parent
+ROW_VECTORS = 64 * 600  # bytes: targets, outputs and such, of each of allocated.py's rows
+CALL = 16 << 10  # of Python's and autograd's objects
+PAGES = 16 << 10  # of a thread: malloc gives whole ones
+
+
+def here() -> list[str]:
+    """The cases for this machine: level, dtype and plan."""
+    levels = _extension.cpu_levels()
+    cases = [f"{level}-bfloat16-score" for level in levels if level in ("avx512_bf16", "amx")]
+    cases += ["amx-bfloat16-recompute"] if "amx" in levels else []
+    plan = "recompute" if native_gradients.fp32_product_is_native() else "score"
+    return cases + [f"{level}-float32-{plan}" for level in LEVELS[-1:]]
+
+
+pytestmark = [
+    pytest.mark.skipif(
+        bool(native.obstacle(torch.device("cpu"), (torch.float32, torch.float32))), reason="the extension is not built"
+    ),
+    pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts glibc's malloc"),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine"),
+]
+
+
+def counter(folder: Path) -> Path:
+    """What is preloaded to count allocations."""
+    library = folder / "allocations.so"
+    subprocess.run(["cc", "-O1", "-fPIC", "-shared", FOLDER / "allocations.c", "-o", library], check=True)
+    return library
+
+
+def check(folder: Path, library: str, cases: list[str]) -> None:
+    """Runs allocated.py, and holds each of its results to what is promised."""
+    command = [sys.executable, str(FOLDER / "allocated.py"), library, *cases]
+    env = {**os.environ, "LD_PRELOAD": str(counter(folder))}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == 9 * len(cases)
+    for case in results:
+        assert case["said"] <= (case["bound"] or 64 << 20), case
+        rounding = ROW_VECTORS + CALL + PAGES * min(case["threads"], 16)
+        assert 0 < case["took"] <= case["said"] + rounding, case
+        assert case["same_bits"], case
+
+
+def test_a_bounded_workspace_for_any_number_of_threads(tmp_path):
+    check(tmp_path, "", here())
