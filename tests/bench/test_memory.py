@@ -36,7 +36,8 @@ def test_roles_over_one_model_do_the_same_in_less_memory_than_a_model_each(tmp_p
     assert shared.metrics == separate.metrics
     assert set(shared.phases) == set(memory.PHASES)
     assert weights < shared.models - shared.before < 1.5 * weights
-    assert 3.5 * weights < separate.models - separate.before < 5 * weights
+    # Four, 4.2 times the weights as a rule; the pages of a file that is being read may be there beside them: 5.02 once.
+    assert 3.5 * weights < separate.models - separate.before < 5.5 * weights
     assert separate.ratio == shared.beyond / separate.beyond < 0.6
     assert shared.ratio == shared.whole_ratio == 1
     assert separate.ratio < separate.whole_ratio < 1
