@@ -43,7 +43,7 @@ run() {
     return $status
 }
 
-# Kernels compile on the CPU while others run: processes share the GPU. 16 cores: 5, 7 and 3 of them, about two minutes.
+# Kernels compile on the CPU while others run: processes share the GPU. 16 cores: 5, 7, 3 and one of them, 100 seconds.
 has() { python3 -c "import $1" 2> /dev/null; }
 cores=$(nproc)
 patience=()
