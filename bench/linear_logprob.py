@@ -112,6 +112,8 @@ def score_call(inputs: HeadInputs, forward: Forward) -> Call:
 def training_call(problem: HeadProblem, loss: Callable[[Tensor, Tensor], Tensor]) -> Call:
     """Forward, backward, and the gradients as results; they are dropped before the next call, as an optimizer does."""
     hidden, weight = problem.inputs.leaves(frozen=problem.frozen)
+    if OPS_OF[problem.kind] == "linear_ppo_loss":
+        problem.inputs.old_logprobs  # noqa: B018  (from the fp64 oracle, whose memory is not the first call's)
 
     def call() -> Result:
         hidden.grad = weight.grad = None
@@ -155,7 +157,6 @@ def compiled(problem: HeadProblem, plan: str) -> Call:
         return score_call(inputs, torch.compile(lambda h, w: naive_logprob(h, w, inputs.targets), dynamic=False))
     if problem.kind == "linear_cross_entropy":
         return training_call(problem, torch.compile(torch_mean(inputs), dynamic=False))
-    inputs.old_logprobs  # noqa: B018  (from the fp64 oracle, which has no place in the graph)
     return training_call(
         problem, torch.compile(lambda h, w: problem.loss(naive_logprob(h, w, inputs.targets)), dynamic=False)
     )

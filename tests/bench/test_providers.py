@@ -85,6 +85,16 @@ def test_the_mask_has_the_density_that_was_asked_for():
     assert head.problem_inputs(Case("", (50, 8, 100), "float32", 0.2)).live == 10
 
 
+@pytest.mark.parametrize("name", ["srppo", "torch", "torch-compile"])
+def test_the_fp64_oracle_is_there_before_a_call_whose_memory_is_measured(name):
+    """Inputs of a later visit are made anew: 256 MiB of a PPO loss on an H200 were the oracle's."""
+    op = next(op for op in HEAD_OPS if op.name == "linear_ppo_loss")
+    head.inputs_for.cache_clear()
+    problem = op.make(small_case(op))
+    next(provider for provider in op.providers if provider.name == name).prepare(problem, "auto")
+    assert "old_logprobs" in vars(problem.inputs)
+
+
 def op_with(*providers):
     (op,) = (op for op in RATIO_OPS if op.name == "log_ratio_reward")
     return dataclasses.replace(op, providers=(*op.providers[:2], *providers))
