@@ -47,5 +47,8 @@ def explain(
         softcap=softcap, grad_weight_out=grad_weight_out,
     )  # fmt: skip
     fused_loss = op in ("linear_loss", "linear_ppo_loss")
-    problem = problem_of(op, hidden, weight, bias, entropy=entropy or fused_loss, lse=lse)
+    problem = problem_of(
+        op, hidden, weight, bias, entropy=entropy or fused_loss, lse=lse, mask=mask, softcap=softcap,
+        group=options.get("group"), grad_weight_out=grad_weight_out,
+    )  # fmt: skip
     return choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)

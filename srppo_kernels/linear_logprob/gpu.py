@@ -31,6 +31,9 @@ FAMILY = ("triton", "sm90")
 GROUP = 2048  # vocabulary entries that one program scans, in order, whatever the number of rows
 PART = 32  # columns of an accumulator tile that an epilogue takes at a time, and that share a kept maximum
 CHUNK_GROUPS = 8  # vocabulary groups of a dZ that is not formed in place: K = 16384 in GEMM 2
+WIDE_PART = 16384  # entries of dweight that cuBLAS forms in fp32 before they are added
+CALL_BYTES = 96  # of a chunked loss's vectors, for each row of the whole call
+ROW_BYTES = 320  # of a backward's vectors, for a row: outputs, scalars, lists; a PPO loss's were 290 on an H200
 
 
 @_extension.constant_when_traced  # a compiler that traces the public functions need not look for triton
@@ -87,7 +90,7 @@ def over_vocabulary(
 
 def scan_bytes(rows: int, width: int, vocab: int, item: int, group: int = GROUP, tiles: int = 0) -> int:
     """Rows gathered, three numbers a row and group, one a tile (where they have one), and what lists the rows."""
-    return rows * (width * item + 12 * -(-vocab // group) + 4 * tiles + 48)
+    return rows * (width * item + 12 * -(-vocab // group) + 4 * tiles + 96)
 
 
 def chunk_entries(rows: int, vocab: int, item: int, dz_bytes: int, group: int = GROUP) -> int:
@@ -97,10 +100,29 @@ def chunk_entries(rows: int, vocab: int, item: int, dz_bytes: int, group: int = 
 
 
 def backward_bytes(
-    rows: int, width: int, vocab: int, item: int, kept_item: int, *, in_place: bool, wide: bool, dz_bytes: int = 0
+    rows: int,
+    width: int,
+    vocab: int,
+    item: int,
+    kept_item: int,
+    *,
+    in_place: bool,
+    straight: bool,
+    adds: bool,
+    fp16: bool,
+    dz_bytes: int = 0,
 ) -> int:
-    """Beyond exponentials that are kept: rows gathered twice, scalars, dZ where it is not formed in them, and an fp32
-    dhidden where chunks add up, or ``wide``: a row's exponentials are around one number, or fp16 waits for a scale."""
-    entries = vocab if in_place else chunk_entries(max(1, rows), vocab, kept_item, dz_bytes)
-    dz = 0 if in_place else -(-entries // 8) * 8 * kept_item
-    return rows * (2 * width * item + 96 + dz + (4 * width if wide or entries < vocab else 0))
+    """Beyond exponentials that are kept: rows gathered, dZ where it is not formed in them, dhidden by position and by
+    row or, in its place, a part of what cuBLAS forms before it is added.
+
+    ``straight``: the products read exponentials, and dhidden is scaled from fp32. ``adds``: cuBLAS forms a part of
+    dweight in fp32. Where not ``in_place``, dhidden itself is made when the rest has gone.
+    """
+    entries = vocab if in_place or straight else chunk_entries(max(1, rows), vocab, kept_item, dz_bytes)
+    dz = 0 if in_place or straight else -(-entries // 8) * 8 * kept_item
+    sums = 4 if straight or fp16 or entries < vocab else item
+    by_row = item if straight else sums  # and as much, before, for what cuBLAS adds to dhidden
+    part = min(entries, WIDE_PART) * width * 4 if adds else 0
+    beside = max(rows * width * by_row, part)
+    result = 0 if in_place else rows * width * item
+    return rows * (width * (item + sums) + dz + ROW_BYTES) + beside - result

@@ -256,7 +256,9 @@ def linear_loss(
         op, hidden, weight, targets, bias=bias, mask=mask, temperature=temperature, logit_scale=logit_scale,
         softcap=softcap, grad_weight_out=grad_weight_out,
     )  # fmt: skip
-    problem = problem_of(op, hidden, weight, bias, entropy=True)
+    problem = problem_of(
+        op, hidden, weight, bias, entropy=True, mask=mask, softcap=softcap, group=group, grad_weight_out=grad_weight_out
+    )
     chosen = choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)
     if torch.compiler.is_compiling() or chosen.plan not in ("precompute", "score"):
         per_token_plan = "score" if chosen.plan == "score" else "auto" if plan == "precompute" else plan

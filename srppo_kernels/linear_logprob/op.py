@@ -311,7 +311,10 @@ def linear_logprob(
         "linear_logprob", hidden, weight, targets, bias=bias, mask=mask, temperature=temperature,
         logit_scale=logit_scale, softcap=softcap, grad_weight_out=grad_weight_out,
     )  # fmt: skip
-    problem = problem_of("linear_logprob", hidden, weight, bias, entropy=entropy, lse=lse)
+    problem = problem_of(
+        "linear_logprob", hidden, weight, bias, entropy=entropy, lse=lse, mask=mask, softcap=softcap, group=group,
+        grad_weight_out=grad_weight_out,
+    )  # fmt: skip
     chosen = choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)
     per_row = temperature if isinstance(temperature, Tensor) else None
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)

@@ -21,12 +21,13 @@ On a CPU the memory of a chunk's exponentials or dz, up to 64 MiB, stays with th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from srppo_kernels.linear_logprob import gpu, native, native_gradients, sm90
-from srppo_kernels.linear_logprob.chunked import BACKWARD_ELEMENTS, GROUP, row_block
+from srppo_kernels.linear_logprob.chunked import BACKWARD_ELEMENTS, GROUP, maxima_of, row_block
 
 OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
 PLANS = ("auto", "score", "precompute", "cache", "recompute")
@@ -53,6 +54,9 @@ class Problem:
     # again it left 8 % of rounding in a flat row's dhidden in bf16.
     lse: bool = False
     weight_in_rows: bool = True  # contiguous rows at multiples of 16 bytes, as TMA reads them
+    masked: bool = True
+    plain: bool = False  # neither a softcap nor a vocabulary that is cut over ranks
+    wide_weight: bool = False  # dweight is added to an fp32 one that the caller has
 
     @property
     def native_gradients(self) -> bool:
@@ -169,11 +173,9 @@ def _score(problem: Problem, bound: int | None, backend: str, reason: str) -> Pl
 def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str, asked: str) -> Plan:
     chunk = _rows_per_chunk(problem, budget, default)
     chunks = -(-problem.rows // chunk)
-    blocks = max(_backward_bytes(problem, backend, chunk), _scan_bytes(problem, backend))  # one after the other
-    size = chunk * problem.vocab * problem.kept_bytes + blocks
-    accumulates = problem.needs_weight and chunks > 1 and problem.weight_dtype.itemsize == 2
-    if accumulates:
-        size += problem.vocab * problem.width * 4
+    size = _chunk_bytes(problem, backend, chunk, adds=problem.needs_weight and chunks > 1)
+    if problem.needs_weight and (problem.wide_weight or (chunks > 1 and problem.weight_dtype.itemsize == 2)):
+        size += problem.vocab * problem.width * problem.accumulator_bytes  # of its own, before it is added or rounded
     gemms = 1 + problem.needs_hidden + problem.needs_weight
     reason = f"{asked}the loss is known, so its gradients are formed in the forward, {chunks} chunk(s) of rows"
     reason += _how(problem, backend)
@@ -205,16 +207,13 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
         )
     if plan == "precompute" or (plan == "auto" and frozen and not problem.entropy and not problem.lse):
         chunk = _rows_per_chunk(problem, budget, default)
-        size = problem.rows * problem.width * problem.hidden_dtype.itemsize
-        size += max(_backward_bytes(problem, backend, chunk), _scan_bytes(problem, backend))  # one after the other
-        size += chunk * problem.vocab * problem.kept_bytes
+        size = problem.rows * problem.width * problem.hidden_dtype.itemsize + _chunk_bytes(problem, backend, chunk)
         what = "" if problem.lse else " and neither entropy nor lse is wanted"
         reason = f"{asked}the head is frozen{what}: dhidden is formed in the forward up to a row's scalar"
         reason += _how(problem, backend)
         return Plan(backend, "precompute", 2, size, reason, chunk)
     kept = problem.rows * problem.vocab * problem.kept_bytes
     fits = kept <= budget
-    size = max(_backward_bytes(problem, backend), _scan_bytes(problem, backend))  # one after the other
     if plan == "cache" and not fits:
         raise ValueError(
             f"{problem.op}: plan='cache' keeps {kept} bytes and workspace_bytes allows {budget}; "
@@ -223,7 +222,10 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
     if plan == "cache" or (plan == "auto" and fits):
         reason = f"{asked}the exponentials of all rows fit: {_mib(kept)} of {_mib(budget)} MiB"
         reason += _how(problem, backend)
-        return Plan(backend, "cache", 1 + gradient_gemms, kept + size, reason)
+        # Scan and backward are one after the other.
+        size = max(_backward_bytes(problem, backend, kept=True), _scan_bytes(problem, backend, keeps=True))
+        size += _kept_bytes(problem, backend, problem.rows)
+        return Plan(backend, "cache", 1 + gradient_gemms, size, reason)
     reason = f"{asked}the exponentials of all rows would be {_mib(kept)} MiB, above {_mib(budget)} MiB"
     reason = (asked.rstrip("; ") if asked else reason) + _how(problem, backend)
     bound = None if default else budget
@@ -283,12 +285,28 @@ def _weight_copy_bytes(problem: Problem) -> int:
     return min(GROUP, problem.vocab) * problem.width * problem.accumulator_bytes
 
 
-def _scan_bytes(problem: Problem, backend: str, bound: int | None = None) -> int:
-    """Blocks of the forward: logits and exponentials, the rows, the weight copy, and four numbers a row."""
+def _kept_bytes(problem: Problem, backend: str, rows: int) -> int:
+    """Exponentials of so many rows, and what they are around: on Triton a number for 32 of them."""
+    return rows * (problem.vocab * problem.kept_bytes + maxima_of(problem.vocab, backend) * problem.accumulator_bytes)
+
+
+def _chunk_bytes(problem: Problem, backend: str, chunk: int, *, adds: bool = False) -> int:
+    """Of plan precompute, one chunk's after the other: exponentials, beside the scan or what follows it."""
+    scan = _scan_bytes(problem, backend, rows=chunk, keeps=True)
+    size = _kept_bytes(problem, backend, chunk) + max(_backward_bytes(problem, backend, chunk, adds=adds), scan)
+    return size + (gpu.CALL_BYTES * problem.rows if backend in gpu.FAMILY and chunk < problem.rows else 0)
+
+
+def _scan_bytes(problem: Problem, backend: str, bound: int | None = None, *, rows: int = 0, keeps: bool = False) -> int:
+    """Blocks of the forward: logits and exponentials, the rows, the weight copy, and four numbers a row.
+
+    ``rows``: of a chunk. ``keeps``: exponentials, each tile's around a number of its own until all of them are there.
+    """
     if backend in gpu.FAMILY:
         group = sm90.GROUP if backend == "sm90" else gpu.GROUP
-        tiles = -(-problem.vocab // sm90.TILE) + 1 if backend == "sm90" else 0
-        return gpu.scan_bytes(problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize, group, tiles)
+        tiles = -(-problem.vocab // sm90.TILE) if backend == "sm90" and keeps else 0
+        item = problem.hidden_dtype.itemsize
+        return gpu.scan_bytes(rows or problem.rows, problem.width, problem.vocab, item, group, tiles)
     if backend == "native":
         bf16 = problem.hidden_dtype == problem.weight_dtype == torch.bfloat16
         return native.workspace_bytes(problem.rows, problem.width, problem.vocab, GROUP, bf16, bound)
@@ -297,16 +315,26 @@ def _scan_bytes(problem: Problem, backend: str, bound: int | None = None) -> int
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
 
 
-def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0, dz_bytes: int = 0) -> int:
+def _backward_bytes(
+    problem: Problem, backend: str, in_place_rows: int = 0, dz_bytes: int = 0, *, kept: bool = False, adds: bool = False
+) -> int:
     """Blocks of the backward: log p and dz, the rows, dhidden, and one vocabulary group's dweight.
 
-    ``in_place_rows``: of a chunk whose exponentials may be overwritten; 0: they may not, or are none.
+    ``in_place_rows``: of a chunk whose exponentials may be overwritten; 0: they may not, or are none. ``kept``: they
+    are kept, not to be overwritten. ``adds``: a chunk's dweight to those before.
     """
     if backend in gpu.FAMILY:
-        return gpu.backward_bytes(
-            in_place_rows or problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize,
-            problem.kept_bytes, in_place=in_place_rows > 0, dz_bytes=dz_bytes,
-            wide=backend == "sm90" or problem.hidden_dtype == torch.float16,
+        # sm90's exponentials are multiplied as they are, where only a log-prob's gradient comes in.
+        straight = backend == "sm90" and (kept or in_place_rows > 0)
+        only = problem.plain and not (problem.entropy or problem.lse or problem.needs_bias)
+        adds = not problem.masked and problem.needs_weight and (adds or problem.wide_weight)
+        return max(
+            gpu.backward_bytes(
+                in_place_rows or problem.rows, problem.width, problem.vocab, problem.hidden_dtype.itemsize,
+                problem.kept_bytes, in_place=in_place_rows > 0, straight=way, adds=adds and problem.kept_bytes == 2,
+                fp16=problem.hidden_dtype == torch.float16, dz_bytes=dz_bytes,
+            )
+            for way in ([straight] if only or not straight else [True, False])
         )  # fmt: skip
     if problem.native_gradients:
         return native_gradients.workspace_bytes(
@@ -324,9 +352,19 @@ def _backward_bytes(problem: Problem, backend: str, in_place_rows: int = 0, dz_b
 
 
 def problem_of(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, entropy: bool, lse: bool = False
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    entropy: bool,
+    lse: bool = False,
+    mask: Tensor | None,
+    softcap: float | None,
+    group: Any,
+    grad_weight_out: Tensor | None,
 ) -> Problem:
-    """The problem that a call's tensors pose; gradients are wanted only while grad mode is on."""
+    """The problem that a call's arguments pose; gradients are wanted only while grad mode is on."""
     on = torch.is_grad_enabled()
     return Problem(
         op=op,
@@ -342,4 +380,7 @@ def problem_of(
         entropy=entropy,
         lse=lse,
         weight_in_rows=sm90.in_rows(weight),
+        masked=mask is not None,
+        plain=softcap is None and group is None,
+        wide_weight=grad_weight_out is not None,
     )

@@ -186,7 +186,9 @@ def linear_ppo_loss(
         if values.device != hidden.device:
             raise ValueError(f"{op}: {name} is on {values.device} but hidden on {hidden.device}; move one of them")
     check_normalizer(op, normalizer)
-    problem = problem_of(op, hidden, weight, bias, entropy=True)
+    problem = problem_of(
+        op, hidden, weight, bias, entropy=True, mask=mask, softcap=softcap, group=group, grad_weight_out=grad_weight_out
+    )
     chosen = choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)
     if chosen.plan not in ("precompute", "score"):
         return _per_token(

@@ -12,7 +12,7 @@ from torch import Tensor
 from srppo_kernels import _triton
 from srppo_kernels.linear_logprob import triton_dz, triton_passes
 from srppo_kernels.linear_logprob.chunked import add_mm, mm
-from srppo_kernels.linear_logprob.gpu import chunk_entries
+from srppo_kernels.linear_logprob.gpu import WIDE_PART, chunk_entries
 from srppo_kernels.linear_logprob.triton_products import columns_product, rows_product
 from srppo_kernels.linear_logprob.triton_scan import options
 from srppo_kernels.linear_logprob.triton_tiles import RowList, gather_rows, group_size, row_list
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.chunked import Head, Residual
 
 FEW = 16  # up to one row in so many with no gradient is multiplied: to leave it out takes dz, as long as that
-WIDE_PART = 16384  # entries of dweight that cuBLAS forms in fp32 before they are added
 
 
 def dz_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:

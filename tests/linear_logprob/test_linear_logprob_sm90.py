@@ -10,7 +10,7 @@ from linear_logprob.head_problems import KINDS, Problem, make, relative, value_b
 from torch import Tensor
 
 from srppo_kernels import _extension, explain, linear_logprob, linear_ppo_loss
-from srppo_kernels.linear_logprob import gpu, sm90
+from srppo_kernels.linear_logprob import gpu, plan, sm90
 from srppo_kernels.linear_logprob.chunked import Head, Residual, maxima_of
 from srppo_kernels.linear_logprob.rows import Rows
 
@@ -295,3 +295,52 @@ def test_what_auto_takes(monkeypatch):
     w = w.detach()
     for hidden, weight in ((x, w[:12]), (x.half(), w.half()), (x, w.T.contiguous().T), (x[:, :60], w[:, :60])):
         assert explain(hidden, weight, y).backend != "sm90"
+
+
+MIB = 2.0**20
+MEASURED = {  # MiB beyond inputs, outputs and gradients: bench/results/gpu-nvidia-h200-2026-11-26-heads.csv
+    "score": 73.86,
+    "precompute": 2632.28,  # of linear_ppo_loss
+    "cache": 2567.67,
+    "recompute": 512.87,
+}
+
+
+def posed(**changes) -> plan.Problem:
+    """8192 x 4096 x 151936 in bf16 on a device."""
+    fields = {
+        "op": "linear_logprob", "rows": 8192, "width": 4096, "vocab": 151936, "device": torch.device("cuda"),
+        "hidden_dtype": torch.bfloat16, "weight_dtype": torch.bfloat16, "needs_hidden": True, "needs_weight": True,
+        "needs_bias": False, "entropy": False, "plain": True, **changes,
+    }  # fmt: skip
+    return plan.Problem(**fields)
+
+
+def said(problem: plan.Problem, which: str = "auto", backend: str = "sm90") -> float:
+    return plan.choose(problem, plan=which, workspace_bytes=None, backend=backend).workspace_bytes / MIB
+
+
+@pytest.mark.parametrize("which", MEASURED)
+def test_what_explain_says_bounds_what_an_allocator_counted(which, monkeypatch):
+    monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
+    problem = posed(op="linear_ppo_loss", entropy=True) if which == "precompute" else posed()
+    assert MEASURED[which] <= said(problem, which) <= 1.005 * MEASURED[which]
+
+
+def test_what_explain_counts(monkeypatch):
+    """What none of the measured calls had, in MiB."""
+    monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
+    monkeypatch.setattr(gpu, "obstacle", lambda *_, **__: "")
+    cache = said(posed(), "cache")
+    dz = 8192 * 16384 * 2 / MIB  # where the products cannot read the exponentials
+    for more in ({"plain": False}, {"entropy": True}, {"lse": True}, {"needs_bias": True}):
+        assert said(posed(**more), "cache") - cache == pytest.approx(dz + 64)  # and dhidden by row in fp32
+    maxima = 8192 * gpu.maxima(151936) * 4 / MIB
+    triton = said(posed(plain=False), "cache", "triton")
+    assert triton - said(posed(plain=False), "cache") == pytest.approx(maxima - 8192 * 4 / MIB)
+    loss = posed(op="linear_loss", entropy=True)
+    many = said(posed(op="linear_loss", entropy=True, rows=1 << 16))  # eight chunks: an fp32 dweight, and vectors
+    assert 0 < many - said(loss) - 151936 * 4096 * 4 / MIB < 8
+    assert said(posed(op="linear_loss", entropy=True, rows=1 << 16, masked=False)) - many == 256 - 64
+    wide = said(posed(op="linear_loss", entropy=True, wide_weight=True))
+    assert wide - said(loss) == 151936 * 4096 * 4 / MIB
