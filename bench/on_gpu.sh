@@ -90,7 +90,8 @@ for stage in $stages; do
             if command -v compute-sanitizer > /dev/null; then
                 run sanitizer 200 compute-sanitizer --error-exitcode 1 python3 -m pytest -m gpu -q -p no:cacheprovider \
                     tests/linear_logprob/test_linear_logprob_gpu.py tests/linear_logprob/test_linear_logprob_sm90.py \
-                    tests/ppo_loss/test_losses_gpu.py -k "(ragged_sizes and 129-257) or kept_exponentials or test_value_loss"
+                    tests/ppo_loss/test_losses_gpu.py -k "(ragged_sizes and 129-257) or kept_exponentials or test_value_loss" \
+                    && grep -q ' passed' "$out/sanitizer.txt"
             fi &
             ;;
         tiles) run tiles 60 python3 bench/tiles.py --quick || failed=1 ;;

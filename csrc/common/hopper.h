@@ -1,4 +1,4 @@
-// sm_90a in inline PTX: mbarriers, TMA loads, WGMMA, thread block clusters and register reallocation, a function an
+// sm_90a in inline PTX: mbarriers, TMA, stmatrix, WGMMA, thread block clusters and register reallocation, a function an
 // instruction. Shared memory is addressed by the 32-bit addresses that these instructions take.
 #pragma once
 
@@ -112,8 +112,8 @@ __device__ __forceinline__ void load_box_to(std::uint32_t to, const CUtensorMap*
       : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements to shared memory. Lane l brings the address of row l % 8 of matrix l / 8, 16 bytes, and
-// of each matrix columns 2 (l % 4) and the next of row l / 4.
+// Four 8 x 8 matrices of 16-bit elements to shared memory. Lane l brings the address of row l % 8 of matrix l / 8, 16 bytes,
+// and of each matrix columns 2 (l % 4) and the next of row l / 4.
 __device__ __forceinline__ void store_matrices(std::uint32_t row, std::uint32_t m0, std::uint32_t m1, std::uint32_t m2,
                                                std::uint32_t m3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m0), "r"(m1), "r"(m2), "r"(m3)

@@ -25,9 +25,9 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// A row-major bf16 matrix that is read or written in boxes of `box_rows` x `box_columns`, 32 or 64 of them, swizzled in shared
-// memory by the bytes of a box's row; elements beyond the matrix arrive as zeros and are not written. TMA wants the base and the
-// row stride at multiples of 16 bytes.
+// A row-major bf16 matrix that is read or written in boxes of `box_rows` x `box_columns`, 32 or 64 columns, swizzled in shared
+// memory by the bytes of a box's row; elements beyond the matrix arrive as zeros and are not written. TMA wants the base and
+// the row stride at multiples of 16 bytes.
 inline CUtensorMap bf16_boxes(const void* data, std::int64_t rows, std::int64_t columns, std::int64_t row_stride, int box_rows,
                               int box_columns) {
   STD_TORCH_CHECK(box_columns == 32 || box_columns == 64, "srppo_native: a box has 32 or 64 columns");

@@ -78,8 +78,9 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
   STD_TORCH_CHECK(weight.size(1) == x.size(1), "srppo_native: x and weight have different widths");
   STD_TORCH_CHECK(group > 0 && group % kColumns == 0 && (cluster == 1 || cluster == 2),
                   "srppo_native: group must be a multiple of ", kColumns, ", and cluster 1 or 2");
-  STD_TORCH_CHECK(n < (1LL << 31) - 2 * kRows && vocab < (1LL << 31) - 8 * group,
+  STD_TORCH_CHECK(n <= (1LL << 31) - 4 * kRows && vocab <= (1LL << 31) - 8 * group,
                   "srppo_native: rows and vocabulary entries are counted in 32 bits");
+  STD_TORCH_CHECK(kept.has_value() == kept_max.has_value(), "srppo_native: kept and kept_max come together");
   if (n == 0 || vocab == 0) return;
   const std::int64_t groups = (vocab + group - 1) / group;
   ScanParams p{};
@@ -95,9 +96,8 @@ void scan(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bi
     const std::int64_t tiles = (vocab + kColumns - 1) / kColumns;
     STD_TORCH_CHECK(kept->dim() == 2 && kept->size(0) == n && kept->size(1) == vocab,
                     "srppo_native: kept must be a matrix [n, V]");
-    STD_TORCH_CHECK(kept_max && kept_max->is_cuda() && kept_max->scalar_type() == ScalarType::Float &&
-                        kept_max->dim() == 2 && kept_max->size(0) >= n && kept_max->size(1) >= tiles &&
-                        kept_max->stride(1) == 1,
+    STD_TORCH_CHECK(kept_max->is_cuda() && kept_max->scalar_type() == ScalarType::Float && kept_max->dim() == 2 &&
+                        kept_max->size(0) >= n && kept_max->size(1) >= tiles && kept_max->stride(1) == 1,
                     "srppo_native: kept_max must be a float32 CUDA matrix with ", tiles, " columns or more");
     p.kept_max = static_cast<float*>(kept_max->mutable_data_ptr());
     p.stride_max = kept_max->stride(0);

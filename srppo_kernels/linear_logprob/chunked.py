@@ -57,8 +57,10 @@ class Head:
 class Residual(NamedTuple):
     """Exponentials that a forward keeps for its gradients; empty where the plan keeps nothing.
 
-    By row of ``kept``; the Triton backend fills both by position among the live rows. On AMX tiles another number
-    takes the place of a group's maximum, up to 60 below it (csrc/linear_logprob/amx_softmax.h).
+    By row of ``kept``; backends "triton" and "sm90" fill both by position among the live rows. What takes the place of
+    a group's maximum: on Triton that of a part of a tile; on AMX tiles a number up to 60 below it
+    (csrc/linear_logprob/amx_softmax.h); on sm90 one number a row, and then the target has minus the others' sum
+    (triton_reference.py).
     """
 
     kept: Tensor  # [rows, V]: exp(z - maximum of its vocabulary group)
@@ -100,7 +102,7 @@ def kept_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def maxima_of(vocab: int, backend: str) -> int:
-    """How many maxima a row of kept exponentials has."""
+    """How many numbers a row of kept exponentials is around."""
     if backend in gpu.FAMILY:
         return 1 if backend == "sm90" else gpu.maxima(vocab)
     return -(-vocab // GROUP)

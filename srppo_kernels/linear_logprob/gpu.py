@@ -11,7 +11,7 @@
 Backend "sm90" is the same with GEMM 1 in CUDA C++ (sm90.py).
 
 Compiled for sm_80, sm_90 and sm_100 (`bench/compile.py`), interpreted against the reference on small shapes, and run on
-an H100 (README.md); not yet run on sm_80 or sm_100.
+an H100 and an H200 (README.md); not yet run on sm_80 or sm_100.
 """
 
 from typing import TYPE_CHECKING
@@ -45,7 +45,7 @@ def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], *, explicit:
 
 
 def maxima(vocab: int) -> int:
-    """Room for the maxima of a row of kept exponentials: one a part of whole tiles, the widest of 256 entries."""
+    """Room for the maxima of a row that Triton's scan keeps: one a part of whole tiles, the widest of 256 entries."""
     return -(-vocab // 256) * (256 // PART)
 
 

@@ -106,14 +106,14 @@ def scan(
     from srppo_kernels.linear_logprob.triton_reference import references, settle
     from srppo_kernels.linear_logprob.triton_tiles import LOWEST, gather_rows, row_list
 
-    assert rows.index is None and kept_rows is None, "on this backend rows are compacted on the device"
+    assert rows.live is not None and kept_rows is None, "on this backend rows are compacted on the device"
     reason = operand_obstacle(hidden, head.weight)
     if reason:
         _extension.warn_once(f"sm90:{reason}", f"srppo: running Triton's scan instead of the one for sm_90a: {reason}")
     n, vocab = rows.count, head.weight.shape[0]
     if min(n, vocab) == 0 or (reason and residual is None):
         return triton_scan.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
-    listed = row_list(rows.live if rows.live is not None else y.new_ones(n, dtype=torch.bool))
+    listed = row_list(rows.live)
     targets = y.index_select(0, listed.index)
     if reason and residual is not None:  # it has one number a row, and Triton's scan several: all become the largest
         parts = residual._replace(group_max=residual.group_max.new_empty(n, maxima(vocab)))

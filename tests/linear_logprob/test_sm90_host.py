@@ -156,6 +156,7 @@ def host(tmp_path_factory):
     "options",
     [
         {},
+        {"scale": -0.5, "keep": True},
         {"keep": True, "temperature": 0.7, "scale": 0.5},
         {"bias": True, "softcap": 4.0},
         {"bias": True, "softcap": 4.0, "row_temperature": True, "scale": -0.5, "keep": True},
@@ -208,6 +209,8 @@ def test_targets_of_another_shard(host):
     scan = Scan(vocab=1208, keep=True)
     scan.targets[:4] = torch.tensor([-3, 1208, 1279, 10**9])
     assert scan.run(host) == 0
+    exact = (scan.logits()[:4] - scan.kept_max[:4].double().repeat_interleave(sm90.TILE, 1)[:, :1208]).exp()
+    assert ((scan.kept[:4].double() - exact).abs() <= exact * 2**-8 + 1e-37).all()
     assert scan.target_logits[:4].isnan().all() and scan.target_logits[4 : scan.live].isfinite().all()
     m, s, _ = merged(scan.state[:, :, :4])
     assert (s / (scan.logits()[:4] - m[:, None]).exp().sum(1) - 1).abs().max() < 1e-5
@@ -230,6 +233,14 @@ def test_one_logit_raises_a_row(host):
     scan = Scan(bias=True, keep=True)
     scan.bias[205] = 130  # the third thread's, in the group's second tile
     scan.reference -= 20
+    assert scan.run(host) == 0
+    scan.check()
+
+
+def test_a_reference_below_all_others(host):
+    """As reference_kernel gives it where a target's logit is ruled out or no number: raised in every group."""
+    scan = Scan(keep=True)
+    scan.reference[: scan.live : 3] = -1e30
     assert scan.run(host) == 0
     scan.check()
 
