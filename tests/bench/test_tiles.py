@@ -1,6 +1,7 @@
 """bench/tiles.py on interpreted kernels: what it would do on a device, at a size that means nothing."""
 
 import pytest
+import torch
 
 from bench import tiles
 from bench.method import Effort
@@ -31,6 +32,18 @@ def test_a_configuration_that_is_wrong_or_breaks_is_a_row(monkeypatch):
     )
     rows = list(tiles.measure("scan", (20, 16, 130), Effort(seconds=0, least=1, samples=1), "cpu"))
     assert rows[1][1] == "-"
+
+
+def test_a_scan_around_the_targets_logits_is_not_wrong():
+    """As the kernel for sm_90a has it: its state is another one than Triton's, and means the same."""
+    z, state = torch.randn(6, 40).double(), []
+    for m in (z.amax(1), z[:, 3] - 2):
+        e = (z - m[:, None]).exp().index_fill(1, torch.tensor([3]), 0)
+        state.append(torch.stack([m, e.sum(1), (e * (z - m[:, None])).sum(1), z[:, 3]]))
+    assert not torch.allclose(*state)
+    logprobs = torch.log_softmax(z, 1)
+    exact = torch.stack([logprobs[:, 3], z.logsumexp(1), -(logprobs.exp() * logprobs).sum(1)])
+    assert all(torch.allclose(tiles.meaning("scan", s), exact) for s in state)
 
 
 def test_without_a_device(capsys):
