@@ -235,7 +235,12 @@ def test_merged_micro_batches_are_one_batch(backend, with_entropy):
         parts = [run(rows) for rows in (slice(0, 3), slice(3, 5), slice(5, 6), slice(6, 9))]
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
     merged = PPOStats.merge([part for _, part in parts])
-    for name, a, b in zip(PPOStats._fields, merged, stats, strict=True):
+    alone = PPOStats.merge([stats])  # as beside one without a token
+    nothing = PPOStats(*(None if t is None else torch.zeros_like(t) for t in stats))
+    for name, a, b in [
+        *zip(PPOStats._fields, merged, stats, strict=True),
+        *zip(PPOStats._fields, alone, PPOStats.merge([stats, nothing]), strict=True),
+    ]:
         if a is None:
             assert name == "entropy"
             assert not with_entropy

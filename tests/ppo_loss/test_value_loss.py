@@ -137,6 +137,9 @@ def test_merged_micro_batches_are_one_batch(backend):
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
     for a, b in zip(ValueStats.merge([part for _, part in parts]), stats, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    nothing = ValueStats(*map(torch.zeros_like, stats))
+    for a, b in zip(ValueStats.merge([stats]), ValueStats.merge([stats, nothing]), strict=True):
+        torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="stats is empty"):
         ValueStats.merge([])
 
