@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from backends import compile_host, needs_triton, pointer
-from linear_logprob.head_problems import make, relative, value_bound
+from linear_logprob.head_problems import Problem, make, relative, value_bound
 from linear_logprob.test_linear_logprob_sm90 import Call, outputs
 from torch import Tensor
 
 from srppo_kernels import linear_loss
-from srppo_kernels.linear_logprob import gpu, sm90
+from srppo_kernels.linear_logprob import gpu, sm90, vocab_parallel
+from srppo_kernels.linear_logprob.backward import Destination, Upstream, gradients
 
 CSRC = Path(__file__).parents[2] / "csrc" / "linear_logprob"
 
@@ -344,6 +345,42 @@ def test_the_front(emulated, options):
         assert (a - b)[call.live].abs().max() < 2 * value_bound(p)
     assert torch.equal(Call(p).run(group=384, cluster=1)[3], call.run()[3])  # z_y has one way to be computed
     assert sm90.obstacle(p.hidden, p.weight).startswith("it is for CUDA devices")
+
+
+@needs_triton
+@pytest.mark.parametrize("entropy", [False, True])
+def test_gradients_of_two_shards(emulated, entropy, monkeypatch):
+    """Exponentials around each shard's own number, of rows whose target is the other's and of rows that were raised."""
+    p = make(n=40, d=24, v=704, dtype=torch.bfloat16, mask=torch.arange(40) % 5 > 0)
+    with torch.no_grad():
+        p.hidden *= torch.linspace(1, 12, 40)[:, None]
+    monkeypatch.setattr(vocab_parallel, "sum_over_ranks", lambda values, group: values)
+    y, calls = p.targets, []
+    for first, last in ((0, 400), (400, 704)):
+        shard = Problem(p.hidden.detach(), p.weight.detach()[first:last], y - first, {"mask": p.options["mask"]})
+        calls.append(Call(shard, keep=True))
+        calls[-1].y = shard.targets
+    states = [call.run() for call in calls]
+    merged = states[0].clone()
+    vocab_parallel.merge_(merged, *states[1][:3])
+    merged[3] += states[1][3]
+    logprob, h, _ = (values.float() for values in outputs(merged))
+    log_sum = merged[3] - merged[0] - logprob
+    weights = torch.linspace(-1, 1, 40).masked_fill(~p.live(), 0)
+    upstream = Upstream(weights, 0.1 * weights if entropy else None, None, logprob, h, merged[0], log_sum)
+    got = []
+    for call in calls:
+        dweight = torch.empty_like(call.problem.weight)
+        _, dhidden = gradients(
+            call.problem.hidden, call.head, call.y, call.rows, upstream, Destination(True, dweight, None),
+            residual=call.residual, consume=True, group="shards", backend="sm90",
+        )  # fmt: skip
+        got.append((dhidden.masked_fill(~p.live()[:, None], 0), dweight))
+    twin = p.double()
+    want = twin.oracle()
+    exact = torch.autograd.grad(((want[0] + (0.1 * want[1] if entropy else 0)) * weights).sum(), twin.inputs())
+    assert relative(got[0][0].float() + got[1][0].float(), exact[0]) < 1.6e-2
+    assert relative(torch.cat([got[0][1], got[1][1]]), exact[1]) < 1.6e-2
 
 
 @needs_triton
