@@ -92,10 +92,12 @@ def bounded_dz_bytes(rows: int, width: int, vocab: int, item: int, weight: bool,
     def held(dz_bytes: int) -> int:
         return dz_held_bytes(rows, width, vocab, item, weight, dz_bytes)
 
-    sizes, room = [0], (bound - row_bytes(rows, width)) // 2
-    while sizes[-1] != LEAST_CHUNK_BYTES and held(sizes[-1]) > room:
-        sizes.append((sizes[-1] or CHUNK_BYTES) // 2)
-    return min(sizes, key=held)  # fewer rows in dz may need a dweight to add up in, which is larger
+    best, size, room = 0, 0, (bound - row_bytes(rows, width)) // 2
+    while size != LEAST_CHUNK_BYTES and held(size) > room:
+        size = (size or CHUNK_BYTES) // 2
+        if held(size) < held(best):  # fewer rows in dz may need a dweight to add up in, which is larger
+            best = size
+    return best
 
 
 def over_vocabulary(

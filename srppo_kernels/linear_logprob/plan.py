@@ -148,6 +148,7 @@ def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend:
     check_choice(op, "plan", plan, PLANS)
     if workspace_bytes is not None and workspace_bytes < 0:
         raise ValueError(f"{op}: workspace_bytes={workspace_bytes} is negative; pass a number of bytes, or None")
+    workspace_bytes = None if workspace_bytes is None else min(workspace_bytes, 2**63 - 1)  # what an op can be told
     chosen, why = choose_backend(problem, backend)
     if chosen == "reference":
         size = problem.rows * problem.vocab * problem.hidden_dtype.itemsize

@@ -127,6 +127,21 @@ def test_compiled_for_any_number_of_tokens():
         assert torch.equal(traced(p.hidden, p.weight, p.targets), step(p.hidden, p.weight, p.targets))
 
 
+@pytest.mark.parametrize("workspace_bytes", [0, 1 << 20, 1 << 70])
+@pytest.mark.parametrize("plan", ["score", "recompute"])
+def test_compiled_within_a_workspace(plan, workspace_bytes):
+    """Any number of tokens, and a bound that no 64 bits hold."""
+
+    def step(hidden, weight, targets):
+        return linear_logprob(hidden, weight, targets, plan=plan, workspace_bytes=workspace_bytes).logprob.sum()
+
+    torch._dynamo.reset()
+    traced = torch.compile(step, fullgraph=True, backend="eager", dynamic=True)
+    for n in (40, 70):
+        p = make("random", n=n, d=8, v=5000)
+        assert torch.equal(traced(p.hidden, p.weight, p.targets), step(p.hidden, p.weight, p.targets))
+
+
 def test_compiled_grad_weight_out():
     p = make("random", n=20, d=8, v=60)
     buffers = [torch.zeros(60, 8), torch.zeros(60, 8)]
