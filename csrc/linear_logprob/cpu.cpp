@@ -111,10 +111,13 @@ struct PanelReader {
 
   PanelReader(const Matrix& matrix, const Packer& rows, void (*pack_panel)(const float* const*, std::int64_t, float*),
               std::int64_t entries)
-      : weight(matrix), packer(rows), pack(pack_panel), panel(entries),
-        direct(rows.pairs ? matrix.width % 2 == 0 : matrix.type == ScalarType::Float),
+      : weight(matrix), packer(rows), pack(pack_panel), panel(entries), direct(reads_directly(matrix, rows)),
         widened(direct ? 0 : entries * rows.steps), zeros(rows.steps) {
     std::fill(zeros.data(), zeros.data() + rows.steps, 0.0f);
+  }
+
+  static bool reads_directly(const Matrix& matrix, const Packer& rows) {
+    return rows.pairs ? matrix.width % 2 == 0 : matrix.type == ScalarType::Float;
   }
 
   // Entries [begin, begin + panel), zero from `end` on.
@@ -234,7 +237,7 @@ void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const
     const std::int64_t blocks = (panels * kTilePanel + most_block - 1) / most_block;
     const std::int64_t block = (panels + blocks - 1) / blocks;  // panels
     TileRows rows(width, count);
-    const std::int64_t set_bytes = (width + 1) / 2 * 4 * (kTilePanel + 1);
+    const std::int64_t set_bytes = (width + 1) / 2 * 4 * (width % 2 ? kTilePanel + 1 : 1);
     parallel_within(workspace, set_bytes, panels, [&](std::int64_t begin, std::int64_t end) {
       const auto row_at = [&](std::int64_t r) { return of.row(first + r); };
       for (std::int64_t p = begin; p < end; ++p) rows.set_panel(p, x, count, row_at, pack);
@@ -342,9 +345,10 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
   std::vector<Partial> partials(static_cast<std::size_t>(groups * n));
   const std::int64_t held = static_cast<std::int64_t>(sizeof(Partial)) * (groups + 1) * n;  // these, and the result
   const std::int64_t workspace = std::max<std::int64_t>(0, workspace_of(bound) - held);
-  // A thread's: a panel packed and widened, two rows; and rows packed, with their logits.
+  // A thread's: a panel packed and, where it is, widened; two rows; and rows packed, with their logits.
+  const std::int64_t panels = PanelReader::reads_directly(w, packer) ? 1 : 2;
   const auto each = [&](std::int64_t rows) {
-    return 4 * (2 * (tile.panel + 1) * packer.steps + rows * (packer.steps + ldz));
+    return 4 * ((panels * tile.panel + 2) * packer.steps + rows * (packer.steps + ldz));
   };
   const std::int64_t room = (workspace / threads_there() - each(0)) / (each(1) - each(0)) / kFewestRows * kFewestRows;
   const std::int64_t most = std::clamp(room, kFewestRows, kRowBlock), row_blocks = (n + most - 1) / most;
