@@ -32,7 +32,6 @@ GROUP = 2048  # vocabulary entries that one program scans, in order, whatever th
 PART = 32  # columns of an accumulator tile that an epilogue takes at a time, and that share a kept maximum
 CHUNK_GROUPS = 8  # vocabulary groups of a dZ that is not formed in place: K = 16384 in GEMM 2
 WIDE_PART = 16384  # entries of dweight that cuBLAS forms in fp32 before they are added
-CALL_BYTES = 96  # of a chunked loss's vectors, for each row of the whole call
 ROW_BYTES = 320  # of a backward's vectors, for a row: outputs, scalars, lists; a PPO loss's were 290 on an H200
 
 

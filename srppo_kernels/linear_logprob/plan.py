@@ -32,6 +32,7 @@ from srppo_kernels.linear_logprob.chunked import BACKWARD_ELEMENTS, GROUP, maxim
 OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
 PLANS = ("auto", "score", "precompute", "cache", "recompute")
 BACKENDS = ("auto", "reference", "torch", "native", "triton", "sm90")
+CALL_BYTES = 96  # of a chunked loss's vectors, for each row of the whole call
 CPU_CHUNK_BYTES = 64 << 20  # exponentials of a row chunk by default: hundreds of rows, which is enough for a CPU's GEMM
 
 
@@ -175,8 +176,11 @@ def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str
     chunk = _rows_per_chunk(problem, budget, default)
     chunks = -(-problem.rows // chunk)
     size = _chunk_bytes(problem, backend, chunk, adds=problem.needs_weight and chunks > 1)
-    if problem.needs_weight and (problem.wide_weight or (chunks > 1 and problem.weight_dtype.itemsize == 2)):
+    waits = problem.weight_dtype == torch.float16 or (chunks > 1 and problem.weight_dtype.itemsize == 2)
+    if problem.needs_weight and (problem.wide_weight or waits):
         size += problem.vocab * problem.width * problem.accumulator_bytes  # of its own, before it is added or rounded
+    if problem.needs_hidden and problem.hidden_dtype == torch.float16:
+        size += problem.rows * problem.width * 4  # as fp16 waits for the loss scale (fused.stored_dtype)
     gemms = 1 + problem.needs_hidden + problem.needs_weight
     reason = f"{asked}the loss is known, so its gradients are formed in the forward, {chunks} chunk(s) of rows"
     reason += _how(problem, backend)
@@ -295,7 +299,7 @@ def _chunk_bytes(problem: Problem, backend: str, chunk: int, *, adds: bool = Fal
     """Of plan precompute, one chunk's after the other: exponentials, beside the scan or what follows it."""
     scan = _scan_bytes(problem, backend, rows=chunk, keeps=True)
     size = _kept_bytes(problem, backend, chunk) + max(_backward_bytes(problem, backend, chunk, adds=adds), scan)
-    return size + (gpu.CALL_BYTES * problem.rows if backend in gpu.FAMILY and chunk < problem.rows else 0)
+    return size + (CALL_BYTES * problem.rows if chunk < problem.rows else 0)
 
 
 def _scan_bytes(problem: Problem, backend: str, bound: int | None = None, *, rows: int = 0, keeps: bool = False) -> int:
@@ -303,16 +307,17 @@ def _scan_bytes(problem: Problem, backend: str, bound: int | None = None, *, row
 
     ``rows``: of a chunk. ``keeps``: exponentials, each tile's around a number of its own until all of them are there.
     """
+    rows = rows or problem.rows
     if backend in gpu.FAMILY:
         group = sm90.GROUP if backend == "sm90" else gpu.GROUP
         tiles = -(-problem.vocab // sm90.TILE) if backend == "sm90" and keeps else 0
         item = problem.hidden_dtype.itemsize
-        return gpu.scan_bytes(rows or problem.rows, problem.width, problem.vocab, item, group, tiles)
+        return gpu.scan_bytes(rows, problem.width, problem.vocab, item, group, tiles)
     if backend == "native":
         bf16 = problem.hidden_dtype == problem.weight_dtype == torch.bfloat16
-        return native.workspace_bytes(problem.rows, problem.width, problem.vocab, GROUP, bf16, bound)
+        return native.workspace_bytes(rows, problem.width, problem.vocab, GROUP, bf16, bound)
     block, group = row_block(problem.device), min(GROUP, problem.vocab)
-    numbers = 2 * block * group + block * problem.width + 8 * problem.rows
+    numbers = 2 * block * group + block * problem.width + 8 * rows
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
 
 
@@ -381,7 +386,7 @@ def problem_of(
         entropy=entropy,
         lse=lse,
         weight_in_rows=sm90.in_rows(weight),
-        masked=mask is not None,
+        masked=mask is not None or op == "linear_ppo_loss",  # which has one, though explain may not be told
         plain=softcap is None and group is None,
         wide_weight=grad_weight_out is not None,
     )

@@ -7,6 +7,7 @@ from linear_logprob.head_problems import make, naive_gradients, relative
 
 from srppo_kernels import _extension, explain, linear_loss
 from srppo_kernels.linear_logprob import backward, native_gradients
+from srppo_kernels.linear_logprob.plan import CALL_BYTES
 
 BIG = 1 << 30
 CPU = torch.device("cpu")
@@ -187,6 +188,17 @@ def test_explain_says_where_gradients_come_from():
     assert whole.rows_per_chunk == wide.shape[0]
     assert explain(wide, head, targets, op="linear_loss", workspace_bytes=64 << 20).rows_per_chunk < wide.shape[0]
     assert explain(wide, head.detach(), targets, op="linear_loss").rows_per_chunk < wide.shape[0]
+
+
+def test_explain_counts_a_chunk_of_a_loss():
+    """Not the scan of all rows; and fp16 gradients wait in fp32, of one chunk too."""
+
+    def said(n, dtype=torch.bfloat16, frozen=False, **options):
+        p = make("random", n=n, d=512, v=3000, dtype=dtype, grad=(True, not frozen))
+        return explain(p.hidden, p.weight, p.targets, op="linear_ppo_loss", **options).workspace_bytes
+
+    assert said(2048, workspace_bytes=0) - said(1024, workspace_bytes=0) == 1024 * CALL_BYTES
+    assert said(64, torch.float16) - said(64, torch.float16, frozen=True) >= 3000 * 512 * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -342,5 +342,9 @@ def test_what_explain_counts(monkeypatch):
     many = said(posed(op="linear_loss", entropy=True, rows=1 << 16))  # eight chunks: an fp32 dweight, and vectors
     assert 0 < many - said(loss) - 151936 * 4096 * 4 / MIB < 8
     assert said(posed(op="linear_loss", entropy=True, rows=1 << 16, masked=False)) - many == 256 - 64
+    nothing = {"mask": None, "softcap": None, "group": None, "grad_weight_out": None}  # a PPO loss has a mask
+    x = torch.empty(8, 8)
+    assert plan.problem_of("linear_ppo_loss", x, x, None, entropy=True, **nothing).masked
+    assert not plan.problem_of("linear_loss", x, x, None, entropy=True, **nothing).masked
     wide = said(posed(op="linear_loss", entropy=True, wide_weight=True))
     assert wide - said(loss) == 151936 * 4096 * 4 / MIB
