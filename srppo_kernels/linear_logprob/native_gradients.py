@@ -148,7 +148,7 @@ def over_vocabulary(
             dz = buffer[:n] if in_place else buffer[: shape[0] * shape[1]].view(shape)
             _form_dz(hidden, head, y, rows, row_scalars, temperature, residual, kept_rows, r, v, dz, share)
             if bias_out is not None:
-                _add(bias_out[v], torch.sum(dz, 0, dtype=torch.float32), accumulate[1] or r.start > 0)
+                _add(bias_out[v], _column_sums(dz, share), accumulate[1] or r.start > 0)
             if dhidden is not None:
                 _product(dhidden[r], dz, weight, transposed=False, add=entries < vocab, bound=share)
             if weight_out is None:
@@ -209,6 +209,15 @@ def _add(destination: Tensor, part: Tensor, accumulate: bool) -> None:
         destination.add_(part)
     else:
         destination.copy_(part)
+
+
+def _column_sums(dz: Tensor, bound: int | None) -> Tensor:
+    """In fp32, by a product with ones: torch.sum would widen a copy of a bf16 dz first, twice the memory of dz."""
+    if dz.dtype == torch.float32:
+        return dz.sum(0)
+    sums = dz.new_empty(dz.shape[1], 1, dtype=torch.float32)
+    _product(sums, dz, dz.new_ones(dz.shape[0], 1), transposed=True, add=False, bound=bound)
+    return sums[:, 0]
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool, add: bool, bound: int | None) -> None:

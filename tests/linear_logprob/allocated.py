@@ -25,13 +25,14 @@ def measure(host: ctypes.CDLL, level: str, dtype: torch.dtype, plan: str) -> Non
     torch.manual_seed(0)
     hidden = torch.randn(ROWS, WIDTH).to(dtype).requires_grad_()
     weight = torch.randn(VOCABULARY, WIDTH).div_(WIDTH**0.5).to(dtype).requires_grad_()
+    bias = torch.zeros(VOCABULARY, dtype=dtype, requires_grad=True)
     targets, upstream = torch.randint(0, VOCABULARY, (ROWS,)), torch.randn(ROWS)
 
     def call(bound: int | None) -> list[Tensor]:
-        out = linear_logprob(hidden, weight, targets, plan=plan, workspace_bytes=bound, backend="native")
+        out = linear_logprob(hidden, weight, targets, bias=bias, plan=plan, workspace_bytes=bound, backend="native")
         if plan == "score":
             return [out.logprob]
-        gradients = torch.autograd.grad(out.logprob, [hidden, weight], upstream)
+        gradients = torch.autograd.grad(out.logprob, [hidden, weight, bias], upstream)
         return [out.logprob.detach(), *gradients]
 
     for bound in BOUNDS:
@@ -39,7 +40,7 @@ def measure(host: ctypes.CDLL, level: str, dtype: torch.dtype, plan: str) -> Non
         for count in THREADS:
             torch.set_num_threads(count)
             with _extension.cpu_level(level):
-                said = explain(hidden, weight, targets, plan=plan, workspace_bytes=bound, backend="native")
+                said = explain(hidden, weight, targets, bias=bias, plan=plan, workspace_bytes=bound, backend="native")
                 call(bound)  # what libraries allocate once
                 spare.drop()
                 before = host.mark_allocated()
