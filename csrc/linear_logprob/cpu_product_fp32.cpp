@@ -61,7 +61,7 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
   const auto write_edge = SRPPO_AT_LEVEL(write_edge);
   const std::int64_t panel = SRPPO_AT_LEVEL(panel_width)(), tile = tile_height(kRows);
 
-  // A task for every thread, and room for its blocks in a bounded workspace, by halving the longer side; then fewer
+  // A task for every thread, and room for its blocks in a bounded workspace, by cutting the longer side; then fewer
   // threads work.
   const std::int64_t threads = threads_there(), workspace = workspace_of(bound);
   std::int64_t row_blocks = blocks_of(m, kRows), column_blocks = blocks_of(n, kColumns), rows = 0, columns = 0, each = 0;
