@@ -139,10 +139,10 @@ def meaning(kernel: str, result: Tensor) -> Tensor:
     largest logit or around the target's. Not the result's memory, which the next call may write to."""
     if kernel != "scan":
         return result.float().clone()
-    m, s, t, z = result.double()
-    d = z - m
-    log_s = torch.log1p(s + torch.expm1(d))
-    return torch.stack([d - log_s, m + log_s, log_s - (t + d * d.exp()) / (s + d.exp())])
+    from srppo_kernels.linear_logprob.chunked import RowOutputs
+
+    made = RowOutputs.of(result.double(), entropy=True)
+    return torch.stack([made.logprob, made.lse, made.entropy])
 
 
 def _row(

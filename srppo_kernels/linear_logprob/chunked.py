@@ -81,6 +81,16 @@ class RowOutputs(NamedTuple):
     row_max: Tensor  # m and log S apart: their sum, lse, has lost log S's digits where logits share a large offset
     log_sum: Tensor
 
+    @classmethod
+    def of(cls, state: Tensor, *, entropy: bool) -> "RowOutputs":
+        """Of a scan's state ``(m, s, t, z_y)``, whatever number m is; without ``entropy`` that is 0."""
+        m, s, t, zy = state
+        d = zy - m
+        e_y = d.exp()
+        log_s = torch.log1p(s + torch.expm1(d))
+        h = log_s - (t + d * e_y) / (s + e_y) if entropy else torch.zeros_like(s)
+        return cls(d - log_s, h, m + log_s, m, log_s)
+
 
 def accumulation_dtype(hidden: Tensor) -> torch.dtype:
     """float32, or float64 for float64 inputs (so that gradients can be checked by finite differences)."""
@@ -196,12 +206,7 @@ def forward(
     else:
         scan = {"triton": gpu.scan, "sm90": sm90.scan}.get(backend, _scan)
         state = scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
-    m, s, t, zy = vocab_parallel.merge_ranks(state, group)
-    d = zy - m
-    e_y = d.exp()
-    log_s = torch.log1p(s + torch.expm1(d))
-    h = log_s - (t + d * e_y) / (s + e_y) if entropy else torch.zeros_like(s)
-    return RowOutputs(d - log_s, h, m + log_s, m, log_s)
+    return RowOutputs.of(vocab_parallel.merge_ranks(state, group), entropy=entropy)
 
 
 def _scan(

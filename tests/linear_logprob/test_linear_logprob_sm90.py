@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srppo_kernels import _extension, explain, linear_logprob, linear_ppo_loss
 from srppo_kernels.linear_logprob import gpu, plan, sm90
-from srppo_kernels.linear_logprob.chunked import Head, Residual, maxima_of
+from srppo_kernels.linear_logprob.chunked import Head, Residual, RowOutputs, maxima_of
 from srppo_kernels.linear_logprob.rows import Rows
 
 STEP = 128  # triton_dz.STEP
@@ -27,11 +27,9 @@ def hopper():
 
 
 def outputs(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob, entropy and lse of a state, as chunked.forward forms them, in float64."""
-    m, s, t, zy = state.double()
-    d = zy - m
-    log_s = torch.log1p(s + torch.expm1(d))
-    return d - log_s, log_s - (t + d * d.exp()) / (s + d.exp()), m + log_s
+    """logprob, entropy and lse of a state, in float64."""
+    made = RowOutputs.of(state.double(), entropy=True)
+    return made.logprob, made.entropy, made.lse
 
 
 class Call:
