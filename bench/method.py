@@ -107,10 +107,8 @@ class CpuClock:
     paired = False  # whether each call has a floor of its own, right before it
 
     def repeats(self, call: Callable[[], Any]) -> int:
-        start = time.perf_counter()
-        call()
-        once = max(time.perf_counter() - start, 1e-7)
-        return max(1, math.ceil(MIN_SAMPLE / once))
+        (once,) = self.turn([(call, 1)])
+        return max(1, math.ceil(MIN_SAMPLE / max(once, 1e-7)))
 
     def turn(self, work: Sequence[Work], cold: bool = False) -> list[float]:
         """Seconds of a call of each. Cold is not measured: a CPU's caches hold less than one weight tile of the heads

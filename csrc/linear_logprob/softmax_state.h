@@ -67,7 +67,7 @@ SRPPO_INLINE void exponentials(Sums& sums, float (&x)[2]) {
 
 // Moves the sums of a state to an m that is not below its own.
 SRPPO_INLINE void raise(RowState& state, float m) {
-  // Bounded below: from kLowest it would be -2e38, whose product with s overflows, and inf * 0 is NaN.
+  // Bounded below: from a number far below, such as -1e30, its product with s may overflow, and inf * 0 is NaN.
   const float fall = fmaxf(state.m - m, kVanished), factor = exp2_of(fall * kLog2e);
   state.t = factor * fmaf(state.s, fall, state.t);
   state.s = factor * state.s;
