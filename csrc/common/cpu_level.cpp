@@ -54,6 +54,19 @@ std::atomic<int>& current() {
 
 }  // namespace
 
+int amd_family() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return 0;
+  if (b != signature_AMD_ebx || c != signature_AMD_ecx || d != signature_AMD_edx) return 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  const unsigned family = a >> 8 & 0xf;
+  return static_cast<int>(family == 0xf ? family + (a >> 20 & 0xff) : family);
+#else
+  return 0;
+#endif
+}
+
 CpuLevel detected_cpu_level() { return detected().level; }
 
 const char* amx_obstacle() { return detected().amx; }

@@ -138,29 +138,32 @@ struct PanelReader {
   }
 };
 
-// Brings the next panel's memory to L2 in shares, between the multiplications of this one: 5 % of a bf16 scan's time,
-// since a panel's rows are too short for the hardware to run ahead.
-struct Prefetch {
+// The next panel's rows of the head, in shares for the tiles of this one.
+struct NextPanel {
   const char *at, *end;
-  std::int64_t share;
+  std::int64_t lines;  // a share
 
-  Prefetch(const Matrix& weight, std::int64_t begin, std::int64_t panel, std::int64_t vocab, std::int64_t shares) {
+  NextPanel(const Matrix& weight, std::int64_t begin, std::int64_t panel, std::int64_t vocab, std::int64_t shares) {
     const std::int64_t entries = weight.stride == weight.width ? std::clamp<std::int64_t>(vocab - begin, 0, panel) : 0;
     const std::int64_t bytes = entries * weight.width * weight.item;
     at = entries ? weight.row(begin) : nullptr;
     end = at + bytes;
-    share = bytes / shares + 64;
+    lines = bytes / 64 / shares + 1;
   }
 
-  void next() {
-    for (const char* to = end - at > share ? at + share : end; at < to; at += 64) __builtin_prefetch(at, 0, 2);
+  Ahead next(std::int64_t steps) {
+    const std::int64_t here = std::min(lines, (end - at + 63) / 64);
+    const Ahead share(at, 64, here, steps);
+    at += 64 * here;
+    return share;
   }
 };
 
 // What an instruction level and the inputs' dtypes choose.
 struct VectorTile {
   int (*height)(std::int64_t rows);
-  void (*multiply)(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz);
+  void (*multiply)(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz,
+                   const Ahead& lines);
   void (*pack_panel)(const float* const*, std::int64_t, float*);
   std::int64_t panel;
 };
@@ -192,11 +195,10 @@ class VectorLogits {
     const std::int64_t tiles = (count + tile_.height(count) - 1) / tile_.height(count);
     for (std::int64_t p = 0; p < size; p += tile_.panel) {
       reader_.read(v0 + p, v0 + size, packed_.data());
-      Prefetch ahead(weight_, v0 + p + tile_.panel, tile_.panel, weight_.rows, tiles);
+      NextPanel ahead(weight_, v0 + p + tile_.panel, tile_.panel, weight_.rows, tiles);
       for (std::int64_t r = 0; r < count;) {
         const int height = tile_.height(count - r);
-        ahead.next();
-        tile_.multiply(height, rows_.data() + r * steps, packed_.data(), steps, z + r * ldz + p, ldz);
+        tile_.multiply(height, rows_.data() + r * steps, packed_.data(), steps, z + r * ldz + p, ldz, ahead.next(steps));
         r += height;
       }
     }
@@ -332,9 +334,10 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
   if (pairs && cpu_level() >= CpuLevel::avx512_bf16) {
     packer.pairs = true;
     packer.steps = (width + 1) / 2;
-    tile.multiply = [](int rows, const float* a, const float* b, std::int64_t steps, float* z, std::int64_t ldz) {
+    tile.multiply = [](int rows, const float* a, const float* b, std::int64_t steps, float* z, std::int64_t ldz,
+                       const Ahead& lines) {
       const auto bits = [](const float* packed) { return reinterpret_cast<const std::uint32_t*>(packed); };
-      bf16_multiply(rows, bits(a), bits(b), steps, z, ldz, false);
+      bf16_multiply(rows, bits(a), bits(b), steps, z, ldz, false, lines);
     };
   }
 #endif

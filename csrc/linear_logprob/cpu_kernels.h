@@ -5,8 +5,9 @@
 
 #include "fp32_tile.h"
 
-static void multiply(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz) {
-  multiply_or_add(rows, x, panel, steps, z, ldz, false);
+static void multiply(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz,
+                     const Ahead& lines) {
+  multiply_or_add(rows, x, panel, steps, z, ldz, false, lines);
 }
 
 // `sources` are 2 W rows of `steps` floats (zeros where the group has ended); `panel` becomes [steps][2 W].

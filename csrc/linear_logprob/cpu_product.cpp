@@ -1,10 +1,10 @@
-// out (+)= A B with bf16 factors and an fp32 result: what a CPU's BLAS rounds to bf16, and so cannot add up exactly. On
-// AMX tiles also with a bf16 result, rounded once.
+// out (+)= A B with bf16 factors and an fp32 result, which a CPU's BLAS rounds to bf16, and so cannot add up exactly; or
+// with a bf16 result, rounded once.
 //
-// GEMMs 2 and 3 of srppo_kernels/linear_logprob where parts of them are added: dhidden over vocabulary chunks, dweight
-// over chunks of rows or into a caller's buffer. A comes as [M, K] (dZ of dX = dZ W) or as [K, M] (dZ of dW = dZ^T X),
-// B as [K, N]; K goes in pairs (bf16_tile.h), so packing B is interleaving two of its rows. AMX tiles (amx_tile.h) read
-// the same panels of B, and A by rows.
+// GEMMs 2 and 3 of srppo_kernels/linear_logprob: dhidden, also over vocabulary chunks, and dweight, also over chunks of
+// rows or into a caller's buffer. A comes as [M, K] (dZ of dX = dZ W) or as [K, M] (dZ of dW = dZ^T X), B as [K, N]; K
+// goes in pairs (bf16_tile.h), so packing B is interleaving two of its rows. Vectors (bf16_product.h) and AMX tiles
+// (amx_tile.h) read the same panels of B.
 //
 // A task is a block of rows of the result and a block of its columns, over all of K in order: bits do not depend on the
 // number of threads, nor on how the result is cut. In a bounded workspace it is cut smaller, and then fewer threads work.
@@ -12,14 +12,13 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
-#include <vector>
 
 #include "../common/cpu_level.h"
 #include "../common/scratch.h"
 #include "../common/tensors.h"
 #include "../common/workers.h"
 #include "amx_tile.h"
-#include "bf16_tile.h"
+#include "bf16_product.h"
 
 #if defined(__x86_64__)
 #define SRPPO_KERNELS "../linear_logprob/cpu_product_kernels.h"
@@ -31,105 +30,12 @@ namespace {
 
 #if defined(__x86_64__)
 
-constexpr std::int64_t kPairs = 512;  // of K at a time: a panel of B is 64 KB
 // Of a task, at most. Rows: packing B is then a percent or two of its multiplications with AVX-512, and a tenth with
-// AMX, which is that much faster; where K is one block, a thread does it once. A block of A is 0.7 or 1.1 MB and stays
-// in L2. Columns: packing A is a few percent.
+// AMX, which is that much faster; where K is one block, a thread with AMX does it once. A block of A is 0.7 or 1.1 MB
+// and stays in L2. Columns: packing A is a few percent.
 constexpr std::int64_t kRows = 336, kColumns = 1024;
 constexpr std::int64_t kTileTaskRows = 512, kTileTaskColumns = 2048;
 constexpr std::int64_t kSmallTask = 128;  // rows and columns: a bounded workspace does not cut smaller ones
-
-// Two rows of bf16, element by element: `out[i] = first[i] | second[i] << 16`; 0 beyond `n` up to `room`, and for a row
-// that is not there.
-SRPPO_BF16 void interleave(const std::uint16_t* first, const std::uint16_t* second, std::int64_t n, std::int64_t room,
-                           std::uint32_t* out) {
-  for (std::int64_t i = 0; i < room; i += 16) {
-    const auto lanes = [&](std::int64_t limit) {
-      return static_cast<__mmask16>(limit - i >= 16 ? 0xffffu : limit > i ? (1u << (limit - i)) - 1u : 0u);
-    };
-    const __mmask16 here = lanes(n);
-    const __m512i low =
-        first ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, first + i)) : _mm512_setzero_si512();
-    const __m512i high =
-        second ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, second + i)), 16)
-               : _mm512_setzero_si512();
-    _mm512_mask_storeu_epi32(out + i, lanes(room), _mm512_or_si512(low, high));
-  }
-}
-
-struct Bf16Matrix {
-  const std::uint16_t* data;
-  std::int64_t rows, columns, stride;
-
-  Bf16Matrix(const Tensor& tensor, const char* name)
-      : data(static_cast<const std::uint16_t*>(tensor.const_data_ptr())), rows(tensor.size(0)),
-        columns(tensor.size(1)), stride(tensor.stride(0)) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::BFloat16 &&
-                        (tensor.stride(1) == 1 || columns <= 1),
-                    "srppo_native: ", name, " must be a bfloat16 CPU matrix with contiguous rows");
-  }
-
-  const std::uint16_t* row(std::int64_t i) const { return i < rows ? data + i * stride : nullptr; }
-};
-
-// Rows [r0, r0 + count) of the result, pairs [p0, p0 + pairs) of K, as tiles of [pairs][height].
-void pack_a(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int64_t count, std::int64_t p0,
-            std::int64_t pairs, std::uint32_t* out) {
-  const std::int64_t depth = transposed ? a.rows : a.columns;
-  for (std::int64_t r = 0; r < count;) {
-    const int height = bf16_tile_height(count - r);
-    for (std::int64_t p = 0; p < pairs; ++p) {
-      const std::int64_t k = 2 * (p0 + p);
-      std::uint32_t* to = out + p * height;
-      if (transposed) {
-        const std::uint16_t* next = a.row(k + 1);
-        interleave(a.row(k) + r0 + r, next ? next + r0 + r : nullptr, height, height, to);
-        continue;
-      }
-      for (int i = 0; i < height; ++i) {
-        const std::uint16_t* from = a.row(r0 + r + i) + k;
-        to[i] = from[0] | (k + 1 < depth ? static_cast<std::uint32_t>(from[1]) << 16 : 0u);
-      }
-    }
-    out += pairs * height;
-    r += height;
-  }
-}
-
-void product_task(const Bf16Matrix& a, const Bf16Matrix& b, bool transposed, bool add, std::int64_t r0,
-                  std::int64_t count, std::int64_t c0, std::int64_t width, float* out, std::int64_t ldo,
-                  std::uint32_t* packed, std::uint32_t* panel) {
-  const std::int64_t all = (b.rows + 1) / 2;
-  std::vector<float> edge;  // a last panel that is wider than what is left of the result
-  for (std::int64_t p0 = 0; p0 < all; p0 += kPairs) {
-    const std::int64_t pairs = std::min(all - p0, kPairs);
-    pack_a(a, transposed, r0, count, p0, pairs, packed);
-    for (std::int64_t c = 0; c < width; c += kBf16Panel) {
-      const std::int64_t here = std::min(width - c, kBf16Panel);
-      for (std::int64_t p = 0; p < pairs; ++p) {
-        const std::int64_t k = 2 * (p0 + p);
-        const std::uint16_t* next = b.row(k + 1);
-        interleave(b.row(k) + c0 + c, next ? next + c0 + c : nullptr, here, kBf16Panel, panel + p * kBf16Panel);
-      }
-      const bool whole = here == kBf16Panel;
-      if (!whole) edge.resize(static_cast<std::size_t>(kRows * kBf16Panel));
-      for (std::int64_t r = 0; r < count;) {
-        const int height = bf16_tile_height(count - r);
-        float* to = out + (r0 + r) * ldo + c0 + c;
-        float* z = whole ? to : edge.data() + r * kBf16Panel;
-        bf16_multiply(height, packed + r * pairs, panel, pairs, z, whole ? ldo : kBf16Panel,
-                      whole && (add || p0 > 0));
-        for (int i = 0; !whole && i < height; ++i) {
-          for (std::int64_t j = 0; j < here; ++j) {
-            float& sum = to[i * ldo + j];
-            sum = (add || p0 > 0 ? sum : 0.0f) + z[i * kBf16Panel + j];
-          }
-        }
-        r += height;
-      }
-    }
-  }
-}
 
 // Rows [r0, r0 + count) of the result and steps [k0, k0 + depth) of K, row by row; K is filled up with zeros.
 void pack_a_rows(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int64_t count, std::int64_t k0,
@@ -231,8 +137,8 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
                       (result.stride(1) == 1 || n <= 1),
                   "srppo_native: out must be a CPU matrix of ", m, " rows of ", n, " contiguous columns");
   const bool on_tiles = cpu_level() >= CpuLevel::amx, rounds = result.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(result.scalar_type() == ScalarType::Float || (rounds && on_tiles && !add && b.rows > 0),
-                  "srppo_native: out must be float32, or bfloat16 on AMX tiles where nothing is added to");
+  STD_TORCH_CHECK(result.scalar_type() == ScalarType::Float || (rounds && !add && b.rows > 0),
+                  "srppo_native: out must be float32, or bfloat16 where nothing is added to");
   float* out = rounds ? nullptr : mutable_floats(result);
   auto* rounded = rounds ? static_cast<std::uint16_t*>(result.mutable_data_ptr()) : nullptr;
   const std::int64_t ldo = result.stride(0);
@@ -252,10 +158,11 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
     return whole_tiles((size + blocks - 1) / blocks, unit);
   };
   std::int64_t rows = even(m, row_blocks, on_tiles ? kTileRows : 14), columns = even(n, column_blocks, kBf16Panel);
-  const bool whole_panels = b.rows <= 2 * kPairs, by_columns = on_tiles && (whole_panels || rounds);
+  const bool whole_panels = b.rows <= 2 * kPairs, keeps_sums = rounds && !whole_panels;
+  const bool by_columns = on_tiles ? whole_panels || rounds : keeps_sums;
   const auto each = [&] {
     return on_tiles ? TileScratch::bytes(rows, columns, whole_panels, rounds)
-                    : 4 * (rows * kPairs + kBf16Panel * (kPairs + kRows));  // packed; a panel, and what is at an edge
+                    : VectorScratch::bytes(rows, columns, keeps_sums);
   };
   while (std::min(threads, row_blocks * column_blocks) > workspace / each() &&
          std::max(rows, by_columns ? columns : 0) > kSmallTask) {
@@ -282,9 +189,9 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
       });
       return;
     }
-    Scratch<std::uint32_t> packed(rows * kPairs), panel(kBf16Panel * kPairs);
+    VectorScratch scratch(rows, columns, keeps_sums);
     tasks(begin, end, [&](std::int64_t r0, std::int64_t count, std::int64_t c0, std::int64_t width) {
-      product_task(a, b, transposed, add, r0, count, c0, width, out, ldo, packed.data(), panel.data());
+      product_task(a, b, transposed, add, r0, count, c0, width, out, rounded, ldo, scratch);
     });
   });
 }
@@ -302,6 +209,13 @@ void linear_logprob_product(const Tensor& a, const Tensor& b, bool transposed, b
   STD_TORCH_CHECK(false, "srppo_native: linear_logprob_product needs AVX-512 BF16");
 }
 
+// Whether a bf16 result comes sooner from here than from torch's GEMM, which is oneDNN's: on AMX tiles, and with vectors
+// where it was measured to, on AMD's Zen 5.
+bool linear_logprob_product_is_faster() {
+  constexpr int kZen5 = 0x1a;
+  return cpu_level() >= CpuLevel::amx || (cpu_level() >= CpuLevel::avx512_bf16 && amd_family() >= kZen5);
+}
+
 }  // namespace
 }  // namespace srppo
 
@@ -309,8 +223,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
   m.def(
       "linear_logprob_product(Tensor a, Tensor b, bool transposed, bool add, Tensor(a!) out, "
       "int? workspace=None) -> ()");
+  m.def("linear_logprob_product_is_faster() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(srppo_native, CPU, m) {
   m.impl("linear_logprob_product", TORCH_BOX(&srppo::linear_logprob_product));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(srppo_native, CompositeExplicitAutograd, m) {
+  m.impl("linear_logprob_product_is_faster", TORCH_BOX(&srppo::linear_logprob_product_is_faster));
 }

@@ -7,14 +7,11 @@
 #include <cstdint>
 #include <optional>
 
+#include "../common/cpu_level.h"
 #include "../common/scratch.h"
 #include "../common/tensors.h"
 #include "../common/workers.h"
 #include "bf16_tile.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 #define SRPPO_KERNELS "../linear_logprob/fp32_product_kernels.h"
 #include "../common/each_level.h"
@@ -95,7 +92,7 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
             const int height = tile_height(count - r);
             float* z = out + (r0 + r) * ldo + c0 + c;
             multiply(height, packed.data() + r * steps, panels.data() + c * steps, steps, whole ? z : edge.data(),
-                     whole ? ldo : panel, whole && sum);
+                     whole ? ldo : panel, whole && sum, Ahead());
             if (!whole) write_edge(edge.data(), height, width - c, sum, z, ldo);
             r += height;
           }
@@ -106,17 +103,9 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
   });
 }
 
-// Whether this product was measured to be faster than torch's, which is MKL's: on AMD's Zen 4 it was, with tiles of
-// AVX-512 as with those of AVX2. On Intel nobody measured it, and MKL is at home there.
-bool linear_logprob_product_fp32_is_faster() {
-#if defined(__x86_64__)
-  unsigned level = 0, b = 0, c = 0, d = 0;
-  if (cpu_level() < CpuLevel::avx2 || !__get_cpuid(0, &level, &b, &c, &d)) return false;
-  return b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
-#else
-  return false;
-#endif
-}
+// Whether this product was measured to be faster than torch's, which is MKL's: on AMD's Zen 4 and Zen 5 it was, with
+// tiles of AVX-512 as with those of AVX2. On Intel nobody measured it, and MKL is at home there.
+bool linear_logprob_product_fp32_is_faster() { return cpu_level() >= CpuLevel::avx2 && amd_family() > 0; }
 
 }  // namespace
 }  // namespace srppo

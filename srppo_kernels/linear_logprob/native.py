@@ -99,8 +99,8 @@ def _whole(size: int) -> int:
 
 
 def product_bytes(width: int, bf16: bool, held: int, bound: int | None) -> int:
-    """Of GEMMs 2 and 3 with ``held``: by thread a block of A and panels of B, packed (kPairs, kRows, kTileTaskRows and
-    kTileTaskColumns of cpu_product.cpp; kSteps, kRows and kColumns of cpu_product_fp32.cpp)."""
+    """Of GEMMs 2 and 3 with ``held``: by thread a block of A and panels of B, packed (kPairs of bf16_product.h, kRows,
+    kColumns, kTileTaskRows and kTileTaskColumns of cpu_product.cpp; those of cpu_product_fp32.cpp)."""
     if not bf16:
         most = 4 * (512 * (ROW_BLOCK + min(_whole(width), 1024)) + 16 * PANEL)
         least = 4 * (512 * (80 + 96) + 16 * PANEL)  # two panels each way, in whole tiles and whole panels
@@ -112,7 +112,11 @@ def product_bytes(width: int, bf16: bool, held: int, bound: int | None) -> int:
             for rows, columns in ((512, 2048), (SMALL_TASK, SMALL_TASK))
         )
         return _within(bound, held, most, least)
-    most, least = (4 * (512 * (rows + PANEL) + ROW_BLOCK * PANEL) for rows in (ROW_BLOCK, SMALL_TASK))
+    # A by rows, with a gap behind each and between tiles; two panels; the sums that bf16 results are rounded from
+    most, least = (
+        4 * (528 * rows + 80 + 2 * 512 * PANEL + rows * (min(_whole(width), columns) + 16))
+        for rows, columns in ((ROW_BLOCK, 1024), (SMALL_TASK, SMALL_TASK))
+    )
     return _within(bound, held, most, least)
 
 

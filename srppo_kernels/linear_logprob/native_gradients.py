@@ -47,6 +47,14 @@ def fp32_product_is_native() -> bool:
     )
 
 
+@_extension.constant_when_traced
+def bf16_product_is_native() -> bool:
+    """Whether bf16 GEMMs 2 and 3 with bf16 results are the native product: where it was measured to be faster."""
+    return hasattr(torch.ops.srppo_native, "linear_logprob_product_is_faster") and bool(
+        torch.ops.srppo_native.linear_logprob_product_is_faster()
+    )
+
+
 def chunk_shape(rows: int, vocab: int, item: int, dz_bytes: int = 0) -> tuple[int, int]:
     """Rows and vocabulary entries of a dz that is not formed in place, of ``dz_bytes`` (0: CHUNK_BYTES)."""
     dz_bytes = dz_bytes or CHUNK_BYTES
@@ -223,7 +231,7 @@ def _column_sums(dz: Tensor, bound: int | None) -> Tensor:
 def _product(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool, add: bool, bound: int | None) -> None:
     """``out (+)= a @ b`` (``a.T @ b``); unrounded where out is wider than a, as a caller's buffer may be."""
     rows_are_contiguous = all(t.stride(1) == 1 or t.shape[1] <= 1 for t in (out, b))
-    rounds = out.dtype == torch.bfloat16 and not add and a.numel() > 0 and native.on_tiles()
+    rounds = out.dtype == torch.bfloat16 and not add and a.numel() > 0 and bf16_product_is_native()
     if a.dtype == torch.bfloat16 and (out.dtype == torch.float32 or rounds) and rows_are_contiguous:
         torch.ops.srppo_native.linear_logprob_product(a, b, transposed, add, out, bound)
     elif a.dtype == out.dtype == torch.float32 and rows_are_contiguous and fp32_product_is_native():

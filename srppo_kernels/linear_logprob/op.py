@@ -82,7 +82,7 @@ def _linear_logprob(
     rows = Rows.of(live, backend=backend, dense=mask is None)
     outputs = [x.new_zeros(x.shape[0], dtype=acc) for _ in range(3)]
     norm = x.new_zeros(2, x.shape[0], dtype=acc)
-    kept, group_max = _kept_like(hidden, weight, plan, backend)
+    kept, group_max = _kept_like(hidden, weight, plan, backend, every_row=rows.index is None)
     with torch.autocast(hidden.device.type, enabled=False):
         if plan == "precompute":
             residual = new_residual(hidden, weight, min(chunk, rows.count), backend)
@@ -109,11 +109,13 @@ def _flat(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.reshape(-1)
 
 
-def _kept_like(hidden: Tensor, weight: Tensor, plan: str, backend: str) -> tuple[Tensor, Tensor]:
-    """What a plan keeps for the backward; zeros on a CPU, where a masked row's memory is then never touched."""
+def _kept_like(
+    hidden: Tensor, weight: Tensor, plan: str, backend: str, *, every_row: bool = True
+) -> tuple[Tensor, Tensor]:
+    """What a plan keeps for the backward; on a CPU zeros in the exponentials of rows that are not computed."""
     n, vocab = hidden.numel() // max(1, hidden.shape[-1]), weight.shape[0]
     if plan == "cache":
-        make = hidden.new_zeros if hidden.device.type == "cpu" else hidden.new_empty
+        make = hidden.new_empty if every_row or hidden.device.type != "cpu" else hidden.new_zeros
         return (
             make(n, vocab, dtype=kept_dtype(hidden, weight)),
             hidden.new_zeros(n, maxima_of(vocab, backend), dtype=accumulation_dtype(hidden)),

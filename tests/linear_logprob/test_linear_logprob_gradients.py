@@ -144,8 +144,47 @@ def test_a_product_with_an_unrounded_result(shape, transposed):
         assert relative(once[:, :n], want) < 1e-6
         assert relative(room[:, :n], 2 * want) < 1e-6
         assert room[:, n:].isnan().all()
-        outs.append(room[:, :n])
-    assert all(torch.equal(out, outs[0]) for out in outs)
+        outs.append((once[:, :n], room[:, :n]))
+        if k == 0:
+            continue
+        rounded = torch.full((m, n + 2), float("nan"), dtype=torch.bfloat16)
+        with threads(number):
+            torch.ops.srppo_native.linear_logprob_product(a, b, transposed, False, rounded[:, :n], bound)
+        assert torch.equal(rounded[:, :n], once[:, :n].bfloat16())
+        assert rounded[:, n:].isnan().all()
+    assert all(torch.equal(x, y) for out in outs for x, y in zip(out, outs[0], strict=True))
+
+
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="needs AVX-512 BF16")
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_row_of_a_product_has_its_bits_wherever_it_is(transposed):
+    """Tiles of 14 rows, of 4, 2 and 1; K of several blocks, of which the last is odd."""
+    a, b = torch.randn(700, 2061).bfloat16(), torch.randn(2061, 75).bfloat16()
+
+    def product(rows, dtype):
+        x = a[rows].T.contiguous() if transposed else a[rows]
+        out = torch.empty(len(rows), 75, dtype=dtype)
+        torch.ops.srppo_native.linear_logprob_product(x, b, transposed, False, out, None)
+        return out
+
+    for dtype in (torch.float32, torch.bfloat16):
+        every = product(list(range(700)), dtype)
+        for rows in ([699], [3, 698], [697, 1, 2, 350], list(range(600, 621))):
+            assert torch.equal(product(rows, dtype), every[rows])
+
+
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="needs AVX-512 BF16")
+@pytest.mark.parametrize("native_product", [False, True])
+def test_bf16_gradients_with_either_product(native_product, monkeypatch):
+    """oneDNN's and the native one, whichever this CPU takes: as exact, in one chunk of rows and in several."""
+    monkeypatch.setattr(native_gradients, "bf16_product_is_native", lambda: native_product)
+    p = make("random", n=1100, d=96, v=3000, dtype=torch.bfloat16)
+    twin = p.double()
+    want = torch.autograd.grad(twin.oracle()[0].sin().sum(), twin.inputs())
+    rounded = relative(want[0].bfloat16(), want[0])
+    for options in ({"plan": "cache", "workspace_bytes": BIG}, {"plan": "recompute", "workspace_bytes": 0}):
+        got = torch.autograd.grad(p.run(**options).logprob.sin().sum(), p.inputs())
+        assert all(relative(a, b) < 2.5 * rounded for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
