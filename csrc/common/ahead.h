@@ -1,5 +1,8 @@
 // Lines of memory that are fetched to L2 during a multiplication, spread over its steps: of a burst of prefetches a CPU
 // drops what its queue of misses has no room for. On a Zen 5 a burst of 50 lines before each tile gave nothing.
+//
+// Passed by reference and not copied: a copy reads back by 16 bytes what was stored by 8, and waits until the stores
+// before it, which may be to memory, are done. At 128 rows dweight took 1.25 times as long.
 #pragma once
 
 #include <algorithm>
@@ -19,10 +22,12 @@ struct Ahead {
 
   // What `steps` have left for those after them.
   Ahead after(std::int64_t steps) const {
-    Ahead rest = *this;
     const std::int64_t fetched = std::min(count, (steps + every - 1) / every);
-    rest.at += fetched * step;
-    rest.count -= fetched;
+    Ahead rest;
+    rest.at = at + fetched * step;
+    rest.step = step;
+    rest.count = count - fetched;
+    rest.every = every;
     return rest;
   }
 };

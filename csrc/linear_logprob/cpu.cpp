@@ -141,20 +141,21 @@ struct PanelReader {
 // The next panel's rows of the head, in shares for the tiles of this one.
 struct NextPanel {
   const char *at, *end;
-  std::int64_t lines;  // a share
+  std::int64_t unit, count;  // bytes fetched at a time, and times a share
 
-  NextPanel(const Matrix& weight, std::int64_t begin, std::int64_t panel, std::int64_t vocab, std::int64_t shares) {
-    const std::int64_t entries = weight.stride == weight.width ? std::clamp<std::int64_t>(vocab - begin, 0, panel) : 0;
-    const std::int64_t bytes = entries * weight.width * weight.item;
+  NextPanel(const Matrix& weight, std::int64_t begin, std::int64_t panel, std::int64_t shares, std::int64_t unit_)
+      : unit(unit_) {
+    const std::int64_t entries = std::clamp<std::int64_t>(weight.rows - begin, 0, panel);
+    const std::int64_t bytes = weight.stride == weight.width ? entries * weight.width * weight.item : 0;
     at = entries ? weight.row(begin) : nullptr;
     end = at + bytes;
-    lines = bytes / 64 / shares + 1;
+    count = bytes / unit / shares + 1;
   }
 
   Ahead next(std::int64_t steps) {
-    const std::int64_t here = std::min(lines, (end - at + 63) / 64);
-    const Ahead share(at, 64, here, steps);
-    at += 64 * here;
+    const std::int64_t here = std::min(count, (end - at + unit - 1) / unit);
+    const Ahead share(at, unit, here, steps);
+    at += unit * here;
     return share;
   }
 };
@@ -165,7 +166,7 @@ struct VectorTile {
   void (*multiply)(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz,
                    const Ahead& lines);
   void (*pack_panel)(const float* const*, std::int64_t, float*);
-  std::int64_t panel;
+  std::int64_t panel, fetched;  // columns; bytes that `multiply` fetches at a time
 };
 
 // Logits of a block of rows with vector instructions.
@@ -195,7 +196,7 @@ class VectorLogits {
     const std::int64_t tiles = (count + tile_.height(count) - 1) / tile_.height(count);
     for (std::int64_t p = 0; p < size; p += tile_.panel) {
       reader_.read(v0 + p, v0 + size, packed_.data());
-      NextPanel ahead(weight_, v0 + p + tile_.panel, tile_.panel, weight_.rows, tiles);
+      NextPanel ahead(weight_, v0 + p + tile_.panel, tile_.panel, tiles, tile_.fetched);
       for (std::int64_t r = 0; r < count;) {
         const int height = tile_.height(count - r);
         tile_.multiply(height, rows_.data() + r * steps, packed_.data(), steps, z + r * ldz + p, ldz, ahead.next(steps));
@@ -326,7 +327,7 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
   args.kept_is_bf16 = kept_item == 2;
 
   VectorTile tile{SRPPO_AT_LEVEL(tile_height), SRPPO_AT_LEVEL(multiply), SRPPO_AT_LEVEL(pack_panel),
-                  SRPPO_AT_LEVEL(panel_width)()};
+                  SRPPO_AT_LEVEL(panel_width)(), SRPPO_AT_LEVEL(fetched_bytes)()};
   Packer packer{false, width, SRPPO_AT_LEVEL(widen_bf16), SRPPO_AT_LEVEL(widen_fp16)};
   const bool pairs = x.type == ScalarType::BFloat16 && w.type == ScalarType::BFloat16;
   const bool on_tiles = pairs && cpu_level() >= CpuLevel::amx && (!kept || kept_item == 2);
@@ -334,6 +335,7 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
   if (pairs && cpu_level() >= CpuLevel::avx512_bf16) {
     packer.pairs = true;
     packer.steps = (width + 1) / 2;
+    tile.fetched = 64;
     tile.multiply = [](int rows, const float* a, const float* b, std::int64_t steps, float* z, std::int64_t ldz,
                        const Ahead& lines) {
       const auto bits = [](const float* packed) { return reinterpret_cast<const std::uint32_t*>(packed); };

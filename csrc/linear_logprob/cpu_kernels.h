@@ -5,6 +5,9 @@
 
 #include "fp32_tile.h"
 
+// What a tile fetches at a time.
+static int fetched_bytes() { return W >= 16 ? 128 : 64; }
+
 static void multiply(int rows, const float* x, const float* panel, std::int64_t steps, float* z, std::int64_t ldz,
                      const Ahead& lines) {
   multiply_or_add(rows, x, panel, steps, z, ldz, false, lines);

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
+#include "../common/ahead.h"
 #include "../common/cpu_level.h"
 #include "../common/scratch.h"
 #include "../common/tensors.h"
@@ -40,6 +42,34 @@ struct Fp32Matrix {
 
 std::int64_t blocks_of(std::int64_t extent, std::int64_t size) { return (extent + size - 1) / size; }
 
+// Steps [at, end) of columns of B, packed as a panel a share at a time between the multiplications of another panel: as
+// in bf16_product.h, where it says why.
+struct PanelPacker {
+  const Fp32Matrix& b;
+  void (*pack)(const float*, std::int64_t, std::int64_t, std::int64_t, float*);
+  std::int64_t at, end, column, width, panel, share;
+  float* out;
+
+  void pack_share() {
+    const std::int64_t steps = std::min(end - at, share);
+    if (steps <= 0) return;
+    pack(b.data + at * b.stride + column, b.stride, width, steps, out);
+    at += steps;
+    out += steps * panel;
+  }
+
+  void pack_rest() {
+    while (at < end) pack_share();
+  }
+
+  // Of the share that is packed next, during `steps` of a multiplication.
+  Ahead lines(std::int64_t steps) const {
+    const std::int64_t rows = std::min(end - at, share);
+    if (rows <= 0) return {};
+    return {b.data + at * b.stride + column, 4 * b.stride, rows, steps};
+  }
+};
+
 void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool transposed, bool add, Tensor result,
                                  std::optional<std::int64_t> bound) {
   const Fp32Matrix a(left, "a"), b(right, "b");
@@ -54,48 +84,52 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
   const auto tile_height = SRPPO_AT_LEVEL(tile_height);
   const auto multiply = SRPPO_AT_LEVEL(multiply_or_add);
   const auto pack_a = transposed ? SRPPO_AT_LEVEL(pack_columns) : SRPPO_AT_LEVEL(pack_rows);
-  const auto pack_b = SRPPO_AT_LEVEL(pack_panels);
+  const auto pack_b = SRPPO_AT_LEVEL(pack_panel_rows);
   const auto write_edge = SRPPO_AT_LEVEL(write_edge);
   const std::int64_t panel = SRPPO_AT_LEVEL(panel_width)(), tile = tile_height(kRows);
 
-  // A task for every thread, and room for its blocks in a bounded workspace, by cutting the longer side; then fewer
-  // threads work.
-  const std::int64_t threads = threads_there(), workspace = workspace_of(bound);
-  std::int64_t row_blocks = blocks_of(m, kRows), column_blocks = blocks_of(n, kColumns), rows = 0, columns = 0, each = 0;
-  const auto cut = [&] {
-    rows = blocks_of(blocks_of(m, row_blocks), tile) * tile;
-    columns = blocks_of(blocks_of(n, column_blocks), panel) * panel;
-    each = 4 * (kSteps * (rows + columns) + tile * panel);
-    return row_blocks * column_blocks < threads || threads > workspace / each;
-  };
-  while (cut() && std::max(m / row_blocks, n / column_blocks) > 2 * panel)
+  // A task for every thread, by cutting the longer side; room for its block in a bounded workspace, by cutting rows; and
+  // then fewer threads work.
+  const std::int64_t threads = threads_there(), workspace = workspace_of(bound), least = 2 * panel;
+  std::int64_t row_blocks = blocks_of(m, kRows), column_blocks = blocks_of(n, kColumns);
+  while (row_blocks * column_blocks < threads && std::max(m / row_blocks, n / column_blocks) > least)
     ++(m / row_blocks > n / column_blocks ? row_blocks : column_blocks);
+  const std::int64_t columns = blocks_of(blocks_of(n, column_blocks), panel) * panel;
+  const auto rows_of = [&](std::int64_t blocks) { return blocks_of(blocks_of(m, blocks), tile) * tile; };
+  const auto bytes = [&](std::int64_t rows) { return 4 * (kSteps * (rows + 2 * panel) + tile * panel); };
+  while (threads > workspace / bytes(rows_of(row_blocks)) && m / row_blocks > least) ++row_blocks;
+  const std::int64_t rows = rows_of(row_blocks), each = bytes(rows);
   parallel_within(workspace, each, row_blocks * column_blocks, [&](std::int64_t begin, std::int64_t end) {
-    Scratch<float> packed(rows * kSteps), panels(columns * kSteps), edge(tile * panel);
-    std::int64_t panels_c0 = -1, panels_k0 = -1;  // what `panels` holds: all of B, for many tasks, where it is small
+    Scratch<float> packed(rows * kSteps), panels(2 * panel * kSteps), edge(tile * panel);
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t r0 = task / column_blocks * rows, c0 = task % column_blocks * columns;
       const std::int64_t count = std::min(rows, m - r0), width = std::min(columns, n - c0);
       if (count <= 0 || width <= 0) continue;
+      float *now = panels.data(), *other = now + panel * kSteps;
+      const auto packer = [&](std::int64_t k, std::int64_t c, std::int64_t shares, float* to) {
+        return PanelPacker{b,     pack_b,       k, std::min(depth, k + kSteps), c0 + c, std::min(width - c, panel),
+                           panel, blocks_of(kSteps, shares), to};
+      };
+      packer(0, 0, 1, now).pack_rest();
       std::int64_t k0 = 0;
       do {  // once for no step at all, which leaves zeros
         const std::int64_t steps = std::min(depth - k0, kSteps);
         const bool sum = add || k0 > 0;
         pack_a(a.data + (transposed ? k0 * a.stride + r0 : r0 * a.stride + k0), a.stride, count, steps, packed.data());
-        if (panels_c0 != c0 || panels_k0 != k0) {
-          pack_b(b.data + k0 * b.stride + c0, b.stride, width, steps, panels.data());
-          panels_c0 = c0, panels_k0 = k0;
-        }
         for (std::int64_t c = 0; c < width; c += panel) {
-          const bool whole = c + panel <= width;
+          const bool whole = c + panel <= width, last = c + panel >= width;
+          PanelPacker next = packer(last ? k0 + kSteps : k0, last ? 0 : c + panel, blocks_of(count, tile), other);
           for (std::int64_t r = 0; r < count;) {
             const int height = tile_height(count - r);
             float* z = out + (r0 + r) * ldo + c0 + c;
-            multiply(height, packed.data() + r * steps, panels.data() + c * steps, steps, whole ? z : edge.data(),
-                     whole ? ldo : panel, whole && sum, Ahead());
+            next.pack_share();
+            multiply(height, packed.data() + r * steps, now, steps, whole ? z : edge.data(), whole ? ldo : panel,
+                     whole && sum, next.lines(steps));
             if (!whole) write_edge(edge.data(), height, width - c, sum, z, ldo);
             r += height;
           }
+          next.pack_rest();
+          std::swap(now, other);
         }
         k0 += steps;
       } while (k0 < depth);

@@ -40,14 +40,11 @@ static void pack_columns(const float* a, std::int64_t stride, std::int64_t count
   }
 }
 
-// Steps of B [K, N] as panels of [steps][2 W], columns [0, width), zeros beyond.
-static void pack_panels(const float* b, std::int64_t stride, std::int64_t width, std::int64_t steps, float* out) {
+// Steps of up to a panel's columns of B [K, N] as [steps][2 W], zeros beyond `width`.
+static void pack_panel_rows(const float* b, std::int64_t stride, std::int64_t width, std::int64_t steps, float* out) {
   for (std::int64_t k = 0; k < steps; ++k) {
-    const float* from = b + k * stride;
-    for (std::int64_t c = 0; c < width; c += W) {
-      const std::int64_t panel = c / kPanel, half = c % kPanel;
-      store(out + (panel * steps + k) * kPanel + half, load(from + c, lanes_left(width - c)), W);
-    }
+    store(out + k * kPanel, load(b + k * stride, lanes_left(width)), W);
+    store(out + k * kPanel + W, load(b + k * stride + W, lanes_left(width - W)), W);
   }
 }
 

@@ -14,15 +14,14 @@ static int tile_height(std::int64_t rows) { return rows >= kTile ? kTile : rows 
 
 // z[rows][2 W], written or (a later block of K) added to. x is [steps][rows], panel [steps][2 W].
 SRPPO_INLINE void tile(const int rows, const float* x, const float* panel, std::int64_t steps, float* z,
-                       std::int64_t ldz, bool add, const Ahead& lines) {
-  const char* line = lines.at;
-  std::int64_t left = lines.count;
+                       std::int64_t ldz, bool add, const char*& line, std::int64_t& left, const Ahead& lines) {
   Vf low[kTile], high[kTile];
 #pragma GCC unroll 14
   for (int i = 0; i < rows; ++i) low[i] = high[i] = set(0.0f);
   for (std::int64_t k = 0; k < steps;) {
     if (left-- > 0) {
-      __builtin_prefetch(line, 0, 2);
+      __builtin_prefetch(line, 0, 2);  // a step of a panel, which with AVX-512 is two of them
+      if (W >= 16) __builtin_prefetch(line + 64, 0, 2);
       line += lines.step;
     }
     for (const std::int64_t to = steps - k < lines.every ? steps : k + lines.every; k < to; ++k) {
@@ -49,16 +48,16 @@ SRPPO_INLINE void tile(const int rows, const float* x, const float* panel, std::
 
 // z[rows][2 W] of `steps` steps, for a height that tile_height gives; added to what is there if `add`.
 static void multiply_or_add(int rows, const float* x, const float* panel, std::int64_t steps, float* z,
-                            std::int64_t ldz, bool add, Ahead lines) {
-  std::int64_t k = 0;
+                            std::int64_t ldz, bool add, const Ahead& lines) {
+  const char* line = lines.at;
+  std::int64_t k = 0, left = lines.count;
   do {
     const std::int64_t depth = steps - k < kDepth ? steps - k : kDepth;
     const float *a = x + k * rows, *b = panel + k * kPanel;
-    if (rows == kTile) tile(kTile, a, b, depth, z, ldz, add || k > 0, lines);
-    else if (rows == 4) tile(4, a, b, depth, z, ldz, add || k > 0, lines);
-    else if (rows == 2) tile(2, a, b, depth, z, ldz, add || k > 0, lines);
-    else tile(1, a, b, depth, z, ldz, add || k > 0, lines);
+    if (rows == kTile) tile(kTile, a, b, depth, z, ldz, add || k > 0, line, left, lines);
+    else if (rows == 4) tile(4, a, b, depth, z, ldz, add || k > 0, line, left, lines);
+    else if (rows == 2) tile(2, a, b, depth, z, ldz, add || k > 0, line, left, lines);
+    else tile(1, a, b, depth, z, ldz, add || k > 0, line, left, lines);
     k += depth;
-    lines = lines.after(depth);
   } while (k < steps);
 }

@@ -102,8 +102,7 @@ def product_bytes(width: int, bf16: bool, held: int, bound: int | None) -> int:
     """Of GEMMs 2 and 3 with ``held``: by thread a block of A and panels of B, packed (kPairs of bf16_product.h, kRows,
     kColumns, kTileTaskRows and kTileTaskColumns of cpu_product.cpp; those of cpu_product_fp32.cpp)."""
     if not bf16:
-        most = 4 * (512 * (ROW_BLOCK + min(_whole(width), 1024)) + 16 * PANEL)
-        least = 4 * (512 * (80 + 96) + 16 * PANEL)  # two panels each way, in whole tiles and whole panels
+        most, least = (4 * (512 * (rows + 2 * PANEL) + 16 * PANEL) for rows in (ROW_BLOCK, 80))  # 80: 64 in whole tiles
         return _within(bound, held, most, least)
     if on_tiles():  # A by rows, an odd number of cache lines each; pairs of A^T on their way there; all columns of B
         # and a panel of sums, or a panel of B and all sums
