@@ -55,6 +55,13 @@ def bf16_product_is_native() -> bool:
     )
 
 
+def beaten_by_native_products(dtype: torch.dtype) -> str:
+    """Whose GEMMs the native product replaces; empty where it does not."""
+    if dtype == torch.float32:
+        return "MKL" if fp32_product_is_native() else ""
+    return "oneDNN" if bf16_product_is_native() else ""
+
+
 def chunk_shape(rows: int, vocab: int, item: int, dz_bytes: int = 0) -> tuple[int, int]:
     """Rows and vocabulary entries of a dz that is not formed in place, of ``dz_bytes`` (0: CHUNK_BYTES)."""
     dz_bytes = dz_bytes or CHUNK_BYTES

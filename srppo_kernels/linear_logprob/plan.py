@@ -108,8 +108,8 @@ def check_choice(op: str, name: str, value: str, known: Sequence[str]) -> None:
 
 
 def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
-    """``(backend, why)`` for the forward scan; gradients are torch's GEMMs on every one of these, with native passes
-    between them where native_gradients.py serves the inputs."""
+    """``(backend, why)`` for the forward scan; on a CPU gradients are native passes and GEMMs where native_gradients.py
+    serves the inputs, whichever made the forward but "reference", and torch's elsewhere."""
     check_choice(problem.op, "backend", backend, BACKENDS)
     if backend in ("reference", "torch"):
         return backend, f"backend={backend!r} was asked for"
@@ -277,8 +277,8 @@ def _how(problem: Problem, backend: str) -> str:
     if problem.device.type != "cpu" or backend in gpu.FAMILY or not problem.needs_any:
         return ""
     if problem.native_gradients:
-        own = problem.hidden_dtype == torch.float32 and native_gradients.fp32_product_is_native()
-        why = ", native ones, which beat MKL on this CPU" if own else ""
+        beaten = native_gradients.beaten_by_native_products(problem.hidden_dtype)
+        why = f", native ones, which beat {beaten} on this CPU" if beaten else ""
         return f"; gradients by a native pass and GEMMs in {str(problem.hidden_dtype).removeprefix('torch.')}{why}"
     return f"; gradients by torch in {'float64' if problem.accumulator_bytes == 8 else 'float32'}, block by block"
 
