@@ -1,5 +1,10 @@
 """The fp32 product of the gradients: against float64 at every level and ragged sizes, sums, bits, where it is taken."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from backends import LEVELS, threads
@@ -39,6 +44,14 @@ def test_no_step_of_k_leaves_zeros_or_what_was_there():
     assert (product(torch.empty(3, 0), torch.empty(0, 40), out, transposed=False, add=True) == 1).all()
     assert (product(torch.empty(3, 0), torch.empty(0, 40), out, transposed=False) == 0).all()
     product(torch.empty(0, 5), torch.empty(5, 40), torch.empty(0, 40), transposed=False)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="protects pages with mprotect")
+def test_nothing_is_read_beyond_a_matrix():
+    """The bf16 product's too; in a process of its own, which such a read would end."""
+    script = Path(__file__).parent / "at_page_ends.py"
+    done = subprocess.run([sys.executable, script, *_extension.cpu_levels()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:] or done.returncode
 
 
 @pytest.mark.parametrize("transposed", [False, True])
