@@ -83,7 +83,7 @@ inline void pack_a(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::i
     for (std::int64_t r = 0; r < count; ++r) {
       auto* to = reinterpret_cast<std::uint16_t*>(out + r * kPairStride);
       std::memcpy(to, a.row(r0 + r) + 2 * p0, static_cast<std::size_t>(2 * here));
-      if (here < 2 * pairs) to[here] = 0;
+      if (here < 2 * pairs) std::memset(to + here, 0, 2);  // not a store of 16 bits: it is read as a word
     }
     return;
   }
