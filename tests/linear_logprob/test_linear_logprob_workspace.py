@@ -29,7 +29,7 @@ def here() -> list[str]:
     """The cases for this machine: level, dtype and plan."""
     levels = _extension.cpu_levels()
     cases = [f"{level}-bfloat16-score" for level in levels if level in ("avx512_bf16", "amx")]
-    cases += ["amx-bfloat16-recompute"] if "amx" in levels else []
+    cases += [f"{levels[-1]}-bfloat16-recompute"] if native_gradients.bf16_product_is_native() else []
     plan = "recompute" if native_gradients.fp32_product_is_native() else "score"
     return cases + [f"{level}-float32-{plan}" for level in LEVELS[-1:]]
 
