@@ -2,10 +2,10 @@
 
 A native kernel turns a vocabulary chunk's kept exponentials into dz, formed in fp32 (``p_y - 1`` too) and rounded
 once, in the memory of the exponentials where nobody needs them again. Then ``dX = dz W`` and ``dW = dz^T X`` are one
-GEMM each, with fp32 accumulators: in bf16 torch's, or a native one on AMX tiles, returns what is rounded once, to the
-dtype that the gradient has anyway. Where several chunks add up, or a caller's fp32 buffer is added to, a native GEMM
-adds unrounded (csrc/linear_logprob/cpu_product.cpp). In fp32 a native GEMM (cpu_product_fp32.cpp) takes both where
-MKL's is slower.
+GEMM each, with fp32 accumulators: in bf16 torch's, or a native one where that is faster, returns what is rounded
+once, to the dtype that the gradient has anyway. Where several chunks add up, or a caller's fp32 buffer is added to, a
+native GEMM adds unrounded (csrc/linear_logprob/cpu_product.cpp). In fp32 a native GEMM (cpu_product_fp32.cpp) takes
+both where MKL's is slower.
 Without kept exponentials the forward's scan makes a chunk's anew.
 """
 
