@@ -146,6 +146,15 @@ def require_full_precision(name: str, parameters: Iterable[nn.Parameter]) -> Non
         )
 
 
+def require_no_float64(what: str, model: nn.Module) -> None:
+    """Stops before a model in float64 is scored: log-probs, values and what is computed of them are float32 here."""
+    if any(p.dtype == torch.float64 for p in model.parameters()):
+        raise UserError(
+            f"{what} has weights in float64, and log-probs are float32 here, exact to a few 1e-6 whatever the weights: "
+            "give model.float(), or its folder"
+        )
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Tokens that the model has an embedding for; an adapter on the embedding leaves it only its weight."""
     size: int = model.get_input_embeddings().weight.shape[0]

@@ -42,6 +42,7 @@ from srppo.models import (
     load_model,
     lora_config,
     require_full_precision,
+    require_no_float64,
     trunk_of,
     warn_of_another_base,
 )
@@ -312,6 +313,7 @@ def frozen_roles(
                 f"the {name} has adapter layers in it, of peft, an earlier run or a SelfReward, and they would be on: "
                 "load it again, or give its folder"
             )
+        require_no_float64(f"the {name}", model)
     base_model = load_model(base, args) if isinstance(base, str) else base
     freeze(base_model)
     if sft_path is not None and shares:

@@ -29,6 +29,7 @@ from srppo.models import (
     check_same_vocabulary,
     load_tokenizer,
     path_as_text,
+    require_no_float64,
     tokenizer_for,
 )
 from srppo.packing import check_padding, neighbours
@@ -338,6 +339,8 @@ def _roles(
     if isinstance(base, Role) != isinstance(sft, Role):
         raise UserError("base and sft must both be roles, or neither: a role is a model with one of its adapters")
     if isinstance(base, Role) and isinstance(sft, Role):
+        for name, role in (("base", base), ("SFT model", sft)):
+            require_no_float64(f"the {name}", role.model)
         check_same_vocabulary(args, base.causal_lm, sft.causal_lm, None, None)
         with ExitStack() as stack:
             for role in (base, sft):

@@ -224,6 +224,10 @@ def test_models_that_do_not_belong_together_are_refused(pair, tiny_models, tmp_p
         SelfReward(base, base, stop_token_ids=[0])
     with pytest.raises(UserError, match="same adapter"):
         SelfReward(Role("base", base), Role("sft", base), stop_token_ids=[0])
+    wide = tiny_model().double()
+    for models in ((wide, base), (Role("base", base), Role("sft", wide))):
+        with pytest.raises(UserError, match=r"has weights in float64.*give model.float\(\)"):
+            SelfReward(*models, stop_token_ids=[0])
     with pytest.raises(UserError, match="both be roles"):
         SelfReward(Role("base", base), base, stop_token_ids=[0])
     capped, plain = tiny_model("gemma2"), tiny_model("gemma2")

@@ -526,6 +526,14 @@ def test_an_sft_model_in_memory_is_not_taken_for_a_second_run_over_the_adapters_
         build(tmp_path, tiny_models.base, sft, use_peft=True)
 
 
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_a_model_in_memory_in_float64_is_refused_by_its_name(tiny_models, tmp_path, use_peft):
+    wide = tiny_model("llama").double()
+    for name, models in (("base", (wide, tiny_models.sft)), ("SFT model", (tiny_models.base, wide))):
+        with pytest.raises(UserError, match=rf"^the {name} has weights in float64.*give model.float\(\)"):
+            build(tmp_path, *models, use_peft=use_peft)
+
+
 def test_adapter_that_is_no_lora_is_refused(tiny_models, tmp_path):
     prompts = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     prompts.save_pretrained(tmp_path / "prompts")
