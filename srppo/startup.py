@@ -65,6 +65,12 @@ def check_start(
     roles: Roles, args: SRPPOConfig, rollout: Rollout, scores: ppo.Scores, micro_batches: Sequence[torch.Tensor]
 ) -> str:
     """Stops unless the policy is SFT exactly, and SFT is not base; returns what was found."""
+    if not rollout.completion_mask.any():
+        raise UserError(
+            "every completion of the first rollout is empty, so there is no token to score: whatever samples must give "
+            "at least one token for each prompt, the stop token if it ends at once; check the engine, or the rollouts "
+            "saved in from_rollouts"
+        )
     if args.temperature == args.score_temperature:
         sft = scores.sft
     elif args.kl_reference == "sft":

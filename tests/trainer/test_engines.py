@@ -147,6 +147,19 @@ def test_what_is_wrong_with_the_server_is_said_before_training(tiny_models, tmp_
         run.train()
 
 
+class Silent(HFEngine):
+    """An engine that gives no tokens at all."""
+
+    def sample(self, policy, prompts, *, step):
+        return collate(prompts, [()] * len(prompts), pad_token_id=1, stop_token_ids=STOPS)
+
+
+def test_a_first_rollout_without_a_token_is_refused_for_what_it_is(tiny_models, tmp_path):
+    """And not because SFT and base, which give the same log-probs to no tokens, were alike."""
+    with pytest.raises(UserError, match=r"every completion of the first rollout is empty.*check the engine"):
+        trainer(tiny_models, tmp_path, engine=Silent(SAMPLING)).train()
+
+
 def test_the_configuration_chooses_the_engine(tmp_path):
     assert isinstance(make_engine(config(tmp_path), SAMPLING), HFEngine)
     made = make_engine(config(tmp_path, rollout_engine="vllm"), SAMPLING, url="http://there:1/")
