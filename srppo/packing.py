@@ -142,24 +142,27 @@ def layout_of(role: Role) -> Layout:
     Raises:
         UserError: as :func:`check_padding`.
     """
-    check_padding(role)
-    if not keeps_sequences_apart(role):
+    alone = check_padding(role)
+    if not keeps_sequences_apart(role, alone):
         return Layout.PADDED
     return Layout.SHARED if takes_trees(role) else Layout.PACKED
 
 
-def check_padding(role: Role) -> None:
-    """Stops if padding changes what a role's model computes of the tokens behind it, as in one that knows no mask."""
-    if not gets_the_states_of_each_alone(role, [(0, 9), (3, 5), (11, 12)], Layout.PADDED):
+def check_padding(role: Role) -> tuple[Rollout, Tensor]:
+    """Stops if padding changes what a role's model computes of the tokens behind it, as in one that knows no mask;
+    returns what it asked with, for :func:`keeps_sequences_apart`."""
+    alone = states_alone(role, APART)
+    if not gets_the_states_of_each_alone(role, alone, Layout.PADDED):
         raise UserError(
             f"{type(role.causal_lm).__name__} gives a sequence other states where it is padded on the left, so that "
             "its log-probs would depend on the batch: this architecture is not supported yet"
         )
+    return alone
 
 
-def keeps_sequences_apart(role: Role) -> bool:
-    """Whether packed sequences get the states that they get alone."""
-    return gets_the_states_of_each_alone(role, [(0, 9), (3, 5), (11, 12)], Layout.PACKED)
+def keeps_sequences_apart(role: Role, alone: tuple[Rollout, Tensor] | None = None) -> bool:
+    """Whether packed sequences get the states that they get alone; ``alone`` is what :func:`check_padding` gave."""
+    return gets_the_states_of_each_alone(role, alone or states_alone(role, APART), Layout.PACKED)
 
 
 def takes_trees(role: Role) -> bool:
@@ -167,14 +170,19 @@ def takes_trees(role: Role) -> bool:
     if attention_of(role.causal_lm.config) not in ("eager", "sdpa") or not widest_tree(role.causal_lm.config):
         return False
     try:
-        return gets_the_states_of_each_alone(role, [(0, 9), (0, 12), (3, 5), (0, 12)], Layout.SHARED)
+        return gets_the_states_of_each_alone(role, states_alone(role, ALIKE), Layout.SHARED)
     except Exception:  # what a model says that knows no such mask is its own matter: it gets sequences end to end
         return False
 
 
+# Sequences to ask a model with, each a shift and a length: those with the same shift begin alike for six tokens.
+APART = [(0, 9), (3, 5), (11, 12)]
+ALIKE = [(0, 9), (0, 12), (3, 5), (0, 12)]
+
+
 @torch.no_grad()
-def gets_the_states_of_each_alone(role: Role, sequences: Sequence[tuple[int, int]], layout: Layout) -> bool:
-    """Asked with sequences given by a shift and a length: those with the same shift begin alike for six tokens."""
+def states_alone(role: Role, sequences: Sequence[tuple[int, int]]) -> tuple[Rollout, Tensor]:
+    """Sequences as a rollout, and the states that each of them gets in a forward of its own, ``[N, D]``."""
     from srppo.rollout import collate
 
     vocabulary = role.causal_lm.config.get_text_config().vocab_size
@@ -184,11 +192,18 @@ def gets_the_states_of_each_alone(role: Role, sequences: Sequence[tuple[int, int
     prompts, completions = [w[: len(w) // 2] for w in words], [w[len(w) // 2 :] for w in words]
     rollout = collate(prompts, completions, pad_token_id=0, stop_token_ids=[]).to(role.device)
     with role.active():
+        return rollout, torch.cat([role.padded_states(rollout.select([row])) for row in range(len(words))])
+
+
+@torch.no_grad()
+def gets_the_states_of_each_alone(role: Role, asked: tuple[Rollout, Tensor], layout: Layout) -> bool:
+    """Whether sequences in one forward, laid out so, get what :func:`states_alone` found."""
+    rollout, alone = asked
+    with role.active():
         if layout == Layout.PADDED:
             together = role.padded_states(rollout)
         else:
             together = dataclasses.replace(role, layout=layout).packed_states(rollout, one_row=True)
-        alone = torch.cat([role.padded_states(rollout.select([row])) for row in range(len(words))])
     tolerance = 1e-3 if role.head.weight.dtype == torch.float32 else 5e-2  # rounding of 16-bit states
     if layout == Layout.PADDED:
         tolerance *= 4  # there is no other, and what rounding sends to another expert is no padding that was read

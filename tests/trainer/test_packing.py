@@ -115,6 +115,13 @@ def test_a_model_that_reads_padding_is_refused(monkeypatch):
         SelfReward(role(tiny_model()), role(model), stop_token_ids=[0])
 
 
+def test_padded_and_packed_states_are_held_against_the_same_forwards_of_each_alone():
+    model, widths = tiny_model(), []
+    model.model.register_forward_pre_hook(lambda *a: widths.append(a[-1]["input_ids"].shape), with_kwargs=True)
+    assert layout_of(role(model)) == Layout.SHARED
+    assert widths[:5] == [(1, 9), (1, 5), (1, 12), (3, 12), (1, 26)] and len(widths) == 10, "then those of a tree"
+
+
 def test_a_model_that_mixes_packed_sequences_is_given_padded_ones(tmp_path, monkeypatch):
     model = tiny_model(seed=1)
     forward = type(model.model).forward
