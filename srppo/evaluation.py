@@ -169,7 +169,8 @@ def write_completions(folder: Path, rows: Sequence[dict[str, Any]], *, step: int
 
     with temporary_folder(folder) as writing:
         path = writing / f"completions_{step:05d}.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"step": step, **row} for row in rows]), path)
+        with path.open("wb") as file:  # pyarrow takes the path of a folder such as run:1 for a URI, and ~ for a home
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"step": step, **row} for row in rows]), file)
         path.replace(folder / path.name)
 
 

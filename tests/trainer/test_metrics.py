@@ -29,7 +29,7 @@ from tiny_runs import (
 )
 
 from srppo import PipelineConfig, SRPPOTrainer, UserError, distributed, ppo, run_sft
-from srppo.evaluation import EVAL_METRICS, answers_match, completion_rows, evaluate_policy
+from srppo.evaluation import EVAL_METRICS, answers_match, completion_rows, evaluate_policy, write_completions
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
 from srppo.model_card import model_card
 from srppo.models import load_tokenizer
@@ -319,6 +319,13 @@ def test_completions_of_each_logged_iteration_are_kept_as_parquet(finished):
     assert sum(row["length"] for row in table) / 4 == entry["completions/mean_length"]
     assert {row["prompt"] for row in table} <= {row["prompt"] for row in ROWS}
     assert all(row["step"] == 1 and len(row["completion"]) > 0 for row in table)
+
+
+@pytest.mark.parametrize("name", ["run:1", "~"])
+def test_completions_are_written_to_a_folder_whose_name_pyarrow_would_read_otherwise(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_completions(Path(name), [{"prompt": "a", "completion": "b"}], step=1)
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["completions_00001.parquet"]
 
 
 def test_model_card_names_models_settings_and_results(finished):
