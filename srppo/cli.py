@@ -55,13 +55,23 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (doc, fields) in COMMANDS.items():
         command = commands.add_parser(name, help=doc, description=doc[0].upper() + doc[1:] + ".", allow_abbrev=False)
         if fields != ():
-            command.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win")
+            command.add_argument(
+                "--config", metavar="FILE", type=os.path.expanduser, help="YAML file of settings; flags win"
+            )
             add_config_flags(command, fields)
         if name in ("score", "eval"):
-            command.add_argument("--output_file", metavar="FILE", help="write here instead of to standard output")
+            command.add_argument(
+                "--output_file",
+                metavar="FILE",
+                type=os.path.expanduser,
+                help="write here instead of to standard output",
+            )
         if name == "eval":
             command.add_argument(
-                "--model_name_or_path", metavar="MODEL", help="the model to judge; absent: the SFT model"
+                "--model_name_or_path",
+                metavar="MODEL",
+                type=os.path.expanduser,
+                help="the model to judge; absent: the SFT model",
             )
             command.add_argument(
                 "--extrapolate",
@@ -71,7 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
             )
         if name == "demo":
             command.add_argument(
-                "--output_dir", default="srppo-demo", help="new or empty folder (default: %(default)s)"
+                "--output_dir",
+                default="srppo-demo",
+                type=os.path.expanduser,
+                help="new or empty folder (default: %(default)s)",
             )
             command.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
             command.add_argument(

@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -308,7 +309,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     if hint is str:
         if not isinstance(value, str):
             raise UserError(f"{name} must be text; got {value!r}")
-        return value
+        return os.path.expanduser(value)  # no shell does it in a YAML file, nor behind a flag's "="
     if isinstance(value, bool):
         raise UserError(f"{name} must be a number; got {value!r}")
     try:

@@ -395,6 +395,21 @@ def test_flags_win_over_the_configuration_file(tiny_models, data, tmp_path):
     assert (written.max_steps, written.kl_coef, written.learning_rate) == (1, 0.25, 1e-3)
 
 
+def test_a_tilde_is_the_home_folder_where_no_shell_expands_it(tmp_path, monkeypatch):
+    """A run's output would go to a folder of the name ~ in the working directory, and models not be found."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = {}
+    monkeypatch.setattr(commands, "eval", lambda args, options: seen.update(args=args, options=options))
+    monkeypatch.setattr(commands, "demo", lambda options: seen.update(demo=options.output_dir))
+    (tmp_path / "run.yaml").write_text("base_model_name_or_path: ~/base\noutput_dir: ~/run\nsave_rollouts: ~/kept\n")
+    assert main(["eval", "--config=~/run.yaml", "--output_file=~/out.jsonl", "--model_name_or_path=~/run"]) == 0
+    assert main(["demo", "--output_dir=~/demo"]) == 0
+    args, options = seen["args"], seen["options"]
+    found = (args.base_model_name_or_path, args.output_dir, args.save_rollouts, options.output_file,
+             options.model_name_or_path, seen["demo"])  # fmt: skip
+    assert found == tuple(str(tmp_path / name) for name in ("base", "run", "kept", "out.jsonl", "run", "demo"))
+
+
 def test_lists_and_switches_as_flags(monkeypatch):
     seen = {}
     monkeypatch.setattr(commands, "train", lambda args, options: seen.update(args=args))
