@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ def load_data(
     assert args.dataset_name is not None
     train = examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
     if args.prompt_dataset_name is not None:
-        train += examples(args, tokenizer, args.prompt_dataset_name, args.dataset_train_split)
+        prompts = examples(args, tokenizer, args.prompt_dataset_name, args.dataset_train_split)
+        train += [dataclasses.replace(prompt, completion_ids=None) for prompt in prompts]  # no demonstrations for SFT
     if not train:
         raise UserError(f"{args.dataset_name} has no rows: there is nothing to train on")
     held_out = examples(args, tokenizer, args.dataset_name, args.dataset_test_split, missing_split_ok=True)

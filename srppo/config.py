@@ -243,7 +243,9 @@ class SRPPOConfig:
 class PipelineConfig(SRPPOConfig):
     """The trainer's settings and those of what ``srppo train`` does before it; every command reads its part."""
 
-    prompt_dataset_name: str | None = option(None, "further prompts for PPO, with no completions; same kinds of source")
+    prompt_dataset_name: str | None = option(
+        None, "further prompts for PPO, whose completions are not used; same kinds of source"
+    )
     sft_learning_rate: float = option(2e-5, "peak learning rate of SFT; LoRA wants about ten times more", minimum=0)
     sft_num_train_epochs: int = option(3, "passes over the demonstrations", minimum=1)
     vllm_url: str = option("http://127.0.0.1:8000", "the vLLM server of rollout_engine=vllm")

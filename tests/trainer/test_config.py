@@ -504,3 +504,11 @@ def test_a_bad_configuration_file_is_named(tmp_path, content, message):
 def test_lora_config_takes_its_numbers_from_the_configuration():
     made = lora_config(SRPPOConfig(lora_r=5, lora_alpha=7, lora_dropout=0.25), tiny_model())
     assert (made.r, made.lora_alpha, made.lora_dropout) == (5, 7, 0.25)
+
+
+def test_completions_of_prompt_dataset_name_are_no_demonstrations(tmp_path):
+    sources = {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", ROWS[:2]) for name in ("dataset_name", "prompt_dataset_name")
+    }
+    train, _ = load_data(config(tmp_path, **sources), tiny_tokenizer(), QUIET)
+    assert [example.completion_ids is None for example in train] == [False, False, True, True]
