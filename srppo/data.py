@@ -166,7 +166,7 @@ def rows_from_csv(path: Path, file: Iterable[str]) -> Iterator[tuple[str, dict[s
         where = f"{path}, line {reader.line_num}"
         if None in row or None in row.values():
             raise UserError(f"{where} has a different number of fields than the header")
-        yield where, {name: value or None if name == "completion" else value for name, value in row.items()}
+        yield where, {name: value or None if name in ("completion", "answer") else value for name, value in row.items()}
 
 
 # -- tokenising -------------------------------------------------------------------------------------------------------
