@@ -126,7 +126,10 @@ class SRPPOConfig:
     )
     reward_scale: float = option(1.0, "factor on the score, after normalisation")
     reward_clip: float | None = option(
-        None, "score clipped to [-c, c]; a summed log-ratio often passes the usual 10", above=0
+        None,
+        "score, or with reward_placement=token each token's, clipped to [-c, c]; a summed log-ratio often passes the "
+        "usual 10",
+        above=0,
     )
     whiten_rewards: bool = option(False, "per-token rewards to unit variance over the batch, mean kept")
     kl_coef: float = option(
@@ -176,7 +179,9 @@ class SRPPOConfig:
     report_to: list[str] = option(
         ("tensorboard",), "where metrics go besides metrics.jsonl: tensorboard, wandb, trackio; or none"
     )
-    log_completions: int = option(10, "print and save sample completions every so many iterations; 0: never", minimum=0)
+    log_completions: int = option(
+        10, "print and save sample completions, of the first iteration and every so many; 0: never", minimum=0
+    )
 
     def __post_init__(self) -> None:
         as_text = str(self.resume_from_checkpoint).lower()  # yes or no instead of a folder, as TRL takes it

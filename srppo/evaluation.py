@@ -36,7 +36,7 @@ EVAL_METRICS = {
     "eval/completions/clipped_ratio": "part of the sampled completions that were cut at max_completion_length",
     "eval/demonstrations/logp": "log pi of held-out demonstrations, mean over their tokens",
     "eval/demonstrations/logp_sft": "log pi_sft of the same",
-    "eval/exact_match": "part of the sampled completions whose answer is the row's answer",
+    "eval/exact_match": "part of the sampled completions that give the row's answer, among rows that have one",
 }
 
 
