@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srppo import distributed, sharding
+from srppo.config import SRPPOConfig, read_yaml
 from srppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,3 +83,17 @@ def restore(run: SRPPOTrainer, folder: Path, tensors: Mapping[str, Any], state: 
     run.step, run.episodes, run.tokens = state["step"], state["episode"], state["num_tokens"]
     run.history = state["log_history"]
     run.console.note(f"resumed from {folder} after iteration {run.step}")
+    changed = changed_settings(run.args, folder.parent / "srppo_config.yaml")
+    if changed:
+        run.console.note(f"settings that are others than before: {', '.join(changed)}")
+
+
+def changed_settings(args: SRPPOConfig, path: Path) -> list[str]:
+    """What differs from the configuration that a run wrote, as ``name before -> now``; nothing if it is not there."""
+    try:
+        before = read_yaml(path)
+    except UserError:
+        return []
+    now = {name: value for name, value in dataclasses.asdict(args).items() if name in before}
+    own = ("output_dir", "resume_from_checkpoint")  # of a resumed run
+    return [f"{n} {before[n]} -> {now[n]}" for n in now if n not in own and now[n] != before[n]]

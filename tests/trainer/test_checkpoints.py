@@ -309,6 +309,21 @@ def test_a_base_of_the_same_shapes_with_other_weights_is_warned_of(tiny_models, 
     assert ["other weights of base or SFT" in text for text in told] == [True] * changed, told
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, []),
+        ({"kl_coef": 0.5, "stop_token_ids": [0]}, ["stop_token_ids [", "] -> [0], kl_coef 1.0 -> 0.5"]),
+    ],
+)
+def test_settings_that_a_resumed_run_changes_are_told(tiny_models, tmp_path, straight, settings, said):
+    run = resume(tiny_models, tmp_path, straight[1] / "run" / "checkpoint-2", straight[0], **settings)
+    run.console = Mock()
+    run.resume()
+    told = [call.args[0] for call in run.console.note.call_args_list if "settings" in call.args[0]]
+    assert len(told) == bool(said) and all(part in told[0] for part in said), told
+
+
 def test_a_checkpoint_with_parameters_of_another_shape_is_refused(tiny_models, tmp_path):
     """Copying a smaller tensor could broadcast, in silence."""
     first = trainer(tiny_models, tmp_path / "a", kind="sft", use_peft=True, lora_r=2, max_steps=1, save_steps=1)
