@@ -314,6 +314,7 @@ def frozen_roles(
                 "load it again, or give its folder"
             )
         require_no_float64(f"the {name}", model)
+        model.eval()  # what trained it may have left it in training mode, where a router's noise is no dropout
     base_model = load_model(base, args) if isinstance(base, str) else base
     freeze(base_model)
     if sft_path is not None and shares:

@@ -300,6 +300,16 @@ def test_lora_dropout_acts_in_sft_and_not_in_ppo(tiny_models, tmp_path):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_models_in_memory_that_were_left_in_training_mode_are_taken_out_of_it(tmp_path, use_peft):
+    """A router's noise (Mixtral's, PhiMoE's) is none of the dropouts that are switched off."""
+    models = [tiny_model(seed=seed).train() for seed in range(2)]
+    for model in models:
+        model.model.norm.register_forward_hook(lambda module, _, out: out + module.training * torch.randn_like(out))
+    roles = build(tmp_path, *models, use_peft=use_peft)
+    assert not any(role.causal_lm.model.norm.training for role in roles)
+
+
 def test_dropout_of_a_model_in_training_mode_is_off_after_disabling(tmp_path):
     noisy = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)).train()
     ids = torch.arange(8)[None]
