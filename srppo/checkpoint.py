@@ -64,7 +64,12 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, which becomes ``target`` all at once if the block ends well; ``target`` must be new or empty,
-    or with ``replace`` what was there goes."""
+    or with ``replace`` what was there goes. An empty one that no folder can be renamed to gets the files one by one."""
+    if target.is_dir() and not replace and is_fixed(target):
+        with temporary_folder(target) as folder:
+            yield folder
+            publish(folder, target)
+        return
     with temporary_folder(target.parent) as folder, temporary_folder(target.parent) as old:
         yield folder
         os.chmod(folder, 0o755)
@@ -80,6 +85,13 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 os.replace(aside, target)
             raise
         sync(target.parent)
+
+
+def is_fixed(folder: Path) -> bool:
+    """Whether a folder must stay where it is: a link, a mounted disk, the working directory, or in one that may not
+    be written to."""
+    stays = folder.is_symlink() or os.path.ismount(folder) or folder.samefile(Path.cwd())
+    return stays or not os.access(folder.resolve().parent, os.W_OK)
 
 
 @contextmanager
@@ -122,6 +134,8 @@ def require_new_folder(path: Path, option: str = "output_dir") -> None:
     """Stops before anything is computed if a run would write over another."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{option} {path} is a file: choose a folder")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{option} {path} is a link to a folder that is not there: make it, or choose another")
     if path.is_dir() and any(path.iterdir()):
         raise UserError(
             f"{option} {path} exists and is not empty: choose a new folder, or move the old run away (nothing was "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -415,6 +416,30 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
         (folder / "other").write_text("y")
     assert [p.name for p in target.iterdir()] == ["other"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("place", ["link", "."])
+def test_a_folder_that_none_can_be_renamed_to_is_filled(tmp_path, monkeypatch, place):
+    """As a mounted disk: the SFT model was lost there after its training."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    target = tmp_path / "link" if place == "link" else Path()
+    checkpoint.require_new_folder(target)
+    with contextlib.suppress(ZeroDivisionError), checkpoint.atomic_folder(target) as folder:
+        (folder / "half").write_text("")
+        raise ZeroDivisionError
+    assert list(target.iterdir()) == []
+    with checkpoint.atomic_folder(target) as folder:
+        (folder / "plots").mkdir()
+        (folder / "config.json").write_text("{}")
+    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == ["config.json", "plots"]
+
+
+def test_a_link_to_nothing_is_refused_as_an_output_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is a link to a folder that is not there"):
+        checkpoint.require_new_folder(tmp_path / "link")
 
 
 @pytest.mark.parametrize("before", [1, 2])
