@@ -311,6 +311,8 @@ def split_messages(where: str, messages: Any) -> tuple[list[Any], list[Any] | No
     """Everything before the last assistant turn is the prompt; a conversation that ends in another role is a prompt."""
     check_messages(where, messages)
     if messages[-1]["role"] == "assistant":
+        if len(messages) == 1:
+            raise UserError(f"{where}: there is no turn before the assistant's, so there is no prompt: drop the row")
         return messages[:-1], messages[-1:]
     return messages, None
 

@@ -203,6 +203,7 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"
         ({"messages": "hi"}, "messages must be a list of objects with 'role' and 'content'"),
         ({"messages": []}, "messages must be a list"),
         ({"messages": [{"role": "user"}]}, "messages must be a list"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "no turn before the assistant's, so"),
         ({"prompt": [{"content": "a"}]}, "messages must be a list"),
         ({"prompt": CHAT[:1], "completion": [3]}, "messages must be a list"),
         (
