@@ -51,6 +51,7 @@ def model_card(args: SRPPOConfig, roles: Roles, history: Sequence[Mapping[str, A
         lines += ["The same run again:", "", "```sh"]
         settings = shlex.quote(f"{args.output_dir}/srppo_config.yaml")
         afresh = " --resume_from_checkpoint false" if args.resume_from_checkpoint else ""
+        afresh += " --save_rollouts none" if getattr(args, "save_rollouts", None) else ""  # their folder is not empty
         lines += [f"srppo train --config {settings} --output_dir another-folder{afresh}", "```", ""]
     if steps:
         lines += ["| metric | first iteration | last iteration |", "|---|---|---|"]

@@ -362,6 +362,8 @@ def test_model_card_of_a_resumed_run_tells_how_to_start_afresh(tiny_models, tmp_
     assert f"{again}\n" in model_card(run.args, run.roles, [], sft="sft")
     resumed = dataclasses.replace(run.args, resume_from_checkpoint="run/checkpoint-2")
     assert f"{again} --resume_from_checkpoint false\n" in model_card(resumed, run.roles, [], sft="sft")
+    kept = dataclasses.replace(run.args, save_rollouts="kept")  # a folder that holds those of this run
+    assert f"{again} --save_rollouts none\n" in model_card(kept, run.roles, [], sft="sft")
 
 
 @pytest.mark.parametrize(("kind", "made_on"), [("sft", "sft"), ("adapter", "base")])
