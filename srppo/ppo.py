@@ -234,9 +234,13 @@ def call_reward_fn(reward_fn: RewardFn, rollout: Rollout) -> Tensor:
         )
     ]
     completions = [ids[keep].tolist() for ids, keep in zip(rollout.completions, rollout.completion_mask, strict=True)]
-    values = torch.as_tensor(
-        list(reward_fn(prompts, completions)), dtype=torch.float32, device=rollout.input_ids.device
-    )
+    given = reward_fn(prompts, completions)
+    try:
+        values = torch.as_tensor(list(given), dtype=torch.float32, device=rollout.input_ids.device)
+    except (TypeError, ValueError):  # no list, or of None or text
+        raise UserError(
+            f"reward_fn must give a finite number per sequence ({len(rollout)} here), got {str(given)[:80]}"
+        ) from None
     if values.shape != (len(rollout),) or not values.isfinite().all():
         raise UserError(
             f"reward_fn must give a finite number per sequence ({len(rollout)} here), got shape {tuple(values.shape)}"

@@ -293,7 +293,7 @@ def test_reward_fn_gets_token_ids_without_padding(tmp_path):
     assert seen["completions"] == [[30, 31, 0], [0], [32, 33, 34, 35], [36, 0]]
 
 
-@pytest.mark.parametrize("bad", [[1.0], [1.0, 2.0, 3.0, math.nan], [math.inf] * 4])
+@pytest.mark.parametrize("bad", [[1.0], [1.0, 2.0, 3.0, math.nan], [math.inf] * 4, [None] * 4, ["1"] * 4, 1.0, None])
 def test_reward_fn_that_gives_something_else_is_refused(tmp_path, bad):
     with pytest.raises(UserError, match="reward_fn must give a finite number per sequence"):
         ppo.advantages(rollout(), made_up_scores(rollout()), config(tmp_path), reward_fn=lambda *_: bad)
