@@ -76,10 +76,10 @@ class SRPPOTrainer:
         base_model: str | Path | PreTrainedModel,
         args: SRPPOConfig,
         train_dataset: Dataset,
-        eval_dataset: Dataset = (),
+        eval_dataset: Dataset | None = (),
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback] | None = (),
         reward_fn: ppo.RewardFn | None = None,
         console: Console | None = None,
         *,
@@ -90,7 +90,8 @@ class SRPPOTrainer:
         fsdp: bool = False,
     ) -> None:
         model, base_model = path_as_text(model), path_as_text(base_model)
-        self.args, self.callbacks, self.reward_fn = args, callbacks, reward_fn
+        self.args, self.callbacks, self.reward_fn = args, callbacks or (), reward_fn
+        require_functions(self.callbacks, reward_fn)
         distributed.start()
         self.console = console or Console(quiet=not distributed.is_main())
         self.output_dir = Path(args.output_dir)
@@ -98,7 +99,7 @@ class SRPPOTrainer:
         self.sft_model = model if isinstance(model, str) else "a model in memory"
         self.stop_token_ids = stop_tokens(self.tokenizer, args.stop_token_ids)
         self.train_dataset = self.examples(train_dataset)
-        self.eval_dataset = self.examples(eval_dataset)
+        self.eval_dataset = [] if eval_dataset is None else self.examples(eval_dataset)
         if not self.train_dataset:
             raise UserError("there are no prompts to sample from: the training data is empty")
         pad = filler_token(self.tokenizer, self.stop_token_ids)
@@ -394,3 +395,14 @@ class SRPPOTrainer:
         if folder.resolve().parent != self.output_dir.resolve():
             checkpoint.require_new_folder(self.output_dir)
         return folder
+
+
+def require_functions(callbacks: Sequence[Any], reward_fn: Any) -> None:
+    """Stops before anything is computed if one of them cannot be called, as a list of functions or TRL's objects."""
+    functions = [("a callback", callback) for callback in callbacks]
+    functions += [] if reward_fn is None else [("reward_fn", reward_fn)]
+    for name, given in functions:
+        if not callable(given):
+            raise UserError(
+                f"{name} must be a function, got {type(given).__name__}: see SRPPOTrainer for its arguments"
+            )

@@ -293,6 +293,16 @@ def test_reward_fn_gets_token_ids_without_padding(tmp_path):
     assert seen["completions"] == [[30, 31, 0], [0], [32, 33, 34, 35], [36, 0]]
 
 
+@pytest.mark.parametrize("given", [{"callbacks": [object()]}, {"reward_fn": [len]}])
+def test_what_is_no_function_is_refused_before_the_first_iteration(tiny_models, tmp_path, given):
+    with pytest.raises(UserError, match=r"^(a callback|reward_fn) must be a function, got (object|list)"):
+        trainer(tiny_models, tmp_path, **given)
+
+
+def test_no_callbacks_and_no_evaluation_data_may_be_none(tiny_models, tmp_path):
+    trainer(tiny_models, tmp_path, callbacks=None, eval_dataset=None, max_steps=1).train()
+
+
 @pytest.mark.parametrize("bad", [[1.0], [1.0, 2.0, 3.0, math.nan], [math.inf] * 4, [None] * 4, ["1"] * 4, 1.0, None])
 def test_reward_fn_that_gives_something_else_is_refused(tmp_path, bad):
     with pytest.raises(UserError, match="reward_fn must give a finite number per sequence"):
