@@ -116,8 +116,8 @@ def estimate(
     tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * length
     layer = (10 * hidden + 4 * mlp) * size + 4 * (6 * hidden + mlp) * (args.use_peft and size < 4)
     saved = layers * hidden * size + layer if args.gradient_checkpointing else layers * layer
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or hidden // heads
+    heads = getattr(config, "num_attention_heads", 0)  # none in a state-space model, which keeps no cache of tokens
+    head_size = getattr(config, "head_dim", None) or hidden // max(heads, 1)
     cache = 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size * size * length
     logits = 3 * 4 * config.vocab_size  # of the last position: logits, their softmax, and what sampling makes of it
     rows = max(1, tokens * args.max_completion_length // length)

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console as RichConsole
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import QUIET, ROWS, config, examples
+from transformers import MambaConfig, MambaForCausalLM
 
 import srppo
 from srppo import SRPPOTrainer, memory
@@ -103,6 +104,15 @@ def test_a_model_that_cannot_be_read_is_an_error_of_loading_and_not_of_the_estim
     with pytest.raises(srppo.UserError, match="no causal language model could be loaded"):
         SRPPOTrainer("nowhere", "nowhere", config(tmp_path), examples(ROWS), console=QUIET,
                      processing_class=tiny_tokenizer())  # fmt: skip
+
+
+def test_a_state_space_model_has_no_cache_of_tokens(tmp_path):
+    """Nor a number of heads, for want of which the run ended in transformers' AttributeError."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    models = [MambaForCausalLM(MambaConfig(**sizes)) for _ in range(2)]
+    args = config(tmp_path)
+    told = memory.estimate(args, *models, longest_prompt=8)
+    assert told.sampling == args.batch_size * 12 * 300, "a few rows of logits"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of another system is measured otherwise")
