@@ -11,13 +11,12 @@ from torch import Tensor
 
 from srppo_kernels.linear_logprob import gpu, native_gradients, vocab_parallel
 from srppo_kernels.linear_logprob.chunked import (
-    BACKWARD_ELEMENTS,
-    GROUP,
     Head,
     Residual,
     RowOutputs,
     accumulation_dtype,
     add_mm,
+    backward_rows,
     block_logits,
     groups,
     operand_dtype,
@@ -217,7 +216,7 @@ def over_groups(
             residual, kept_rows, consume, dz_bytes, bound,
         )  # fmt: skip
     dhidden = torch.zeros(n, width, dtype=acc, device=device) if into.hidden else None
-    step = max(128, BACKWARD_ELEMENTS // GROUP)
+    step = backward_rows(acc.itemsize, dz_bytes)
     for number, v in enumerate(groups(head.weight.shape[0])):
         weight, bias = weight_group(head, v, dtype, acc)
         size = v.stop - v.start
@@ -258,6 +257,7 @@ def over_groups(
                 add_mm(dhidden[r], dz, weight)
             if dweight is not None:
                 add_mm(dweight, dz.T, x)
+            del x, lp, dz  # or they would be there beside the next block's
         for part in (dweight, dbias):
             if lift is not None and part is not None:
                 part /= lift
@@ -265,6 +265,7 @@ def over_groups(
             _write(into.weight[v], dweight, into.accumulate_weight)
         if into.bias is not None and dbias is not None:
             _write(into.bias[v], dbias, into.accumulate_bias)
+        del weight, bias, dweight, dbias
     return dhidden if dhidden is None or lift is None else dhidden.div_(lift)
 
 

@@ -42,6 +42,11 @@ def row_block(device: torch.device) -> int:
     return 128 if device.type == "cpu" else 1024
 
 
+def backward_rows(item: int, dz_bytes: int = 0) -> int:
+    """Rows at a time of torch's backward, of a vocabulary group each; ``dz_bytes``: of theirs, 0 for the default."""
+    return max(128, (dz_bytes // item if dz_bytes else BACKWARD_ELEMENTS) // GROUP)
+
+
 @dataclass(frozen=True)
 class Head:
     """What turns a hidden state into logits; ``row_temperature`` is per row of the whole call."""
@@ -247,4 +252,6 @@ def _scan(
             s_c = e.sum(1)
             t_c = z.mul_(e).sum(1) if entropy else torch.zeros_like(m_c)
             vocab_parallel.merge_(state[:, r], m_c, s_c, t_c)
+            del z, e  # or they would be there beside the next block's
+        del weight, bias
     return state[:, :n]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from srppo_kernels.linear_logprob import gpu, native, native_gradients, sm90
-from srppo_kernels.linear_logprob.chunked import BACKWARD_ELEMENTS, GROUP, maxima_of, row_block
+from srppo_kernels.linear_logprob.chunked import GROUP, backward_rows, maxima_of, row_block
 
 OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
 PLANS = ("auto", "score", "precompute", "cache", "recompute")
@@ -178,9 +178,11 @@ def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str
     size = _chunk_bytes(problem, backend, chunk, adds=problem.needs_weight and chunks > 1)
     waits = problem.weight_dtype == torch.float16 or (chunks > 1 and problem.weight_dtype.itemsize == 2)
     if problem.needs_weight and (problem.wide_weight or waits):
-        size += problem.vocab * problem.width * problem.accumulator_bytes  # of its own, before it is added or rounded
+        # Of its own, before it is added or rounded; fp16, which waits for the loss scale, beside its product with it.
+        copies = 2 if problem.weight_dtype == torch.float16 and not problem.wide_weight else 1
+        size += copies * problem.vocab * problem.width * problem.accumulator_bytes
     if problem.needs_hidden and problem.hidden_dtype == torch.float16:
-        size += problem.rows * problem.width * 4  # as fp16 waits for the loss scale (fused.stored_dtype)
+        size += problem.rows * problem.width * 8  # likewise (fused.stored_dtype)
     gemms = 1 + problem.needs_hidden + problem.needs_weight
     reason = f"{asked}the loss is known, so its gradients are formed in the forward, {chunks} chunk(s) of rows"
     reason += _how(problem, backend)
@@ -259,10 +261,10 @@ def _bounded_dz_bytes(problem: Problem, backend: str, bound: int) -> int:
         return native_gradients.bounded_dz_bytes(
             problem.rows, problem.width, problem.vocab, problem.kept_bytes, problem.needs_weight, bound
         )  # fmt: skip
-    dz_bytes = 0
-    while (
-        _recompute_bytes(problem, backend, dz_bytes, bound) > bound and dz_bytes != native_gradients.LEAST_CHUNK_BYTES
-    ):
+    dz_bytes, least = 0, native_gradients.LEAST_CHUNK_BYTES
+    if backend not in gpu.FAMILY:
+        least = backward_rows(problem.accumulator_bytes, 1) * GROUP * problem.accumulator_bytes
+    while _recompute_bytes(problem, backend, dz_bytes, bound) > bound and (dz_bytes == 0 or dz_bytes > least):
         dz_bytes = (dz_bytes or native_gradients.CHUNK_BYTES) // 2
     return dz_bytes
 
@@ -317,7 +319,7 @@ def _scan_bytes(problem: Problem, backend: str, bound: int | None = None, *, row
         bf16 = problem.hidden_dtype == problem.weight_dtype == torch.bfloat16
         return native.workspace_bytes(rows, problem.width, problem.vocab, GROUP, bf16, bound)
     block, group = row_block(problem.device), min(GROUP, problem.vocab)
-    numbers = 2 * block * group + block * problem.width + 8 * rows
+    numbers = (3 if keeps else 2) * block * group + block * problem.width + 8 * rows
     return numbers * problem.accumulator_bytes + _weight_copy_bytes(problem)
 
 
@@ -348,8 +350,10 @@ def _backward_bytes(
             in_place=in_place_rows > 0, weight=problem.needs_weight,
         )  # fmt: skip
     group = min(GROUP, problem.vocab)
-    block = min(problem.rows, BACKWARD_ELEMENTS // GROUP)
-    numbers = 3 * block * group + block * problem.width + 8 * problem.rows
+    block = min(problem.rows, backward_rows(problem.accumulator_bytes, dz_bytes))
+    # log p, dz, a copy of either; with dL/dentropy or a softcap what its factor is made of.
+    numbers = (3 if problem.plain and not problem.entropy else 5) * block * group
+    numbers += block * problem.width + 8 * problem.rows
     if problem.needs_weight:
         numbers += group * problem.width
     if problem.needs_hidden and problem.hidden_dtype.itemsize != problem.accumulator_bytes:

@@ -2,12 +2,13 @@
 
 ``python allocated.py LIBRARY LEVEL-DTYPE-PLAN...`` in a process that preloads what allocations.c is compiled to, which
 counts malloc's bytes. LIBRARY is as in amx_process.py, "" for the installed extension. Each case says whether its
-results have the bits of those of 2 threads.
+results have the bits of those of 2 threads. With "torch" for LEVEL it is the torch backend, on 2 threads.
 """
 
 import ctypes
 import json
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,39 @@ def measure(host: ctypes.CDLL, level: str, dtype: torch.dtype, plan: str) -> Non
             print(json.dumps(result))
 
 
+def measure_torch(host: ctypes.CDLL, dtype: torch.dtype, plan: str) -> None:
+    """What torch's blocks take, the first of them and the next."""
+    from srppo_kernels import explain, linear_logprob
+    from srppo_kernels.linear_logprob import spare
+
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    hidden = torch.randn(ROWS, WIDTH).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH).div_(WIDTH**0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, VOCABULARY, (ROWS,))
+
+    for bound in (None, 8 << 20, 1 << 30):
+        for softcap in (None, 20.0):
+            options = {"plan": plan, "workspace_bytes": bound, "softcap": softcap, "entropy": True, "backend": "torch"}
+            if plan == "cache" and bound != 1 << 30:
+                continue
+
+            def call(options: dict[str, Any] = options) -> tuple[Tensor, ...]:
+                out = linear_logprob(hidden, weight, targets, **options)
+                if plan == "score":
+                    return ()
+                return torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), [hidden, weight])
+
+            said = explain(hidden, weight, targets, **options)
+            call()
+            spare.drop()
+            before = host.mark_allocated()
+            got = call()
+            took = host.most_allocated() - before - sum(t.numel() * t.element_size() for t in got)
+            case = {"case": f"torch, {dtype}, {plan}, {softcap}", "bound": bound}
+            print(json.dumps({**case, "said": said.workspace_bytes, "took": took}))
+
+
 def main() -> None:
     """Every case that is asked for."""
     library, *cases = sys.argv[1:]
@@ -69,6 +103,9 @@ def main() -> None:
     host.mark_allocated.restype = host.most_allocated.restype = ctypes.c_long
     for case in cases:
         level, dtype, plan = case.split("-")
+        if level == "torch":
+            measure_torch(host, getattr(torch, dtype), plan)
+            continue
         measure(host, level, getattr(torch, dtype), plan)
 
 

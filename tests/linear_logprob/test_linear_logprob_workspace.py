@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,13 +51,18 @@ def counter(folder: Path) -> Path:
     return library
 
 
-def check(folder: Path, library: str, cases: list[str]) -> None:
-    """Runs allocated.py, and holds each of its results to what is promised."""
+def run(folder: Path, library: str, cases: list[str]) -> list[dict[str, Any]]:
+    """What allocated.py says of these cases."""
     command = [sys.executable, str(FOLDER / "allocated.py"), library, *cases]
     env = {**os.environ, "LD_PRELOAD": str(counter(folder))}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(folder: Path, library: str, cases: list[str]) -> None:
+    """Holds each of allocated.py's results to what is promised."""
+    results = run(folder, library, cases)
     assert len(results) == 9 * len(cases)
     for case in results:
         assert case["said"] <= (case["bound"] or 64 << 20), case
@@ -67,3 +73,14 @@ def check(folder: Path, library: str, cases: list[str]) -> None:
 
 def test_a_bounded_workspace_for_any_number_of_threads(tmp_path):
     check(tmp_path, "", here())
+
+
+def test_what_the_torch_backend_takes(tmp_path):
+    """A block's tensors go before the next block's come, and fp16's dz fits in a workspace too."""
+    dtypes, plans = ("float16", "float64"), ("score", "cache", "recompute")
+    results = run(tmp_path, "", [f"torch-{dtype}-{plan}" for dtype in dtypes for plan in plans])
+    assert len(results) == 28
+    for case in results:
+        assert 0 < case["took"] <= case["said"] + ROW_VECTORS + (1 << 18), case
+        if "recompute" in case["case"]:
+            assert case["said"] <= (case["bound"] or 64 << 20) + (4 << 20), case
