@@ -90,6 +90,12 @@ def check_head(
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap={softcap} must be positive, or None to switch it off")
     if grad_weight_out is not None:
+        check_tensor(op, "grad_weight_out", grad_weight_out)
+        if grad_weight_out.device != weight.device:
+            raise ValueError(
+                f"{op}: grad_weight_out is on {grad_weight_out.device} but {weight_name} on {weight.device}; "
+                f"move one of them"
+            )
         if grad_weight_out.shape != weight.shape or grad_weight_out.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{op}: grad_weight_out has shape {tuple(grad_weight_out.shape)} and dtype {grad_weight_out.dtype}; "

@@ -295,7 +295,8 @@ def linear_logprob(
             C++, for bf16 on Hopper, where ``"auto"`` takes it), ``"torch"``, or ``"reference"`` (all logits).
         group: process group over which the vocabulary is cut in rank order; ``weight`` and ``bias`` are then this
             rank's shard (sizes may differ), all else is the same on every rank, and so are the results and dhidden.
-        grad_weight_out: float32 ``[V, D]`` to which dweight is added in place of ``weight.grad``.
+        grad_weight_out: float32 ``[V, D]`` to which dweight is added in place of ``weight.grad``; not with
+            ``"reference"``.
 
     Returns:
         ``LinearLogprob(logprob, entropy, lse)``; differentiable once, any number of times with ``retain_graph``.

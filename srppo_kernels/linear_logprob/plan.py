@@ -143,15 +143,23 @@ def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend:
     """The plan of a call.
 
     Raises:
+        TypeError: a workspace_bytes that is no whole number.
         ValueError: an unknown plan or backend, or one that cannot serve the call, with what to do instead.
     """
     op = problem.op
     check_choice(op, "plan", plan, PLANS)
+    if isinstance(workspace_bytes, float):
+        raise TypeError(f"{op}: workspace_bytes={workspace_bytes} is a float; pass a whole number of bytes, int(...)")
     if workspace_bytes is not None and workspace_bytes < 0:
         raise ValueError(f"{op}: workspace_bytes={workspace_bytes} is negative; pass a number of bytes, or None")
     workspace_bytes = None if workspace_bytes is None else min(workspace_bytes, 2**63 - 1)  # what an op can be told
     chosen, why = choose_backend(problem, backend)
     if chosen == "reference":
+        if problem.wide_weight and problem.needs_weight and plan != "score":
+            raise ValueError(
+                f"{op}: backend='reference' leaves dweight to autograd and adds nothing to grad_weight_out; "
+                f"drop it, or pass backend='auto' or 'torch'"
+            )
         size = problem.rows * problem.vocab * problem.hidden_dtype.itemsize
         return Plan("reference", "autograd", 1 + problem.needs_hidden + problem.needs_weight, 3 * size, why)
     budget = problem.width * problem.vocab * 4 if workspace_bytes is None else workspace_bytes

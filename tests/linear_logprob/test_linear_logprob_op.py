@@ -251,7 +251,11 @@ def test_bad_target_is_named(call):
         ({"workspace_bytes": -1}, ValueError, "workspace_bytes"),
         ({"plan": "precompute"}, ValueError, "linear_loss"),
         ({"plan": "cache", "workspace_bytes": 0}, ValueError, "workspace_bytes=216"),
+        ({"workspace_bytes": 1e6}, TypeError, "workspace_bytes=1000000.0 is a float"),
         ({"grad_weight_out": torch.zeros(9, 3)}, ValueError, "grad_weight_out has shape"),
+        ({"grad_weight_out": [0.0]}, TypeError, "grad_weight_out must be a tensor"),
+        ({"grad_weight_out": torch.zeros(9, 4, device="meta")}, ValueError, "grad_weight_out is on meta"),
+        ({"grad_weight_out": torch.zeros(9, 4), "backend": "reference"}, ValueError, "adds nothing to grad_weight_out"),
         ({"grad_weight_out": torch.zeros(9, 4), "weight": torch.zeros(9, 4)}, ValueError, "needs no gradient"),
     ],
 )
