@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from srppo import losses
 from srppo_kernels import LinearLogprob as LinearLogprobOutput
 from srppo_kernels import PPOStats, linear_logprob, linear_loss, linear_ppo_loss
-from srppo_kernels._arguments import check_choice
+from srppo_kernels._arguments import check_choice, check_mask, check_tensor
 
 __all__ = ["LinearCrossEntropy", "LinearLogprob", "LinearPPOLoss"]
 
@@ -189,7 +189,10 @@ class LinearCrossEntropy(_OnHead):
             raise ValueError(f"LinearCrossEntropy: normalizer goes with reduction='mean', not {self.reduction!r}")
         if self.reduction == "none":
             return -linear_logprob(hidden, weight, targets, bias=bias, mask=mask, **self.options).logprob
+        check_tensor("LinearCrossEntropy", "targets", targets)
         live = targets != self.options["ignore_index"]
+        if mask is not None:
+            check_mask("LinearCrossEntropy", mask)
         if mask is not None and mask.shape == live.shape:  # another shape is refused by the op, by name
             live = live & mask
         if self.reduction == "sum":

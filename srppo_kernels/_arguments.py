@@ -46,14 +46,18 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; pass a floating-point tensor")
 
 
+OPTIONAL = frozenset({"entropy", "weights", "logprobs_policy", "logprobs_ref"})  # may be None
+
+
 def check_same_shape(op: str, like_name: str, like: Tensor, **others: Tensor | None) -> None:
     """Each tensor of `others` is floating point (masks aside), of `like`'s shape and on its device."""
     check_tensor(op, like_name, like)
     check_floating(op, like_name, like)
     for name, tensor in others.items():
-        if tensor is None:
+        if tensor is None and name in OPTIONAL:
             continue
         check_tensor(op, name, tensor)
+        assert tensor is not None
         if tensor.shape != like.shape:
             raise ValueError(
                 f"{op}: {name} has shape {tuple(tensor.shape)} but {like_name} has {tuple(like.shape)}; "
@@ -68,9 +72,9 @@ def check_same_shape(op: str, like_name: str, like: Tensor, **others: Tensor | N
 
 
 def check_rows(op: str, name: str, tensor: Tensor, rows: int, device: torch.device) -> None:
-    """A per-row argument has shape [B] and lies with the others; floating point, unless it is a mask."""
+    """A per-row argument has shape [B] and lies with the others; floating point, unless it is `truncated`, a mask."""
     check_tensor(op, name, tensor)
-    if tensor.dtype != torch.bool:
+    if name != "truncated":
         check_floating(op, name, tensor)
     if tensor.shape != (rows,):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; pass one value a row, shape ({rows},)")

@@ -109,6 +109,8 @@ def test_wrong_use_is_refused_in_words(given):
         (lambda: LinearCrossEntropy(reduction="sum")(hidden, head, targets, normalizer=3), ValueError, "goes with"),
         (lambda: LinearCrossEntropy()(hidden, head, targets[:2]), ValueError, "targets"),
         (lambda: LinearCrossEntropy()(hidden, head, targets, mask=torch.ones(B).bool()), ValueError, "mask"),
+        (lambda: LinearCrossEntropy()(hidden, head, targets, mask=torch.ones(B, T)), TypeError, "mask has dtype"),
+        (lambda: LinearCrossEntropy()(hidden, head, targets.tolist()), TypeError, "targets must be a tensor, got list"),
     ):
         with pytest.raises(error, match=text):
             call()

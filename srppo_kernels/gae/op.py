@@ -12,6 +12,7 @@ from srppo_kernels._arguments import (
     check_mask,
     check_rows,
     check_same_shape,
+    check_tensor,
     compute_dtype,
 )
 from srppo_kernels._extension import native_input, resolve
@@ -273,6 +274,7 @@ def gae(
     else:
         if rewards.dim() != 1:
             raise ValueError(f"gae: rewards has shape {tuple(rewards.shape)}; with cu_seqlens pass packed [total]")
+        check_tensor("gae", "cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"gae: cu_seqlens has shape {tuple(cu_seqlens.shape)}, dtype {cu_seqlens.dtype}; "

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from srppo_kernels import _triton
-from srppo_kernels._arguments import check_backend, check_mask, check_same_shape, compute_dtype
+from srppo_kernels._arguments import check_backend, check_mask, check_same_shape, check_tensor, compute_dtype
 from srppo_kernels._extension import native_input, resolve
 from srppo_kernels._library import Op
 from srppo_kernels.gae import reference
@@ -135,7 +135,8 @@ def whiten(
         backend: `"auto"`, `"native"`, `"triton"` or `"reference"`.
 
     Returns:
-        `x.shape`. With a single valid token it is 0 (variance counts as 0), without any there is nothing to scale.
+        `x.shape`. With a single valid token it is 0 (its value with `shift_mean=False`), without any there is nothing
+        to scale.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or combinations that do not fit, by the argument's name.
@@ -150,6 +151,8 @@ def whiten(
             raise ValueError("whiten: x requires grad but whitening over a process group has none; pass x.detach()")
         if moments is not None:
             raise ValueError("whiten: x requires grad but the moments that are given carry none; pass x.detach()")
+    if moments is not None:
+        check_tensor("whiten", "moments", moments)
     if moments is None:
         moments = torch.ops.srppo.whiten_moments(x, mask, backend)
     elif moments.shape != (3,) or moments.dtype != torch.float64 or moments.device != x.device:

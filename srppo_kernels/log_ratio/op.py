@@ -11,6 +11,7 @@ from srppo_kernels._arguments import (
     check_mask,
     check_rows,
     check_same_shape,
+    check_tensor,
     compute_dtype,
     number_or_tensor,
 )
@@ -231,6 +232,7 @@ def log_ratio_reward(
     check_choice(op, "normalize", normalize, reference.NORMALIZATIONS)
     check_choice(op, "kl_estimator", kl_estimator, reference.KL_ESTIMATORS)
     check_mask(op, mask)
+    check_tensor(op, "logprobs_sft", logprobs_sft)
     if logprobs_sft.dim() != 2:
         raise ValueError(f"{op}: logprobs_sft has shape {tuple(logprobs_sft.shape)}; pass [B, T]")
     check_same_shape(

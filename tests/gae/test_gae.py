@@ -275,6 +275,8 @@ def test_compiles_to_one_graph():
         ({"gamma": torch.ones(2, dtype=torch.long)}, TypeError, "gamma has dtype torch.int64; pass a floating"),
         ({"bootstrap": [0.0, 0.0]}, TypeError, "bootstrap must be a tensor, got list"),
         ({"rewards": [[1.0] * 3] * 2}, TypeError, "rewards must be a tensor, got list"),
+        ({"bootstrap": torch.ones(2, dtype=torch.bool)}, TypeError, "bootstrap has dtype torch.bool; pass a floating"),
+        ({"values": None}, TypeError, "values must be a tensor, got NoneType"),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"with cu_seqlens pass packed \[total\]"),
     ],
 )
@@ -302,3 +304,5 @@ def test_bad_starts(backend, starts, text):
         gae(flat, flat, flat.bool(), cu_seqlens=starts, backend=backend)
     with pytest.raises(ValueError, match="or packed"):
         gae(flat, flat, flat.bool())
+    with pytest.raises(TypeError, match="cu_seqlens must be a tensor, got list"):
+        gae(flat, flat, flat.bool(), cu_seqlens=[0, 6])

@@ -176,3 +176,13 @@ def test_bad_input():
         whiten(x, mask[:, :2])
     with pytest.raises(ValueError, match="backend='cuda' is unknown"):
         whiten(x, mask, backend="cuda")
+    with pytest.raises(TypeError, match="moments must be a tensor, got list"):
+        whiten(x, mask, moments=[6.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_token_is_scaled_by_nothing(backend):
+    x, mask = torch.tensor([3.0, 5.0]), torch.tensor([True, False])
+    with running(backend) as name:
+        assert whiten(x, mask, backend=name).tolist() == [0, 0]
+        assert whiten(x, mask, shift_mean=False, backend=name).tolist() == [3, 0]

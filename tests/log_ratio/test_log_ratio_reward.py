@@ -321,6 +321,8 @@ X, M = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
         ({"mask": X}, TypeError, "mask has dtype torch.float32; pass a bool tensor"),
         ({"logprobs_base": torch.ones(3, 2)}, ValueError, "logprobs_base has shape"),
         ({"logprobs_sft": torch.ones(3)}, ValueError, r"logprobs_sft has shape \(3,\); pass \[B, T\]"),
+        ({"logprobs_sft": [[1.0]]}, TypeError, "logprobs_sft must be a tensor, got list"),
+        ({"logprobs_base": None}, TypeError, "logprobs_base must be a tensor, got NoneType"),
         ({"placement": "end"}, ValueError, "placement='end' is unknown; choose one of 'eos', 'token'"),
         ({"normalize": "std"}, ValueError, "normalize='std' is unknown; choose one of 'none', 'length', 'running'"),
         ({"kl_estimator": "kl"}, ValueError, "kl_estimator='kl' is unknown; choose one of 'k1', 'k2', 'k3'"),

@@ -406,6 +406,7 @@ def test_compiles_to_one_graph():
         ({"mask": [[True]]}, TypeError, "mask must be a bool tensor, got list"),
         ({"old_logprobs": torch.ones(2, 4)}, ValueError, r"old_logprobs has shape \(2, 4\) but logprobs has \(2, 3\)"),
         ({"advantages": torch.ones(2)}, ValueError, "advantages has shape"),
+        ({"old_logprobs": None}, TypeError, "old_logprobs must be a tensor, got NoneType"),
         ({"advantages": torch.ones(2, 3, dtype=torch.long)}, TypeError, "advantages has dtype torch.int64"),
         ({"entropy": torch.ones(3)}, ValueError, "entropy has shape"),
         ({"entropy_coef": 0.1}, ValueError, "entropy_coef=0.1 needs entropy"),

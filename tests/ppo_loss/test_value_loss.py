@@ -214,6 +214,8 @@ def test_bad_input():
     x, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="returns has shape"):
         value_loss(x, x, x[:1], mask)
+    with pytest.raises(TypeError, match="old_values must be a tensor, got NoneType"):
+        value_loss(x, None, x, mask)
     with pytest.raises(TypeError, match=r"mask has dtype torch\.uint8"):
         value_loss(x, x, x, mask.byte())
     with pytest.raises(ValueError, match="clip=-1 must not be negative; pass None"):
