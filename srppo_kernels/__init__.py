@@ -1,7 +1,8 @@
 """Kernels for RL fine-tuning from demonstrations: log-probs without logits, the self-reward, GAE and the PPO loss.
 
-Every function here is a ``torch.library`` custom op in namespace ``srppo`` (or a thin front over one), with a
-plain-torch ``reference.py`` beside it that documents the maths and serves as the tests' oracle. A room per op::
+Every function here is a ``torch.library`` custom op in namespace ``srppo`` or a front over one, but for
+``linear_loss``, which calls Python in between and is an ``autograd.Function`` (the op where it is compiled). A
+plain-torch ``reference.py`` beside each documents the maths and serves as the tests' oracle. A room per op::
 
     linear_logprob/   log softmax(hidden @ weight.T)[target], entropy and lse, and losses over them, without the logits
     log_ratio/        the reward log pi_sft - log pi_base, placed, normalised and with its KL penalty

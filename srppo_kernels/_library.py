@@ -24,7 +24,9 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """torch's `once_differentiable` for gradients that were formed in the forward.
 
     It refuses a second derivative where the upstream gradient has a graph, and takes what was formed for a constant
-    where it has none, as in a gradient penalty. But that depends on the inputs, so it is refused there, too.
+    where it has none, as in a gradient penalty. But that depends on the inputs, so it is refused there, too. Not where
+    a caller asks for second derivatives with `allow_unused`, as `torch.autograd.functional.hessian` does: there is no
+    path to the inputs then, and torch has None, or zeros.
     """
     refusing = once_differentiable(backward)
 

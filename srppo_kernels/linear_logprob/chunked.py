@@ -20,7 +20,8 @@ Backward, with b = l - g - h H and lp = (z - m) - log S (reference.py has the de
     dz_y = g (1 - p_y) + p_y (l - h (logprob + H))       1 - p_y = -expm1(logprob), in fp32, before any rounding
 
 Row bits. A GEMM always sees ``row_block`` rows, padded with zeros, and groups do not depend on the call, so a row's
-outputs do not depend on which rows it shares a call with; the tests hold that on the BLAS at hand.
+outputs do not depend on which rows it shares a call with, as far as the BLAS rounds all places of a block alike; the
+tests hold that on the one at hand, and README.md has where it does not.
 """
 
 from collections.abc import Iterator

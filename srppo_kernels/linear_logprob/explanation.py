@@ -35,11 +35,12 @@ def explain(
     Takes the op's own arguments (those that do not matter, such as ``loss_fn``, are accepted and ignored); whether a
     gradient is wanted is read off the tensors and the grad mode. For ``linear_log_ratio`` pass one model's hidden
     states and head. ``gemms`` counts multiplications by the head, forward and backward; ``workspace_bytes`` is what
-    the op holds at its peak beyond inputs, outputs and gradients, as an upper bound by arithmetic. Printing it gives
-    the reason too.
+    the op holds at its peak beyond inputs, outputs and gradients, as an upper bound by arithmetic, save for what the
+    GEMMs of torch's libraries pack into. Printing it gives the reason too.
 
     Raises:
-        TypeError, ValueError: as the op itself would.
+        TypeError, ValueError: as the op itself would for what the head's arguments are; values of targets, and a loss's
+            own options, are not looked at.
     """
     check_choice("explain", "op", op, OPS)
     check_head(

@@ -308,7 +308,8 @@ def linear_logprob(
     Exactness: log-probs are fp32-exact (errors of a few 1e-6) whatever the inputs' dtype; those of ``"triton"`` as far
     as tensor cores are, which truncate (4e-5 to 1e-4 at D = 4096 on an H100, as a GEMM with fp32 results has). A
     token's bits do not depend on the tokens it shares a call with, nor on the plan: the PPO ratio of an unchanged model
-    is exactly 1.
+    is exactly 1. ``"torch"``, which float64 takes on a CPU, has that as far as the BLAS has (README.md), and
+    ``"reference"`` has not.
     """
     check_head(
         "linear_logprob", hidden, weight, targets, bias=bias, mask=mask, temperature=temperature,

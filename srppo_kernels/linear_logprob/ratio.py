@@ -3,7 +3,7 @@
     log pi_sft(y_t | .) - log pi_base(y_t | .)
 
 Both log-probs come from the same scan over the same vocabulary groups, so the ratio of a model with itself is exactly
-0.
+0; with the torch backend where both models' tensors are aligned alike, which MKL's rounding may depend on.
 """
 
 from typing import Any
