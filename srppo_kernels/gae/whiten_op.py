@@ -53,7 +53,8 @@ def _moments_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # d mean / dx = 1/n and d sum (x - mean)^2 / dx = 2 (x - mean): the mean's own move cancels.
     x, mask, moments = ctx.saved_tensors
     count, mean, _ = moments.unbind()
-    dx = grad[1] / count.clamp(min=1) + grad[2] * 2 * (x.double() - mean)
+    centred = torch.where(mask, x.double() - mean, 0)  # a NaN times 0 would be in the second derivative
+    dx = grad[1] / count.clamp(min=1) + grad[2] * 2 * centred
     return torch.where(mask, dx, 0).to(x.dtype), None, None
 
 

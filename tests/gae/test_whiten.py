@@ -180,6 +180,19 @@ def test_bad_input():
         whiten(x, mask, moments=[6.0, 1.0, 0.0])
 
 
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_a_nan_in_a_masked_place_reaches_no_second_derivative(shift_mean):
+    mask = torch.arange(6) != 2
+    x = torch.where(mask, torch.randn(6, dtype=torch.float64), torch.nan).requires_grad_()
+
+    def second(x, mask):
+        (first,) = torch.autograd.grad((whiten(x, mask, shift_mean=shift_mean) ** 3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first[mask].square().sum(), x)[0]
+
+    alone = x.detach()[mask].requires_grad_()
+    torch.testing.assert_close(second(x, mask)[mask], second(alone, torch.ones(5, dtype=torch.bool)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_single_token_is_scaled_by_nothing(backend):
     x, mask = torch.tensor([3.0, 5.0]), torch.tensor([True, False])
