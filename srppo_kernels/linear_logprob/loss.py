@@ -32,6 +32,7 @@ class _Call:
     def __init__(self, loss_fn: LossFn, args: tuple[Any, ...], head: dict[str, Any], plan: Plan, group: str) -> None:
         self.loss_fn, self.args, self.head, self.plan, self.group = loss_fn, args, head, plan, group
         self.names: list[str] = []
+        self.grad_mode = torch.is_grad_enabled()  # the caller's: in a forward it is off
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -53,7 +54,7 @@ class _LinearLoss(torch.autograd.Function):
         wanted = fused.Wanted(need_hidden, need_weight, need_bias, wide_weight=wide)
         head = Head(weight, bias, *(call.head[k] for k in ("row_temperature", "temperature", "logit_scale", "softcap")))
         x, y, live = prepare(hidden, targets, mask, call.head["ignore_index"], weight.shape[0], call.group)
-        chunks = _ChunkLosses(call.loss_fn, call.args, differentiable, targets.shape, live)
+        chunks = _ChunkLosses(call.loss_fn, call.args, differentiable, targets.shape, live, call.grad_mode)
         formed = fused.run(
             x, head, y, live, chunks, wanted,
             chunk=call.plan.rows_per_chunk or x.shape[0], backend=call.plan.backend, group=call.group,
@@ -100,8 +101,9 @@ class _ChunkLosses:
         differentiable: tuple[Tensor, ...],
         shape: torch.Size,
         live: Tensor,
+        grad_mode: bool,
     ) -> None:
-        self.loss_fn, self.shape, self.live = loss_fn, shape, live
+        self.loss_fn, self.shape, self.live, self.grad_mode = loss_fn, shape, live, grad_mode
         self.args = list(args)  # those that need a gradient are None here and come in `differentiable`
         self.differentiable = [t.detach() for t in differentiable]
         self.gradients = [torch.zeros_like(t) for t in self.differentiable]
@@ -119,8 +121,9 @@ class _ChunkLosses:
     def __call__(self, start: int, stop: int, logprob: Tensor, entropy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         r = slice(start, stop)
         # This graph is not the caller's: torch.utils.checkpoint's hooks on it would run the caller's region again, for
-        # each chunk.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        # each chunk. Under no_grad there is none, and nothing to refuse of what loss_fn closes over.
+        hooks = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved)
+        with torch.set_grad_enabled(self.grad_mode), hooks:
             logprob = logprob.detach().requires_grad_()
             entropy = entropy.detach().requires_grad_()
             leaves = [t.detach().requires_grad_() for t in self.differentiable]
@@ -238,7 +241,8 @@ def linear_loss(
         hidden, weight, targets, bias, mask, ignore_index, temperature, logit_scale, softcap, backend, group,
             grad_weight_out: as in ``linear_logprob``.
         loss_fn: returns a 0-d tensor and a dict of tensors. Tensors that need a gradient must come in through
-            ``loss_args``, where they get it; one that ``loss_fn`` closes over is refused.
+            ``loss_args``, where they get it; one that ``loss_fn`` closes over is refused where the loss is called on
+            chunks.
         plan: ``"precompute"`` (the default where a gradient is wanted), ``"score"``, or ``"cache"`` and
             ``"recompute"``, which call ``loss_fn`` once, on all rows.
         workspace_bytes: bound on a chunk's exponentials, which sets how many rows a chunk has; for the other plans as

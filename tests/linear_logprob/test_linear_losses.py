@@ -265,6 +265,13 @@ def test_a_closure_over_a_trained_tensor_is_refused():
         linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: ((alpha.exp() * lp).sum(), {}))
     loss, _ = linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: ((alpha.detach() * lp).sum(), {}))
     assert loss.requires_grad
+    for off in (torch.no_grad, torch.inference_mode):  # nobody wants a gradient of it
+        with off():
+            scored, _ = linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: ((alpha * lp).sum(), {}))
+        assert not scored.requires_grad
+        assert torch.equal(scored, loss.detach())
+    with pytest.raises(ValueError, match="loss_args"):  # of a model that is frozen it would be lost as well
+        linear_loss(p.hidden.detach(), p.weight.detach(), p.targets, lambda lp, h: ((alpha * lp).sum(), {}))
 
 
 def test_policy_gradient_of_the_op_and_the_loss_agree_in_bits():
