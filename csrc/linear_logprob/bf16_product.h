@@ -116,11 +116,13 @@ class PanelPacker {
         share_(2 * ((pairs + shares - 1) / shares)), out_(out) {}
 
   void pack_share() {
-    for (const std::int64_t to = std::min(end_, at_ + share_); at_ < to; at_ += 2, out_ += kBf16Panel) {
-      const std::uint16_t *row = b_.row(at_) + column_, *next = b_.row(at_ + 1);
-      if (next && width_ == kBf16Panel) interleave_panel(row, next + column_, out_);
-      else interleave(row, next ? next + column_ : nullptr, width_, kBf16Panel, out_);
-    }
+    const std::int64_t to = std::min(end_, at_ + share_);
+    const std::int64_t whole = width_ == kBf16Panel ? std::min(to, b_.rows / 2 * 2) : at_;
+    const std::uint16_t* row = b_.data + at_ * b_.stride + column_;
+    for (; at_ < whole; at_ += 2, row += 2 * b_.stride, out_ += kBf16Panel)
+      interleave_panel(row, row + b_.stride, out_);
+    for (; at_ < to; at_ += 2, row += 2 * b_.stride, out_ += kBf16Panel)
+      interleave(row, at_ + 1 < b_.rows ? row + b_.stride : nullptr, width_, kBf16Panel, out_);
   }
 
   void pack_rest() {
