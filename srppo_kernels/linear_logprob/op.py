@@ -41,7 +41,9 @@ class LinearLogprob(NamedTuple):
 
 def live_rows(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
     """Which rows count, ``[N]`` bool, from flat targets and a mask of any shape."""
-    live = targets != ignore_index
+    limits = torch.iinfo(targets.dtype)  # a comparison with what does not fit would wrap around
+    fits = limits.min <= ignore_index <= limits.max
+    live = targets != ignore_index if fits else torch.ones_like(targets, dtype=torch.bool)
     return live if mask is None else live & mask.reshape(-1)
 
 

@@ -332,3 +332,12 @@ def test_explain():
     assert large.workspace_bytes > small.workspace_bytes
     with pytest.raises(ValueError, match="op='other'"):
         plan(op="other")
+
+
+def test_an_ignore_index_that_no_target_can_be():
+    """2^32 is 0 in 32 bits, and token 0 was ignored."""
+    p = make("random", n=4, d=8, v=10)
+    targets = torch.tensor([0, 1, 3, 0], dtype=torch.int32)
+    want = linear_logprob(p.hidden, p.weight, targets).logprob
+    assert (want != 0).all()
+    assert torch.equal(linear_logprob(p.hidden, p.weight, targets, ignore_index=1 << 32).logprob, want)
