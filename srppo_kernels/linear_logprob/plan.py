@@ -181,7 +181,7 @@ def _score(problem: Problem, bound: int | None, backend: str, reason: str) -> Pl
 
 
 def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str, asked: str) -> Plan:
-    chunk = _rows_per_chunk(problem, budget, default)
+    chunk = _rows_per_chunk(problem, budget, default, backend)
     chunks = -(-problem.rows // chunk)
     size = _chunk_bytes(problem, backend, chunk, adds=problem.needs_weight and chunks > 1)
     waits = problem.weight_dtype == torch.float16 or (chunks > 1 and problem.weight_dtype.itemsize == 2)
@@ -197,18 +197,22 @@ def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str
     return Plan(backend, "precompute", gemms, size, reason, chunk)
 
 
-def _rows_per_chunk(problem: Problem, budget: int, default: bool) -> int:
+def _rows_per_chunk(problem: Problem, budget: int, default: bool, backend: str) -> int:
     """Rows whose exponentials fit in ``budget``: a multiple of the row block, at least one, no more than there are.
 
     The default is small on a CPU, except that a trainable head's chunks need an fp32 dweight to add up in: all rows'
-    exponentials, where they are no larger than that, are one chunk, which is both smaller and faster.
+    exponentials, where they are no larger than that, are one chunk, which is both smaller and faster. Native code,
+    which reads the head once a chunk and pads no block, gets as many rows as fit, as even as can be.
     """
     one_chunk = problem.needs_weight and problem.rows * problem.vocab * problem.kept_bytes <= budget
     if default and problem.device.type == "cpu" and not one_chunk:
         budget = min(budget, CPU_CHUNK_BYTES)
     block = row_block(problem.device)
-    fitting = budget // max(1, problem.vocab * problem.kept_bytes) // block * block
-    return max(block, min(fitting, -(-problem.rows // block) * block))
+    fitting = budget // max(1, problem.vocab * problem.kept_bytes)
+    if backend == "native" and block < fitting < problem.rows:
+        even = -(-problem.rows // -(-problem.rows // fitting))
+        return max(block, min(-(-even // 16), fitting // 16) * 16)
+    return max(block, min(fitting // block, -(-problem.rows // block)) * block)
 
 
 def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend: str, asked: str) -> Plan:
@@ -221,7 +225,7 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
             f"use linear_loss, whose loss is known in the forward, or plan='auto'"
         )
     if plan == "precompute" or (plan == "auto" and frozen and not problem.entropy and not problem.lse):
-        chunk = _rows_per_chunk(problem, budget, default)
+        chunk = _rows_per_chunk(problem, budget, default, backend)
         size = problem.rows * problem.width * problem.hidden_dtype.itemsize + _chunk_bytes(problem, backend, chunk)
         what = "" if problem.lse else " and neither entropy nor lse is wanted"
         reason = f"{asked}the head is frozen{what}: dhidden is formed in the forward up to a row's scalar"
