@@ -93,7 +93,7 @@ def run(
     residual = new_residual(hidden, head.weight, max(p.count for _, _, p in parts), backend) if wanted.any else None
     # Chunks add up in the accumulation dtype; one chunk is written once, in whatever dtype it is wanted.
     several = len(parts) > 1
-    sums = [t.new_zeros(t.shape, dtype=acc) if several and t.dtype != acc else t for t in (formed.weight, formed.bias)]
+    sums = [t.new_empty(t.shape, dtype=acc) if several and t.dtype != acc else t for t in (formed.weight, formed.bias)]
     with torch.autocast(hidden.device.type, enabled=False):
         for number, (start, stop, part) in enumerate(parts):
             out = forward(
