@@ -1,5 +1,5 @@
 // Vector helpers that need only W. Included per level, see each_level.h.
-SRPPO_INLINE int lanes_left(std::int64_t n) { return n < W ? static_cast<int>(n) : W; }
+SRPPO_INLINE int lanes_left(std::int64_t n) { return n < W ? static_cast<int>(n > 0 ? n : 0) : W; }
 
 // Rounds to nearest even, as torch does; the first n lanes. A NaN stays one.
 typedef std::uint32_t VBits __attribute__((vector_size(4 * W)));

@@ -42,7 +42,7 @@ static void pack_columns(const float* a, std::int64_t stride, std::int64_t count
 
 // Steps of up to a panel's columns of B [K, N] as [steps][2 W], zeros beyond `width`.
 static void pack_panel_rows(const float* b, std::int64_t stride, std::int64_t width, std::int64_t steps, float* out) {
-  const int low = lanes_left(width), high = lanes_left(width > W ? width - W : 0);  // a count below 0 is not "none"
+  const int low = lanes_left(width), high = lanes_left(width - W);
   for (std::int64_t k = 0; k < steps; ++k) {
     store(out + k * kPanel, load(b + k * stride, low), W);
     store(out + k * kPanel + W, load(b + k * stride + W, high), W);
