@@ -75,6 +75,13 @@ constexpr std::int64_t kTileGap = 16;              // between tiles of A^T, whic
 // Words that `rows` rows of A take, however they are packed: tiles are of 14 rows, then of 4, 2 and 1.
 constexpr std::int64_t packed_words(std::int64_t rows) { return rows * kPairStride + 5 * kTileGap; }
 
+// Brings elements [from, from + count) of row k of A to L2, if it has that row. The rows of A^T lie a vocabulary apart,
+// where the hardware does not run ahead.
+inline void fetch_row(const Bf16Matrix& a, std::int64_t k, std::int64_t from, std::int64_t count) {
+  const std::uint16_t* row = a.row(k);
+  for (std::int64_t j = 0; row && j < count; j += 32) __builtin_prefetch(row + from + j, 0, 2);
+}
+
 // Rows [r0, r0 + count) of the result, pairs [p0, p0 + pairs) of K.
 inline void pack_a(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int64_t count, std::int64_t p0,
                    std::int64_t pairs, std::uint32_t* out) {
@@ -88,12 +95,10 @@ inline void pack_a(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::i
     return;
   }
   // Row by row of A, all tiles at once: a vocabulary apart, rows share few sets of a cache and would not stay.
-  constexpr std::int64_t kAhead = 16;  // rows, that the hardware does not fetch ahead
+  constexpr std::int64_t kAhead = 16;  // rows
   for (std::int64_t k = 2 * p0; k < 2 * (p0 + pairs); k += 2) {
-    for (std::int64_t ahead = k + kAhead; ahead < k + kAhead + 2; ++ahead) {
-      const std::uint16_t* later = a.row(ahead);
-      for (std::int64_t j = 0; later && j < count; j += 32) __builtin_prefetch(later + r0 + j, 0, 2);
-    }
+    fetch_row(a, k + kAhead, r0, count);
+    fetch_row(a, k + kAhead + 1, r0, count);
     const std::uint16_t *row = a.row(k) + r0, *next = k + 1 < a.rows ? a.row(k + 1) + r0 : nullptr;
     std::uint32_t* tile = out;
     for (std::int64_t r = 0; r < count;) {

@@ -45,10 +45,8 @@ void pack_a_rows(const Bf16Matrix& a, bool transposed, std::int64_t r0, std::int
   for (std::int64_t k = 0; transposed && k < depth; k += kTileDepth) {  // 16 pairs of rows of A
     for (std::int64_t i = 0; i < kTileDepth / 2; ++i) {
       const std::uint16_t *row = a.row(k0 + k + 2 * i), *next = a.row(k0 + k + 2 * i + 1);
-      for (std::int64_t ahead = kTileDepth + 2 * i; ahead < kTileDepth + 2 * i + 2; ++ahead) {
-        const std::uint16_t* later = a.row(k0 + k + ahead);  // a vocabulary apart: the hardware does not run ahead
-        for (std::int64_t j = 0; later && j < count; j += 32) __builtin_prefetch(later + r0 + j, 0, 2);
-      }
+      fetch_row(a, k0 + k + kTileDepth + 2 * i, r0, count);
+      fetch_row(a, k0 + k + kTileDepth + 2 * i + 1, r0, count);
       interleave(row ? row + r0 : nullptr, next ? next + r0 : nullptr, count, width, scratch + i * width);
     }
     transpose_words(reinterpret_cast<const float*>(scratch), width, count, reinterpret_cast<float*>(out + k),
