@@ -1,6 +1,6 @@
 """Argument checks that the ops share: every error names the argument and says what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -46,15 +46,15 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; pass a floating-point tensor")
 
 
-OPTIONAL = frozenset({"entropy", "weights", "logprobs_policy", "logprobs_ref"})  # may be None
-
-
-def check_same_shape(op: str, like_name: str, like: Tensor, **others: Tensor | None) -> None:
-    """Each tensor of `others` is floating point (masks aside), of `like`'s shape and on its device."""
+def check_same_shape(
+    op: str, like_name: str, like: Tensor, *, optional: Collection[str] = (), **others: Tensor | None
+) -> None:
+    """Each tensor of `others` is floating point (masks aside), of `like`'s shape and on its device; those whose names
+    are `optional` may be None."""
     check_tensor(op, like_name, like)
     check_floating(op, like_name, like)
     for name, tensor in others.items():
-        if tensor is None and name in OPTIONAL:
+        if tensor is None and name in optional:
             continue
         check_tensor(op, name, tensor)
         assert tensor is not None
@@ -71,10 +71,10 @@ def check_same_shape(op: str, like_name: str, like: Tensor, **others: Tensor | N
             check_floating(op, name, tensor)
 
 
-def check_rows(op: str, name: str, tensor: Tensor, rows: int, device: torch.device) -> None:
-    """A per-row argument has shape [B] and lies with the others; floating point, unless it is `truncated`, a mask."""
+def check_rows(op: str, name: str, tensor: Tensor, rows: int, device: torch.device, *, floating: bool = True) -> None:
+    """A per-row argument has shape [B] and lies with the others; floating point, unless it is a mask."""
     check_tensor(op, name, tensor)
-    if name != "truncated":
+    if floating:
         check_floating(op, name, tensor)
     if tensor.shape != (rows,):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; pass one value a row, shape ({rows},)")

@@ -102,7 +102,7 @@ def tokens(op: str, logprob: Tensor, mask: Tensor, **others: Tensor | None) -> t
                 f"{op}: {name} has shape {tuple(value.shape)} but logprob has {tuple(logprob.shape)}; where a number "
                 f"belongs to a whole sequence, spread it: {name}[:, None].expand_as(mask)"
             )
-    check_same_shape(op, "logprob", logprob, mask=mask, **others)
+    check_same_shape(op, "logprob", logprob, optional=("entropy", "weights"), mask=mask, **others)
     if logprob.dim() not in (1, 2):
         raise ValueError(f"{op}: logprob has shape {tuple(logprob.shape)}; pass [B, T] or [n]")
     dtype = compute_dtype(logprob, *others.values())

@@ -324,6 +324,6 @@ def entropy_bonus(
     if entropy is None:
         raise ValueError("entropy_bonus: entropy is missing; linear_loss gives it, or linear_logprob(entropy=True)")
     check_mask("entropy_bonus", mask)
-    check_same_shape("entropy_bonus", "logprob", logprob, entropy=entropy)
+    check_same_shape("entropy_bonus", "logprob", logprob, optional=("entropy",), entropy=entropy)
     h, weight = tokens("entropy_bonus", entropy, mask, weights=weights)
     return divided("entropy_bonus", -coef * weight.detach() * h, normalizer), sums(tokens=mask, entropy=h)

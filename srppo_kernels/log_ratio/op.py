@@ -239,6 +239,7 @@ def log_ratio_reward(
         op,
         "logprobs_sft",
         logprobs_sft,
+        optional=("logprobs_policy", "logprobs_ref"),
         logprobs_base=logprobs_base,
         mask=mask,
         logprobs_policy=logprobs_policy,
@@ -268,7 +269,7 @@ def log_ratio_reward(
             raise TypeError(
                 f"{op}: truncated has dtype {truncated.dtype}; pass a bool tensor, True on rows without EOS"
             )
-        check_rows(op, "truncated", truncated, logprobs_sft.shape[0], logprobs_sft.device)
+        check_rows(op, "truncated", truncated, logprobs_sft.shape[0], logprobs_sft.device, floating=False)
     if (logprobs_policy is None) != (logprobs_ref is None):
         missing = "logprobs_policy" if logprobs_policy is None else "logprobs_ref"
         raise ValueError(f"{op}: the KL penalty needs logprobs_policy and logprobs_ref; {missing} is missing")

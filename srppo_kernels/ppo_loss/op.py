@@ -258,8 +258,9 @@ def _check_policy(
     check_backend(op, backend, BACKENDS)
     check_mask(op, mask)
     check_same_shape(
-        op, "logprobs", logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask, entropy=entropy
-    )
+        op, "logprobs", logprobs, optional=("entropy",), old_logprobs=old_logprobs, advantages=advantages, mask=mask,
+        entropy=entropy,
+    )  # fmt: skip
     if logprobs.dim() == 0:
         raise ValueError(f"{op}: logprobs is 0-d; pass [B, T] or [N]")
     check_clips(op, clip_low, clip_high, dual_clip)
