@@ -21,10 +21,12 @@ __all__ = [
     "arrived_last",
     "blocks_of",
     "clamp",
+    "exp_expm1",
     "exp_parts",
     "first_valid",
     "grid_max",
     "grid_sum",
+    "log1p",
     "row_length",
     "row_tokens",
 ]
@@ -110,6 +112,22 @@ def exp_parts(x):
     power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     e = (1.0 + (r + tail)) * power
     return e, tl.where(n == 0, tail, (e - 1.0) - x)
+
+
+@triton.jit
+def exp_expm1(x):
+    """`(e^x, e^x - 1)` of any x, without cancellation near 0."""
+    e, tail = exp_parts(tl.where(x < -87.0, -87.0, tl.where(x > 88.0, 88.0, x)))  # a NaN stays
+    e = tl.where(x < -87.0, 0.0, tl.where(x > 88.0, float("inf"), e))
+    return e, tl.where((x > -0.34) & (x < 0.34), x + tail, e - 1.0)  # there n of exp_parts is 0
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), without losing the digits of a small x."""
+    u = 1.0 + x
+    lost = ((u - 1.0) - x) / u  # of x, in 1 + x; no number where that is 0 or infinite
+    return tl.log(u) - tl.where(lost == lost, lost, 0.0)
 
 
 @triton.jit

@@ -124,7 +124,7 @@ def check_targets(targets: Tensor, live: Tensor, vocab: int | Tensor, shape: tor
     """
     bad = live & ((targets < 0) | (targets >= vocab))
     if targets.device.type != "cpu":
-        torch._assert_async(~bad.any(), "srppo::linear_logprob: a live target is outside the vocabulary")
+        assert_targets(~bad.any())
         return
     if not bad.any():
         return
@@ -134,3 +134,8 @@ def check_targets(targets: Tensor, live: Tensor, vocab: int | Tensor, shape: tor
         f"linear_logprob: targets{index} is {int(targets[position])}, outside the vocabulary [0, {int(vocab)}); "
         f"mask that token, or set it to ignore_index"
     )
+
+
+def assert_targets(fit: Tensor) -> None:
+    """A device-side assertion, unless ``fit``."""
+    torch._assert_async(fit, "srppo::linear_logprob: a live target is outside the vocabulary")

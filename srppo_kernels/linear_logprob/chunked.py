@@ -200,19 +200,26 @@ def forward(
     group: str = "",
     bound: int | None = None,
 ) -> RowOutputs:
-    """logprob, entropy and lse of ``rows``; fills ``residual`` if given, at ``kept_rows`` (default: in order).
+    """logprob, entropy and lse of ``rows``, 0 where masked; fills ``residual`` if given, at ``kept_rows`` (default: in
+    order).
 
     ``bound``: on the native scan's workspace, in bytes; None: its default.
     """
     acc = accumulation_dtype(hidden)
-    y = rows.take(targets).long()
     temperature = None if head.row_temperature is None else rows.take(head.row_temperature, 1.0).to(acc)
+    if backend in gpu.FAMILY:
+        assert rows.live is not None
+        y = targets[rows.start : rows.stop].long()  # read in live rows alone
+        scan = sm90.scan if backend == "sm90" else gpu.scan
+        state = scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
+        return RowOutputs(*gpu.outputs(vocab_parallel.merge_ranks(state, group), rows.live, entropy))
+    y = rows.take(targets).long()
     if backend == "native":
         state = native.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows, bound)
     else:
-        scan = {"triton": gpu.scan, "sm90": sm90.scan}.get(backend, _scan)
-        state = scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
-    return RowOutputs.of(vocab_parallel.merge_ranks(state, group), entropy=entropy)
+        state = _scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
+    out = RowOutputs.of(vocab_parallel.merge_ranks(state, group), entropy=entropy)
+    return out if rows.live is None else RowOutputs(*(torch.where(rows.live, values, 0) for values in out))
 
 
 def _scan(

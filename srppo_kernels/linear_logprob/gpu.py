@@ -64,6 +64,20 @@ def scan(
     return triton_scan.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
 
 
+def outputs(state: Tensor, live: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    """``triton_scan.outputs``."""
+    from srppo_kernels.linear_logprob import triton_scan
+
+    return triton_scan.outputs(state, live, entropy)
+
+
+def live_targets(targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """``triton_passes.live_targets``."""
+    from srppo_kernels.linear_logprob import triton_passes
+
+    return triton_passes.live_targets(targets, mask, ignore_index, vocab)
+
+
 def over_vocabulary(
     hidden: Tensor,
     head: "Head",
@@ -81,9 +95,10 @@ def over_vocabulary(
     """dhidden of ``rows``, and dweight and dbias into their destination; ``wanted`` (``[count]``) have a gradient."""
     from srppo_kernels.linear_logprob import triton_gradients
 
+    here = slice(rows.start, rows.stop)
     return triton_gradients.over_vocabulary(
-        hidden[rows.start : rows.stop], head, rows.take(targets).long(), wanted, scalars, temperature, into, residual,
-        rows.live, consume=consume, direct=direct, dense=rows.dense, dz_bytes=dz_bytes,
+        hidden[here], head, targets[here].long(), wanted, scalars, temperature, into, residual, rows.live,
+        consume=consume, direct=direct, dense=rows.dense, dz_bytes=dz_bytes,
     )  # fmt: skip
 
 

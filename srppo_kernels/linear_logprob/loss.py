@@ -53,7 +53,9 @@ class _LinearLoss(torch.autograd.Function):
         wide = call.head["grad_weight_out"] is not None
         wanted = fused.Wanted(need_hidden, need_weight, need_bias, wide_weight=wide)
         head = Head(weight, bias, *(call.head[k] for k in ("row_temperature", "temperature", "logit_scale", "softcap")))
-        x, y, live = prepare(hidden, targets, mask, call.head["ignore_index"], weight.shape[0], call.group)
+        x, y, live = prepare(
+            hidden, targets, mask, call.head["ignore_index"], weight.shape[0], call.group, call.plan.backend
+        )
         chunks = _ChunkLosses(call.loss_fn, call.args, differentiable, targets.shape, live, call.grad_mode)
         formed = fused.run(
             x, head, y, live, chunks, wanted,

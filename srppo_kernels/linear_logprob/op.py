@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.library import custom_op
 
 from srppo_kernels.linear_logprob import backward as grads
-from srppo_kernels.linear_logprob import spare, vocab_parallel
-from srppo_kernels.linear_logprob.checks import check_head, check_targets
+from srppo_kernels.linear_logprob import gpu, spare, vocab_parallel
+from srppo_kernels.linear_logprob.checks import assert_targets, check_head, check_targets
 from srppo_kernels.linear_logprob.chunked import (
     Head,
     Residual,
+    RowOutputs,
     accumulation_dtype,
     forward,
     kept_dtype,
@@ -48,14 +49,18 @@ def live_rows(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor
 
 
 def prepare(
-    hidden: Tensor, targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, group: str
+    hidden: Tensor, targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, group: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Flat ``(hidden [N, D], targets local to this rank's shard [N], live [N])``, with the targets checked."""
-    flat = targets.reshape(-1)
+    flat, x = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
+    if backend in gpu.FAMILY and not group and flat.device.type != "cpu":
+        live, fit = gpu.live_targets(flat, mask, ignore_index, vocab)
+        assert_targets(fit)
+        return x, flat, live
     live = live_rows(flat, mask, ignore_index)
     start, total = vocab_parallel.shard_range(vocab, group, targets.device)
     check_targets(flat, live, total, targets.shape)
-    return hidden.reshape(-1, hidden.shape[-1]), flat - start, live
+    return x, flat - start if group else flat, live
 
 
 @custom_op("srppo::linear_logprob", mutates_args=())
@@ -78,21 +83,20 @@ def _linear_logprob(
     bound: int | None,  # bytes of workspace (score and recompute on native code; None: the default)
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group)
+    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group, backend)
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
     acc = accumulation_dtype(hidden)
     rows = Rows.of(live, backend=backend, dense=mask is None)
-    outputs = [x.new_zeros(x.shape[0], dtype=acc) for _ in range(3)]
-    norm = x.new_zeros(2, x.shape[0], dtype=acc)
     kept, group_max = _kept_like(hidden, weight, plan, backend, every_row=rows.index is None)
     with torch.autocast(hidden.device.type, enabled=False):
         if plan == "precompute":
+            outputs = [x.new_zeros(x.shape[0], dtype=acc) for _ in RowOutputs._fields]
             residual = new_residual(hidden, weight, min(chunk, rows.count), backend)
             for a in range(0, rows.count, chunk):
                 part = rows.part(a, a + chunk)
                 result = forward(x, head, y, part, entropy=False, backend=backend, residual=residual, group=group)
                 part.put(kept, grads.context(x, head, y, part, result, residual, backend, group))
-                for whole, values in zip([*outputs, *norm], result, strict=True):
+                for whole, values in zip(outputs, result, strict=True):
                     part.put(whole, values)
             spare.give_back(residual.kept)
         else:
@@ -101,10 +105,9 @@ def _linear_logprob(
                 x, head, y, rows, entropy=entropy, backend=backend, residual=cache, kept_rows=rows.index, group=group,
                 bound=bound,
             )  # fmt: skip
-            for whole, values in zip([*outputs, *norm], result, strict=True):
-                rows.put(whole, values)
-    logprob, h, lse = (t.view(targets.shape) for t in outputs)
-    return logprob, h, lse, norm, kept, group_max
+            outputs = [rows.whole(values, x.shape[0]) for values in result]
+    logprob, h, lse = (t.view(targets.shape) for t in outputs[:3])
+    return logprob, h, lse, torch.stack(outputs[3:]), kept, group_max
 
 
 def _flat(values: Tensor | None) -> Tensor | None:
@@ -354,7 +357,7 @@ def _reference(
     if group is not None:
         raise ValueError("linear_logprob: backend='reference' has no vocabulary-parallel form; pass backend='auto'")
     acc = accumulation_dtype(hidden)
-    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], "")
+    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], "", "reference")
     outputs = linear_logprob_reference(
         x.to(acc),
         weight.to(acc),

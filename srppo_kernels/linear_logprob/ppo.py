@@ -54,7 +54,7 @@ def _linear_ppo_loss(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group)
+    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group, backend)
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
     old, advantage = old_logprobs.reshape(-1), advantages.reshape(-1)
     divisor: Tensor | float = live.sum().clamp(min=1) if normalizer is None else normalizer

@@ -83,6 +83,12 @@ class Rows:
         missing = pad_to - x.shape[0]
         return x if missing <= 0 else torch.cat([x, x.new_zeros(missing, x.shape[1])])
 
+    def whole(self, values: Tensor, total: int) -> Tensor:
+        """A vector of the whole call, zero elsewhere, with ``values`` of these rows, which are zero where masked."""
+        if self.index is None and self.count == total:
+            return values
+        return self.put(values.new_zeros(total), values)
+
     def put(self, whole: Tensor, values: Tensor) -> Tensor:
         """Writes ``values`` of these rows into ``whole`` (which is zero elsewhere), and returns it."""
         values = values.to(whole.dtype)

@@ -104,7 +104,7 @@ def scan(
     from srppo_kernels.linear_logprob import triton_scan
     from srppo_kernels.linear_logprob.gpu import PART, maxima
     from srppo_kernels.linear_logprob.triton_reference import references, settle
-    from srppo_kernels.linear_logprob.triton_tiles import LOWEST, gather_rows, row_list
+    from srppo_kernels.linear_logprob.triton_tiles import row_list
 
     assert rows.live is not None and kept_rows is None, "on this backend rows are compacted on the device"
     reason = operand_obstacle(hidden, head.weight)
@@ -114,23 +114,19 @@ def scan(
     if min(n, vocab) == 0 or (reason and residual is None):
         return triton_scan.scan(hidden, head, y, temperature, rows, entropy, residual, kept_rows)
     listed = row_list(rows.live)
-    targets = y.index_select(0, listed.index)
     if reason and residual is not None:  # it has one number a row, and Triton's scan several: all become the largest
         parts = residual._replace(group_max=residual.group_max.new_empty(n, maxima(vocab)))
         out = triton_scan.scan(hidden, head, y, temperature, rows, entropy, parts, kept_rows)
-        below = out.new_full((n,), -torch.inf)
+        below, targets = out.new_full((n,), -torch.inf), y.index_select(0, listed.index)
         settle(residual, parts.group_max, PART, below, out, listed, targets, zero_all=rows.dense)
         return out
-    x = gather_rows(hidden[rows.start : rows.stop], listed)
     inverse = None if temperature is None else temperature.float().reciprocal().index_select(0, listed.index)
-    out = x.new_zeros(4, n, dtype=torch.float32)
-    out[0] = LOWEST.value
     cluster = cluster or (CLUSTER if n > ROWS else 1)
-    state = out.new_empty(3, -(-vocab // group), n)
-    target_logits = out.new_zeros(n)
     whole = ROWS * cluster  # blocks of the last cluster read beyond the rows
-    reference = references(x, head, targets, inverse, listed, -(-n // whole) * whole)
-    kept_max = None if residual is None else out.new_empty(n, -(-vocab // TILE))
+    x, targets, reference = references(hidden[rows.start : rows.stop], head, y, inverse, listed, -(-n // whole) * whole)
+    state = reference.new_empty(3, -(-vocab // group), n)
+    target_logits = reference.new_empty(n)
+    kept_max = None if residual is None else reference.new_empty(n, -(-vocab // TILE))
     torch.ops.srppo_native.linear_logprob_scan_sm90(
         x,
         head.weight,
@@ -149,7 +145,7 @@ def scan(
         None if residual is None else residual.kept[:n],  # of a last chunk, fewer than there is room for
         kept_max,
     )
-    triton_scan.merge(state, target_logits, listed, out)
+    out = triton_scan.merge(state, target_logits, targets, listed, rows.live, vocab)
     if residual is not None and kept_max is not None:
         settle(residual, kept_max, TILE, reference, out, listed, targets, zero_all=rows.dense)
     return out

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs
 """Small kernels beside the GEMMs.
 
-    list_kernel     which rows are live, in order, and how many
+    live_kernel     which rows are live, and whether their targets are in the vocabulary
+    list_kernel     the live rows, in order, and how many
     gather_kernel   live rows, one after another, and zeros after them; on request times a factor a row
     scale_kernel    an upstream gradient times a gradient that was formed for 1; in place a factor of 1 ends it at once
 
@@ -60,6 +61,44 @@ def scale(formed: Tensor, upstream: Tensor, dtype: torch.dtype, *, in_place: boo
                 BLOCK=SCALED, IN_PLACE=in_place, DOUBLE=formed.dtype == torch.float64, num_warps=8,
             )  # fmt: skip
     return out
+
+
+@triton.jit
+def live_kernel(
+    targets,  # [n] int64 or int32
+    mask,  # [n] bool
+    ignore_index,
+    live,  # [n] uint8
+    fit,  # [1] int32
+    n,
+    vocab,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One program, as list_kernel: in torch's operators this is nine launches."""
+    outside = 0
+    for start in range(0, n, BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        inside = r < n
+        target = tl.load(targets + r, mask=inside, other=0).to(tl.int64)
+        here = inside & (target != ignore_index)
+        if MASKED:
+            here &= tl.load(mask + r, mask=inside, other=0) != 0
+        tl.store(live + r, here.to(tl.uint8), mask=inside)
+        outside += tl.sum((here & ((target < 0) | (target >= vocab))).to(tl.int32), 0)
+    tl.store(fit, (outside == 0).to(tl.int32))
+
+
+def live_targets(targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """Which rows count, ``[n]`` bool, and whether (not 0) all targets of theirs are in the vocabulary, ``[1]``."""
+    n = targets.shape[0]
+    live, fit = targets.new_empty(n, dtype=torch.uint8), targets.new_empty(1, dtype=torch.int32)
+    with _triton.on_device(targets):
+        live_kernel[(1,)](
+            targets.contiguous(), live if mask is None else mask.reshape(-1).contiguous(), ignore_index, live, fit, n,
+            vocab, BLOCK=LISTED, MASKED=mask is not None, num_warps=8,
+        )  # fmt: skip
+    return live.view(torch.bool), fit
 
 
 @triton.jit
@@ -145,6 +184,12 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
     yield _triton.CompileCase(
         "row list", list_kernel, {"live": "*i1", "index": "*i64", "count": "*i32", "n": "i32"}, {"BLOCK": LISTED},
         num_warps=8,
+    )  # fmt: skip
+    yield _triton.CompileCase(
+        "live rows", live_kernel,
+        {"targets": "*i64", "mask": "*i1", "ignore_index": "i64", "live": "*u8", "fit": "*i32", "n": "i32",
+         "vocab": "i32"},
+        {"BLOCK": LISTED, "MASKED": True}, num_warps=8,
     )  # fmt: skip
     for name, out, formed, in_place in (
         ("in place, bf16", "bf16", "bf16", True),

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs
 """What precedes and follows a scan whose exponentials are around the targets' logits; sm90.py has the scan.
 
-    reference_kernel  z_y of every row, before the scan: a number that all of a row's tiles share
+    reference_kernel  before the scan, live rows and their targets, gathered, and z_y of every row: a number that all of
+                      a row's tiles share
     settle_kernel     after it: rows that were raised on the way are brought to the one number that they ended with, and
                       what the gradient has at the target takes the place of its exponential
 
@@ -36,17 +37,22 @@ SETTLED = (8, 512)  # rows and vocabulary entries of a step of settle_kernel
 
 @triton.jit
 def reference_kernel(
-    x,  # [n, D] live rows, compacted
+    hidden,  # [n, D]
     w,  # [V, D]
     bias,  # [V] fp32
-    y,  # [n] int64
-    inverse_temperatures,  # [n] fp32
+    y,  # [n] int64, by row
+    inverse_temperatures,  # [n] fp32, by position
+    index,  # [n] int64
     count,  # [1] int32
+    x,  # [n, D] live rows, compacted, and zeros
+    targets,  # [n] int64, by position
     reference,  # [padded] fp32
+    n,
     padded,
     width,
     vocab,
-    stride_xr,
+    stride_hr,
+    stride_hd,
     stride_wv,
     stride_wd,
     scale,
@@ -65,13 +71,19 @@ def reference_kernel(
     """
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = r < tl.load(count)
-    target = tl.minimum(tl.maximum(tl.load(y + r, mask=here, other=0), 0), vocab - 1)
+    row = tl.load(index + r, mask=here, other=0)
+    target = tl.load(y + row, mask=here, other=0)
+    tl.store(targets + r, target, mask=r < n)
+    target = tl.minimum(tl.maximum(target, 0), vocab - 1)
     inverse = tl.load(inverse_temperatures + r, mask=here, other=1.0) if ROW_TEMPERATURE else inverse_temperature
     acc = tl.zeros((ROWS, BK), tl.float32)
     for k0 in range(0, width, BK):
         k = k0 + tl.arange(0, BK)
         inside = here[:, None] & (k < width)[None, :]
-        a = tl.load(x + r.to(tl.int64)[:, None] * stride_xr + k[None, :], mask=inside, other=0.0)
+        at = hidden + row[:, None] * stride_hr + k.to(tl.int64)[None, :] * stride_hd
+        a = tl.load(at, mask=inside, other=0.0)
+        at = x + r.to(tl.int64)[:, None] * width + k[None, :]
+        tl.store(at, a, mask=(r < n)[:, None] & (k < width)[None, :])
         b = tl.load(w + target[:, None] * stride_wv + k.to(tl.int64)[None, :] * stride_wd, mask=inside, other=0.0)
         acc += a.to(tl.float32) * b.to(tl.float32)
     z = logits(tl.sum(acc, 1)[None, :], target, vocab, bias, scale, softcap, 1.0, BIAS, SOFTCAP, False)
@@ -81,20 +93,25 @@ def reference_kernel(
 
 
 def references(
-    x: Tensor, head: "Head", y: Tensor, inverse_temperatures: Tensor | None, rows: RowList, padded: int
-) -> Tensor:
-    """The targets' logits by position, ``[padded]``."""
-    reference = x.new_empty(padded, dtype=torch.float32)
+    hidden: Tensor, head: "Head", y: Tensor, inverse_temperatures: Tensor | None, rows: RowList, padded: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By position: live rows ``[n, D]``, then zeros; their targets ``[n]``; and the targets' logits, ``[padded]``.
+
+    In one pass: gathered alone, and read again for the logits, the rows took half as long again.
+    """
+    n, width = hidden.shape
+    x, targets = hidden.new_empty(n, width), y.new_empty(n)
+    reference = hidden.new_empty(padded, dtype=torch.float32)
     bias = reference if head.bias is None else head.bias.float().contiguous()
-    with _triton.on_device(x):
+    with _triton.on_device(hidden):
         reference_kernel[(-(-padded // REFERENCED[0]),)](
-            x, head.weight, bias, y, reference if inverse_temperatures is None else inverse_temperatures, rows.count,
-            reference, padded, x.shape[1], head.weight.shape[0], x.stride(0), *head.weight.stride(), head.logit_scale,
-            head.softcap or 0.0, 1 / head.temperature, ROWS=REFERENCED[0], BK=REFERENCED[1],
-            BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
+            hidden, head.weight, bias, y, reference if inverse_temperatures is None else inverse_temperatures,
+            rows.index, rows.count, x, targets, reference, n, padded, width, head.weight.shape[0], *hidden.stride(),
+            *head.weight.stride(), head.logit_scale, head.softcap or 0.0, 1 / head.temperature, ROWS=REFERENCED[0],
+            BK=REFERENCED[1], BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
             ROW_TEMPERATURE=inverse_temperatures is not None,
         )  # fmt: skip
-    return reference
+    return x, targets, reference
 
 
 @triton.jit
@@ -176,13 +193,13 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
         yield _triton.CompileCase(
             f"reference: {name}", reference_kernel,
             {
-                "x": "*bf16", "w": "*bf16", "bias": "*fp32", "y": "*i64", "inverse_temperatures": "*fp32",
-                "count": "*i32", "reference": "*fp32",
-                **dict.fromkeys(("padded", "width", "vocab", "stride_xr", "stride_wv"), "i32"),
+                "hidden": "*bf16", "w": "*bf16", "bias": "*fp32", "y": "*i64", "inverse_temperatures": "*fp32",
+                "index": "*i64", "count": "*i32", "x": "*bf16", "targets": "*i64", "reference": "*fp32",
+                **dict.fromkeys(("n", "padded", "width", "vocab", "stride_hr", "stride_wv"), "i32"),
                 **dict.fromkeys(("scale", "softcap", "inverse_temperature"), "fp32"),
             },
-            {"stride_wd": 1, "ROWS": REFERENCED[0], "BK": REFERENCED[1], **on},
-            multiples_of_16=("width", "stride_xr", "stride_wv"),
+            {"stride_hd": 1, "stride_wd": 1, "ROWS": REFERENCED[0], "BK": REFERENCED[1], **on},
+            multiples_of_16=("width", "stride_hr", "stride_wv"),
         )  # fmt: skip
     yield _triton.CompileCase(
         "settle", settle_kernel,

@@ -5,6 +5,7 @@
                     registers. The target's logit is stored by the one program that meets it; exponentials are kept
                     on request
     merge_kernel    a row's groups, merged
+    outputs_kernel  a row's log-prob, entropy and lse
 
 Logits exist as fp32 accumulators only. Row blocks run fastest inside a band of SUPER: the programs that run at one time
 then share the band's rows and walk through the same few weight tiles, and both stay in L2.
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srppo_kernels import _triton
+from srppo_kernels._triton_language import exp_expm1, log1p
 from srppo_kernels.linear_logprob.gpu import GROUP
 from srppo_kernels.linear_logprob.rows import Rows
 from srppo_kernels.linear_logprob.triton_tiles import (
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.chunked import Head, Residual
 
 MERGED = (32, 32)  # rows and groups that a step of merge_kernel takes
+OUTPUTS = 128  # rows of a program of outputs_kernel
 
 
 @triton.jit
@@ -176,15 +179,21 @@ def scan_kernel(
 def merge_kernel(
     state,  # [3, groups, n]
     target_logits,  # [n]
+    y,  # [n] int64, target of a position
     index,  # [n] int64, row of a position
     count,
+    live,  # [n] bool, by row
     out,  # [4, n] m, s, t and the target's logit, by row
     n,
     groups,
+    vocab,
     BM: tl.constexpr,
     BG: tl.constexpr,
 ):
-    """Twice over the groups, BG at a time: the maximum of all first, so that no load waits for an exponential."""
+    """Twice over the groups, BG at a time: the maximum of all first, so that no load waits for an exponential.
+
+    A target that is in no group (another rank's) has a logit of 0, and a masked row the state of no entry at all.
+    """
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     here = r < tl.load(count)
     n64 = tl.cast(n, tl.int64)  # a size of 1 is a constant here, which has no .to
@@ -211,16 +220,71 @@ def merge_kernel(
     tl.store(out + row, m, mask=here)
     tl.store(out + n64 + row, s, mask=here)
     tl.store(out + 2 * n64 + row, t, mask=here)
-    tl.store(out + 3 * n64 + row, tl.load(target_logits + r, mask=here, other=0.0), mask=here)
+    target = tl.load(y + r, mask=here, other=-1)
+    met = here & (target >= 0) & (target < vocab)
+    tl.store(out + 3 * n64 + row, tl.load(target_logits + r, mask=met, other=0.0), mask=here)
+    masked = tl.load(live + r, mask=r < n, other=1) == 0  # as a row
+    tl.store(out + r, LOWEST, mask=masked)
+    for plane_of in tl.static_range(1, 4):
+        tl.store(out + plane_of * n64 + r, 0.0, mask=masked)
 
 
-def merge(state: Tensor, target_logits: Tensor, rows: RowList, out: Tensor) -> None:
-    """``[3, groups, n]`` states by position, merged into ``(m, s, t, z_y)`` by row, ``[4, n]``; other rows stay."""
+def merge(state: Tensor, target_logits: Tensor, y: Tensor, rows: RowList, live: Tensor, vocab: int) -> Tensor:
+    """``[3, groups, n]`` states by position, merged into ``(m, s, t, z_y)`` by row, ``[4, n]``."""
     n, groups = state.shape[2], state.shape[1]
+    out = state.new_empty(4, n)
     with _triton.on_device(state):
         merge_kernel[(-(-n // MERGED[0]),)](
-            state, target_logits, rows.index, rows.count, out, n, groups, BM=MERGED[0], BG=MERGED[1]
-        )
+            state, target_logits, y, rows.index, rows.count, live.contiguous(), out, n, groups, vocab, BM=MERGED[0],
+            BG=MERGED[1],
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def outputs_kernel(
+    state,  # [4, n] m, s, t, z_y
+    live,  # [n] bool
+    logprob,  # [n] fp32, and so below
+    entropy,
+    lse,
+    norm,  # [2, n] m, log S
+    n,
+    BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """chunked.RowOutputs.of, and 0 in masked rows."""
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = r < n
+    here = inside & (tl.load(live + r, mask=inside, other=0) != 0)
+    n64 = tl.cast(n, tl.int64)  # a size of 1 is a constant here, which has no .to
+    m = tl.load(state + r, mask=here, other=0.0)
+    s = tl.load(state + n64 + r, mask=here, other=0.0)
+    d = tl.load(state + 3 * n64 + r, mask=here, other=0.0) - m
+    e_y, less_one = exp_expm1(d)
+    log_s = log1p(s + less_one)
+    h = tl.zeros((BLOCK,), tl.float32)
+    if ENTROPY:
+        t = tl.load(state + 2 * n64 + r, mask=here, other=0.0)
+        h = log_s - tl.div_rn(t + d * e_y, s + e_y)
+    tl.store(logprob + r, tl.where(here, d - log_s, 0.0), mask=inside)
+    tl.store(entropy + r, tl.where(here, h, 0.0), mask=inside)
+    tl.store(lse + r, tl.where(here, m + log_s, 0.0), mask=inside)
+    tl.store(norm + r, m, mask=inside)
+    tl.store(norm + n64 + r, tl.where(here, log_s, 0.0), mask=inside)
+
+
+def outputs(state: Tensor, live: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of chunked.RowOutputs, ``[n]`` each, of a scan's ``(m, s, t, z_y)``; 0 in masked rows."""
+    n = state.shape[1]
+    logprob, h, lse = (state.new_empty(n) for _ in range(3))
+    norm = state.new_empty(2, n)
+    if n > 0:
+        with _triton.on_device(state):
+            outputs_kernel[(-(-n // OUTPUTS),)](
+                state.contiguous(), live.contiguous(), logprob, h, lse, norm, n, BLOCK=OUTPUTS, ENTROPY=entropy
+            )
+    return logprob, h, lse, norm[0], norm[1]
 
 
 def scan(
@@ -240,9 +304,9 @@ def scan(
     assert rows.live is not None and kept_rows is None, "on this backend rows are compacted on the device"
     n, width, vocab = rows.count, hidden.shape[1], head.weight.shape[0]
     hidden = hidden[rows.start : rows.stop]
-    out = hidden.new_zeros(4, n, dtype=torch.float32)
-    out[0] = LOWEST.value
     if min(n, vocab) == 0:
+        out = hidden.new_zeros(4, n, dtype=torch.float32)
+        out[0] = LOWEST.value
         return out
     listed = row_list(rows.live)
     device, weight = hidden.device, head.weight
@@ -251,8 +315,9 @@ def scan(
     size = group_size(device)
     groups = -(-vocab // size)
     x = gather_rows(hidden, listed)
-    state = out.new_empty(3, groups, n)
-    target_logits = out.new_zeros(n)
+    targets = y.index_select(0, listed.index)
+    state = hidden.new_empty(3, groups, n, dtype=torch.float32)
+    target_logits = state.new_empty(n)
     unused = state
     x_matrix, tma_x = operand(x, tile.bm, tile.bk, tile.tma)
     w_matrix, tma_w = operand(weight, tile.bn, tile.bk, tile.tma)
@@ -261,7 +326,7 @@ def scan(
         scan_kernel[(-(-n // tile.bm) * groups,)](
             x_matrix, w_matrix,
             unused if head.bias is None else head.bias.float().contiguous(),
-            y.index_select(0, listed.index),
+            targets,
             unused if inverse is None else inverse,
             listed.count, state, target_logits,
             unused if residual is None else residual.kept,
@@ -274,8 +339,7 @@ def scan(
             **arithmetic(device, hidden.dtype, weight.dtype), **switches, KEEP=residual is not None,
             PAIRS=tile.pairs and residual is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    merge(state, target_logits, listed, out)
-    return out
+    return merge(state, target_logits, targets, listed, rows.live, vocab)
 
 
 def scan_tile(
@@ -336,12 +400,17 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
     yield _case("transposed head, bf16", 90, SCAN_TILES[90], "bf16", {"ENTROPY": True}, transposed=True)
     yield _case("one row, one group, bf16", 90, SCAN_TILES[90], "bf16", {"ENTROPY": True}, sizes={"n": 1, "groups": 1})
     types = {
-        "state": "*fp32", "target_logits": "*fp32", "index": "*i64", "count": "*i32", "out": "*fp32", "n": "i32",
-        "groups": "i32",
+        "state": "*fp32", "target_logits": "*fp32", "y": "*i64", "index": "*i64", "count": "*i32", "live": "*i1",
+        "out": "*fp32", **dict.fromkeys(("n", "groups", "vocab"), "i32"),
     }  # fmt: skip
     blocks = dict(zip(("BM", "BG"), MERGED, strict=True))
     yield _triton.CompileCase("merge", merge_kernel, types, blocks)
     yield _triton.CompileCase("merge: one row, one group", merge_kernel, types, {**blocks, "n": 1, "groups": 1})
+    made = dict.fromkeys(("logprob", "entropy", "lse", "norm"), "*fp32")
+    yield _triton.CompileCase(
+        "outputs", outputs_kernel, {"state": "*fp32", "live": "*i1", **made, "n": "i32"},
+        {"BLOCK": OUTPUTS, "ENTROPY": True},
+    )  # fmt: skip
 
 
 def _case(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srppo_kernels import _triton, explain, linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
 from srppo_kernels.linear_logprob import fused, gpu
-from srppo_kernels.linear_logprob.chunked import Head
+from srppo_kernels.linear_logprob.chunked import Head, RowOutputs
 from srppo_kernels.linear_logprob.rows import Rows
 
 pytestmark = pytest.mark.skipif(not _triton.interpreted(), reason=f"not interpreted here: {_triton.why()}")
@@ -267,6 +267,54 @@ def test_an_upstream_gradient_is_multiplied_in_place_where_the_graph_is_freed(op
         second = torch.autograd.grad(kept, p.inputs())
         assert all(torch.equal(a, b) for a, b in zip(second, copies, strict=True))
         assert [g.data_ptr() for g in second] == [t.data_ptr() for t in formed[-1][:2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 4097])
+def test_live_rows_and_their_targets(n, masked, dtype):
+    from srppo_kernels.linear_logprob.gpu import live_targets
+    from srppo_kernels.linear_logprob.op import live_rows
+
+    targets, mask = torch.randint(-2, V + 2, (n,)).to(dtype), (torch.rand(n, 2) < 0.7)[:, 0] if masked else None
+    for ignore_index in (-1, 3):
+        fine = live_rows(targets, mask, ignore_index) & (targets >= 0) & (targets < V)
+        some = targets.masked_fill(~fine, ignore_index)
+        live, fit = live_targets(some, mask, ignore_index, V)
+        assert torch.equal(live, live_rows(some, mask, ignore_index)) and fit.tolist() == [1]
+        for wrong in (-5, V, V + 1):
+            off = some.clone()
+            off[-1:] = wrong
+            live, fit = live_targets(off, mask, ignore_index, V)
+            assert torch.equal(live, live_rows(off, mask, ignore_index))
+            assert fit.tolist() == [int(not live[-1:].any())]
+
+
+def test_outputs_of_a_state():
+    """As accurate as torch's, of states around a maximum and around a target's logit; 0 in masked rows."""
+    n = 5000
+    m, s = torch.randn(n) * 50, torch.empty(n).uniform_(-30, 15).exp()
+    d = -torch.empty(n).uniform_(-15, 4.7).exp()
+    d[::3] = 0
+    d[1::6] *= -1e-6  # z_y as the scan has it may be above the number that it was around
+    s[d < -0.3] += 1  # a maximum that is not the target's logit is in the sum
+    s[7], d[8] = torch.inf, torch.nan
+    state = torch.stack([m, s, -10 * s * torch.rand(n), m + d])
+    live = torch.rand(n) < 0.9
+    live[7:9] = True
+    for entropy in (False, True):
+        got = gpu.outputs(state, live, entropy)
+        own = RowOutputs.of(state, entropy=entropy)
+        m, s, t, z_y = state.double()
+        total = s + (z_y - m).exp()
+        of_log_s = (s + torch.expm1(z_y - m).abs()) / total
+        sizes = (z_y - m).abs() + of_log_s, of_log_s + (t / total).abs() + 1, m.abs() + of_log_s + 1, m.abs(), of_log_s
+        exact = RowOutputs.of(state.double(), entropy=entropy)
+        for value, torchs, wanted, size in zip(got, own, exact, sizes, strict=True):
+            assert (value[~live] == 0).all() and torch.equal(value.isnan(), torchs.isnan() & live)
+            finite = live & wanted.isfinite()
+            assert torch.equal(value[live & ~finite].nan_to_num(), torchs[live & ~finite].nan_to_num())
+            assert ((value - wanted).abs() <= 3e-7 * (size + wanted.abs()).nan_to_num())[finite].all()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
