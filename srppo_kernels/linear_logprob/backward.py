@@ -137,17 +137,29 @@ def gradients(
     acc = accumulation_dtype(hidden)
     if backend in gpu.FAMILY:
         assert rows.live is not None  # compaction is left to the kernels
+        every = replace(rows, live=None)  # with zeros where there is none
+        only_g = upstream.g is not None and upstream.h is None and upstream.dlse is None and not group
+        if upstream.g is not None and only_g and _reads_exponentials(hidden, head, into, residual):
+            assert residual is not None
+            g, log_sum = (t[rows.start : rows.stop].to(acc) for t in (upstream.g, upstream.log_sum))
+            return every, gpu.from_exponentials(hidden, head, rows, g, log_sum, into, residual, consume)
         nonzero = upstream.nonzero(rows) & rows.live
         scalars = RowScalars.of(rows, upstream, acc, head)
-        direct = upstream.h is None and upstream.dlse is None and not group
-        dhidden = _on_triton(hidden, head, targets, rows, nonzero, scalars, into, residual, consume, direct, dz_bytes)
-        return replace(rows, live=nonzero), _sum_over_ranks(dhidden, acc, group)
+        dhidden = _on_triton(hidden, head, targets, rows, nonzero, scalars, into, residual, consume, dz_bytes)
+        return every, _sum_over_ranks(dhidden, acc, group)
     wanted, position = rows.keep(upstream.nonzero(rows))
     if position is not None:
         kept_rows = position if kept_rows is None else kept_rows[position]
     scalars = RowScalars.of(wanted, upstream, acc, head)
     dhidden = over_groups(hidden, head, targets, wanted, scalars, into, residual, kept_rows, consume, dz_bytes, bound)
     return wanted, _sum_over_ranks(dhidden, acc, group)
+
+
+def _reads_exponentials(hidden: Tensor, head: Head, into: Destination, residual: Residual | None) -> bool:
+    """Whether GEMMs 2 and 3 of a log-prob's gradients on a GPU can read the exponentials as they are."""
+    if residual is None or not residual.around_one or head.softcap is not None or into.bias is not None:
+        return False
+    return min(hidden.shape[0], head.weight.shape[0]) > 0
 
 
 def _sum_over_ranks(dhidden: Tensor | None, acc: torch.dtype, group: str) -> Tensor | None:
@@ -166,14 +178,12 @@ def _on_triton(
     into: "Destination",
     residual: Residual | None,
     consume: bool,
-    direct: bool,  # dz is b p_j off the target and b (p_y - 1) at it, and this rank has the whole vocabulary
     dz_bytes: int = 0,
 ) -> Tensor | None:
     temperature, chain = _temperature_and_chain(rows, head, accumulation_dtype(hidden))
     return gpu.over_vocabulary(
-        hidden, head, targets, rows, wanted, scalars.scaled(chain), temperature, into, residual, consume, direct,
-        dz_bytes,
-    )  # fmt: skip
+        hidden, head, targets, rows, wanted, scalars.scaled(chain), temperature, into, residual, consume, dz_bytes
+    )
 
 
 def _temperature_and_chain(rows: Rows, head: Head, acc: torch.dtype) -> tuple[Tensor | None, Tensor | float]:
@@ -301,12 +311,17 @@ def context(
     The target's two terms are one, ``p_y - 1``, formed without cancellation.
     """
     logprob, norm = outputs.logprob, (outputs.row_max, outputs.log_sum)
+    into = Destination(True, None, None)
+    if backend in gpu.FAMILY and not group and _reads_exponentials(hidden, head, into, residual):
+        minus = torch.full_like(logprob, -1)
+        result = gpu.from_exponentials(hidden, head, rows, minus, outputs.log_sum, into, residual, True)
+        assert result is not None
+        return result
     at_target = torch.expm1(logprob) * _target_slope(logprob, *norm, rows, head)
     scalars = RowScalars(torch.ones_like(logprob), None, at_target, *norm)
-    into = Destination(True, None, None)
     if backend in gpu.FAMILY:
         assert rows.live is not None
-        result = _on_triton(hidden, head, targets, rows, rows.live, scalars, into, residual, True, not group)
+        result = _on_triton(hidden, head, targets, rows, rows.live, scalars, into, residual, True)
     else:
         result = over_groups(hidden, head, targets, rows, scalars, into, residual, None, True)
     assert result is not None

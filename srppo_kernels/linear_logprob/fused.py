@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srppo_kernels import _triton
 from srppo_kernels.linear_logprob import backward as grads
-from srppo_kernels.linear_logprob import spare
+from srppo_kernels.linear_logprob import gpu, spare
 from srppo_kernels.linear_logprob.chunked import Head, accumulation_dtype, forward
 from srppo_kernels.linear_logprob.op import new_residual
 from srppo_kernels.linear_logprob.rows import Rows
@@ -88,7 +88,8 @@ def run(
     acc = accumulation_dtype(hidden)
     rows = Rows.of(live, backend=backend, dense=dense)
     formed = formed_like(hidden, head.weight, head.bias, wanted)
-    formed.hidden.zero_()
+    if backend not in gpu.FAMILY:  # whose dhidden has every row
+        formed.hidden.zero_()
     parts = chunks_of(rows, hidden.shape[0], max(1, chunk))
     residual = new_residual(hidden, head.weight, max(p.count for _, _, p in parts), backend) if wanted.any else None
     # Chunks add up in the accumulation dtype; one chunk is written once, in whatever dtype it is wanted.
@@ -116,7 +117,11 @@ def run(
                 hidden, head, targets, part, upstream, into, residual=residual, consume=True, group=group,
                 backend=backend,
             )  # fmt: skip
-            if dhidden is not None:
+            if dhidden is None:
+                continue
+            if rows_with_gradient.all_of(formed.hidden, dhidden):
+                formed = formed._replace(hidden=dhidden)
+            else:
                 rows_with_gradient.put(formed.hidden, dhidden)
     if residual is not None:
         spare.give_back(residual.kept)

@@ -89,7 +89,6 @@ def over_vocabulary(
     into: "Destination",
     residual: "Residual | None",
     consume: bool,
-    direct: bool,
     dz_bytes: int,
 ) -> Tensor | None:
     """dhidden of ``rows``, and dweight and dbias into their destination; ``wanted`` (``[count]``) have a gradient."""
@@ -98,7 +97,28 @@ def over_vocabulary(
     here = slice(rows.start, rows.stop)
     return triton_gradients.over_vocabulary(
         hidden[here], head, targets[here].long(), wanted, scalars, temperature, into, residual, rows.live,
-        consume=consume, direct=direct, dense=rows.dense, dz_bytes=dz_bytes,
+        consume=consume, dense=rows.dense, dz_bytes=dz_bytes,
+    )  # fmt: skip
+
+
+def from_exponentials(
+    hidden: Tensor,
+    head: "Head",
+    rows: "Rows",
+    g: Tensor,
+    log_sum: Tensor,
+    into: "Destination",
+    residual: "Residual",
+    consume: bool,
+) -> Tensor | None:
+    """``triton_gradients.from_exponentials`` of ``rows``, for a log-prob's gradients ``g``, ``[count]``."""
+    from srppo_kernels.linear_logprob import triton_gradients
+
+    assert rows.live is not None
+    temperature = None if head.row_temperature is None else rows.take(head.row_temperature, 1.0).to(g.dtype)
+    return triton_gradients.from_exponentials(
+        hidden[rows.start : rows.stop], head, g, log_sum, temperature, into, residual, rows.live, consume=consume,
+        dense=rows.dense,
     )  # fmt: skip
 
 

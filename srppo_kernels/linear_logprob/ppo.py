@@ -77,7 +77,8 @@ def _linear_ppo_loss(
     wanted = fused.Wanted(need_hidden, need_weight, need_bias, wide_weight=grad_weight_out is not None)
     formed = fused.run(x, head, y, live, loss, wanted, chunk=chunk, backend=backend, group=group, bound=bound)
     # The chunks' losses in float64 and in order: the sum then moves by no more than a rounding with the chunk size.
-    total = (torch.stack(losses).double().sum() / divisor).to(losses[0].dtype)
+    whole = losses[0] if len(losses) == 1 else torch.stack(losses).double().sum()
+    total = (whole / divisor).to(losses[0].dtype)
     merged = PPOStats.merge(stats)
     vector = torch.stack([field for field in merged if field is not None])
     dhidden = formed.hidden.view(hidden.shape) if need_hidden else formed.hidden

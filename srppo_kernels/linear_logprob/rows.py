@@ -89,6 +89,11 @@ class Rows:
             return values
         return self.put(values.new_zeros(total), values)
 
+    def all_of(self, whole: Tensor, values: Tensor) -> bool:
+        """Whether ``values`` of these rows may take the place of ``whole``: they are all rows, in its dtype."""
+        compacted = self.index is not None or self.live is not None
+        return not compacted and values.shape == whole.shape and values.dtype == whole.dtype
+
     def put(self, whole: Tensor, values: Tensor) -> Tensor:
         """Writes ``values`` of these rows into ``whole`` (which is zero elsewhere), and returns it."""
         values = values.to(whole.dtype)

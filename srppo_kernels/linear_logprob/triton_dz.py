@@ -7,8 +7,8 @@
 Rows with no gradient (masked, or clipped by PPO) are not there: both kernels write dZ by position in the list of rows
 that have one. In place that moves rows up over rows that were read before, where a program takes all rows of its
 columns in ascending order: position p holds what was at a position >= p. Where every kept row has a gradient none
-moves, and programs take blocks of rows instead, in the order in which they lie in memory; or nothing is done, where the
-products can read the exponentials themselves (triton_reference.py).
+moves, and programs take blocks of rows instead, in the order in which they lie in memory. Where the products can read
+the exponentials themselves (triton_reference.py) there is no dZ.
 """
 
 from collections.abc import Iterator
@@ -98,7 +98,6 @@ def dz_kernel(
     SOFTCAP: tl.constexpr,
     ZERO_ALL: tl.constexpr,
     AROUND_ONE: tl.constexpr,
-    ONLY_MOVE: tl.constexpr,
 ):
     pid = tl.program_id(0)
     live = tl.load(count)
@@ -112,7 +111,7 @@ def dz_kernel(
                 kept, kept_max, source, y, scalars, dz, pid * MAXIMA, 0, end, live, n, entries, stride_kept, stride_max,
                 stride_dz, softcap, PART, MAXIMA, ROWS, ENTROPY, SOFTCAP, AROUND_ONE, True,
             )  # fmt: skip
-    elif not ONLY_MOVE:
+    else:
         wide = tl.cdiv(entries, STILL_MAXIMA * PART)
         first = pid // wide * (STILL_ROWS * STILL_BLOCKS)
         dz_rows(
@@ -290,10 +289,7 @@ def from_kept(
     dz: Tensor,
     head: "Head",
     switches: dict[str, bool],
-    *,
-    only_move: bool = False,
 ) -> None:
-    """``only_move``: rows that all stay where they are are left as they are."""
     n, entries = dz.shape
     kept, kept_max = residual.kept[:, v], residual.group_max
     if not residual.around_one:
@@ -305,7 +301,7 @@ def from_kept(
         PART=PART, MAXIMA=DZ_MAXIMA, ROWS=DZ_ROWS, STILL_MAXIMA=DZ_STILL_MAXIMA, STILL_ROWS=DZ_STILL_ROWS,
         STILL_BLOCKS=DZ_STILL_BLOCKS, STEP=STEP, IN_PLACE=dz.data_ptr() == kept.data_ptr(),
         ENTROPY=switches["ENTROPY"], SOFTCAP=switches["SOFTCAP"], ZERO_ALL=switches["ZERO_ALL"],
-        AROUND_ONE=residual.around_one, ONLY_MOVE=only_move, num_warps=8,
+        AROUND_ONE=residual.around_one, num_warps=8,
     )  # fmt: skip
 
 
@@ -371,7 +367,7 @@ def _from_kept_case(name: str, on: dict[str, bool], around_one: bool) -> _triton
         },
         {"PART": PART, "MAXIMA": DZ_MAXIMA, "ROWS": DZ_ROWS, "STEP": STEP, "IN_PLACE": True,
          "STILL_MAXIMA": DZ_STILL_MAXIMA, "STILL_ROWS": DZ_STILL_ROWS, "STILL_BLOCKS": DZ_STILL_BLOCKS,
-         "AROUND_ONE": around_one, "ONLY_MOVE": around_one and not (on["ENTROPY"] or on["SOFTCAP"]),
+         "AROUND_ONE": around_one,
          **{key: on[key] for key in ("ENTROPY", "SOFTCAP", "ZERO_ALL")}},
         num_warps=8, multiples_of_16=("entries", "stride_kept", "stride_dz"),
     )  # fmt: skip

@@ -13,15 +13,13 @@ from srppo_kernels import _triton
 from srppo_kernels.linear_logprob import triton_dz, triton_passes
 from srppo_kernels.linear_logprob.chunked import add_mm, mm
 from srppo_kernels.linear_logprob.gpu import WIDE_PART, chunk_entries
-from srppo_kernels.linear_logprob.triton_products import columns_product, rows_product
+from srppo_kernels.linear_logprob.triton_products import columns_product, rows_product, rows_product_back
 from srppo_kernels.linear_logprob.triton_scan import options
 from srppo_kernels.linear_logprob.triton_tiles import RowList, gather_rows, group_size, row_list
 
 if TYPE_CHECKING:
     from srppo_kernels.linear_logprob.backward import Destination, RowScalars
     from srppo_kernels.linear_logprob.chunked import Head, Residual
-
-FEW = 16  # up to one row in so many with no gradient is multiplied: to leave it out takes dz, as long as that
 
 
 def dz_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
@@ -41,23 +39,16 @@ def over_vocabulary(
     kept: Tensor | None,  # [n] bool: the rows that the residual holds, in order
     *,
     consume: bool,
-    direct: bool,
     dense: bool,
     dz_bytes: int,
 ) -> Tensor | None:
-    """Writes dweight and dbias and returns dhidden ``[n, D]``, in which rows that are not wanted hold anything.
+    """Writes dweight and dbias and returns dhidden ``[n, D]``, with zeros in rows that are not wanted.
 
-    ``direct``: dz is b p_j off the target and b (p_y - 1) at it. ``dense``: most rows are wanted, so the products run
-    over all of them, on cuBLAS.
+    ``dense``: most rows are wanted, so the products run over all of them, on cuBLAS.
     """
     n, vocab, device = hidden.shape[0], head.weight.shape[0], hidden.device
     if min(n, vocab) == 0:
         return _nothing(hidden, into)
-    if residual is not None and residual.around_one and direct and head.softcap is None and into.bias is None:
-        assert kept is not None
-        return _from_exponentials(
-            hidden, head, y, wanted, scalars, temperature, into, residual, kept, consume=consume, dense=dense
-        )
     dtype = dz_dtype(hidden.dtype, head.weight.dtype)
     rows = row_list(wanted)
     x = gather_rows(hidden, rows)
@@ -100,8 +91,7 @@ def over_vocabulary(
             products.columns(dz, x, into.weight[v], accumulate=into.accumulate_weight)
     if dhidden is None:
         return None
-    position = (wanted.cumsum(0) - 1).clamp_min_(0)
-    return dhidden.index_select(0, position)
+    return triton_passes.gather(dhidden, rows.index, rows.count, scatter=True)
 
 
 def _packed(scalars: "RowScalars", temperature: Tensor | None, head: "Head", rows: RowList) -> Tensor:
@@ -114,56 +104,39 @@ def _packed(scalars: "RowScalars", temperature: Tensor | None, head: "Head", row
     return torch.stack([plane.index_select(0, rows.index) for plane in planes])
 
 
-def _from_exponentials(
-    hidden: Tensor,
+def from_exponentials(
+    hidden: Tensor,  # [n, D]
     head: "Head",
-    y: Tensor,
-    wanted: Tensor,
-    scalars: "RowScalars",
-    temperature: Tensor | None,
+    g: Tensor,  # [n], dL/dlogprob
+    log_sum: Tensor,  # [n]
+    temperature: Tensor | None,  # [n]
     into: "Destination",
     residual: "Residual",
-    live: Tensor,
+    live: Tensor,  # [n] bool: the rows that the residual holds, in order
     *,
     consume: bool,
     dense: bool,
 ) -> Tensor | None:
     """``dX = F (E W)`` and ``dW = E^T (F X)``, with a row's F and the E of triton_reference.py: no dz is formed.
 
-    Rows with no gradient have F = 0 and are multiplied all the same, except where E may be overwritten, products end at
-    the count, and such rows are more than one in FEW: then dz is formed over E, which moves the others up.
+    Else as :func:`over_vocabulary`. Rows with no gradient have F = 0. They are multiplied all the same on cuBLAS and
+    where E is still needed; else those of E that have one take their places.
     """
     kept = residual.kept[: hidden.shape[0]]
-    factor = torch.where(wanted, scalars.b * torch.exp(-scalars.log_sum), 0)
-    products_move = consume and not dense
-    listed = live
-    if products_move:
-        few = (live & ~wanted).sum() * FEW <= live.sum()
-        listed = torch.where(few, live, wanted)
-    rows = row_list(listed)
-    if products_move:
-        source = (live.cumsum(0) - 1).index_select(0, rows.index)
-        switches = {**options(head, False), "ZERO_ALL": False}
-        packed, target = _packed(scalars, temperature, head, rows), y.index_select(0, rows.index)
-        with _triton.on_device(hidden):
-            whole = slice(0, kept.shape[1])
-            triton_dz.from_kept(residual, source, target, packed, rows, whole, kept, head, switches, only_move=True)
-        last = source.index_select(0, (rows.count - 1).clamp_min(0))
-        factor = torch.where(last >= rows.count, wanted.to(factor.dtype), factor)  # they moved, and are dz
-    x = triton_passes.gather(hidden, rows.index, rows.count, factor=factor.index_select(0, rows.index))
-    products = _Products(rows.count, cublas=dense and _same_dtype(x, head.weight, kept.dtype))
+    scale = -head.logit_scale / (head.temperature if temperature is None else 1.0)
+    index, count, factor = triton_passes.place(kept, live, g, log_sum, temperature, scale, moves=consume and not dense)
+    products = _Products(count, cublas=dense and _same_dtype(hidden, head.weight, kept.dtype))
     if into.weight is not None:
+        x = triton_passes.gather(hidden, index, count, factor=factor)
         products.columns(kept, x, into.weight, accumulate=into.accumulate_weight)
     if not into.hidden:
         return None
     if products.cublas:
         sums = mm(kept, head.weight, torch.float32)
-    else:
-        sums = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-        products.rows(kept, head.weight, sums, accumulate=False)
-    position = (listed.cumsum(0) - 1).clamp_min_(0)
-    everything = rows.count.new_full((1,), hidden.shape[0])
-    return triton_passes.gather(sums, position, everything, factor=factor, dtype=hidden.dtype)
+        return triton_passes.gather(sums, index, count, factor=factor, dtype=hidden.dtype, scatter=True)
+    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    rows_product_back(kept, head.weight, dhidden, RowList(index, count), factor)
+    return dhidden
 
 
 def _nothing(hidden: Tensor, into: "Destination") -> Tensor | None:

@@ -106,7 +106,7 @@ def group_size(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class RowList:
-    """Live rows in ascending order; entries from ``count`` on are 0."""
+    """Live rows in ascending order; from ``count`` on the others."""
 
     index: Tensor  # [n] int64
     count: Tensor  # [1] int32

@@ -325,7 +325,31 @@ def test_rows_are_listed(n, share):
     live = torch.rand(n) < share
     rows, want = row_list(live), live.nonzero()[:, 0]
     assert rows.count.tolist() == [len(want)]
-    assert torch.equal(rows.index[: len(want)], want) and (rows.index[len(want) :] == 0).all()
+    assert torch.equal(rows.index, torch.cat([want, (~live).nonzero()[:, 0]]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("n", [1, 60, 5000])
+def test_rows_with_a_gradient_fill_the_places_of_others(n, share):
+    from srppo_kernels.linear_logprob.triton_passes import place
+
+    live, log_sum, temperature = torch.rand(n) < 0.8, torch.rand(n) * 20, torch.rand(n) + 0.5
+    log_sum[~live] = torch.nan
+    order, g = live.nonzero()[:, 0], torch.randn(n).masked_fill(torch.rand(n) >= share, 0)
+    kept = torch.zeros(n + 1, 3)
+    kept[: len(order)] = torch.stack([order + 1, order + 2, order + 3], 1).float()
+    for moves in (False, True):
+        listed = live & (g != 0) if moves else live
+        index, count, factor = place(kept[:n], live, g, log_sum, temperature, -0.7, moves=moves)
+        total = int(listed.sum())
+        assert count.tolist() == [total]
+        rows, others = index.split([total, n - total])
+        assert torch.equal(rows.sort()[0], listed.nonzero()[:, 0]) and torch.equal(others, (~listed).nonzero()[:, 0])
+        assert torch.equal(kept[:total, 0], rows + 1.0) and torch.equal(kept[:total, 2], rows + 3.0)
+        stay = listed[order[:total]]  # those that need not move do not
+        assert torch.equal(rows[stay], order[:total][stay])
+        exact = torch.where(live & (g != 0), -0.7 * g.double() * (-log_sum.double()).exp() / temperature, 0)
+        assert ((factor - exact).abs() <= 4e-7 * exact.abs()).all()
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32, torch.float16), (torch.float64,) * 2])
