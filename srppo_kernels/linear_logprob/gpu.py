@@ -6,7 +6,7 @@
     triton_dz.py          dZ, from kept exponentials or from logits computed anew
     triton_reference.py   what precedes and follows a scan around the targets' logits
     triton_products.py    GEMMs 2 and 3 over rows that only the device can count
-    triton_passes.py      listing and gathering rows, scaling a gradient that is formed
+    triton_passes.py      checking, listing, placing and gathering rows, scaling a gradient that is formed
 
 Backend "sm90" is the same with GEMM 1 in CUDA C++ (sm90.py).
 

@@ -81,7 +81,7 @@ def live_kernel(
     MASKED: tl.constexpr,
 ):
     """One program, as list_kernel: in torch's operators this is nine launches."""
-    outside = 0
+    outside = tl.zeros([], tl.int32)
     for start in range(0, n, BLOCK):
         r = start + tl.arange(0, BLOCK)
         inside = r < n
@@ -91,7 +91,7 @@ def live_kernel(
             here &= tl.load(mask + r, mask=inside, other=0) != 0
         tl.store(live + r, here.to(tl.uint8), mask=inside)
         outside += tl.sum((here & ((target < 0) | (target >= vocab))).to(tl.int32), 0)
-    tl.store(fit, (outside == 0).to(tl.int32))
+    tl.store(fit, tl.where(outside == 0, 1, 0))
 
 
 def live_targets(targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor]:

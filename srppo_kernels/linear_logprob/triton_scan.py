@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 MERGED = (32, 32)  # rows and groups that a step of merge_kernel takes
 OUTPUTS = 128  # rows of a program of outputs_kernel
+OUTPUTS_OPTIONS = {"enable_fp_fusion": False}  # or a log-prob's bits might differ with the entropy and without
 
 
 @triton.jit
@@ -282,8 +283,9 @@ def outputs(state: Tensor, live: Tensor, entropy: bool) -> tuple[Tensor, Tensor,
     if n > 0:
         with _triton.on_device(state):
             outputs_kernel[(-(-n // OUTPUTS),)](
-                state.contiguous(), live.contiguous(), logprob, h, lse, norm, n, BLOCK=OUTPUTS, ENTROPY=entropy
-            )
+                state.contiguous(), live.contiguous(), logprob, h, lse, norm, n, BLOCK=OUTPUTS, ENTROPY=entropy,
+                **OUTPUTS_OPTIONS,
+            )  # fmt: skip
     return logprob, h, lse, norm[0], norm[1]
 
 
@@ -409,7 +411,7 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
     made = dict.fromkeys(("logprob", "entropy", "lse", "norm"), "*fp32")
     yield _triton.CompileCase(
         "outputs", outputs_kernel, {"state": "*fp32", "live": "*i1", **made, "n": "i32"},
-        {"BLOCK": OUTPUTS, "ENTROPY": True},
+        {"BLOCK": OUTPUTS, "ENTROPY": True}, options=OUTPUTS_OPTIONS,
     )  # fmt: skip
 
 

@@ -7,10 +7,11 @@ The scan is Triton's here, interpreted, and every row is settled from maxima of 
 import pytest
 import torch
 from backends import needs_triton
+from launches import launched
 from linear_logprob.head_problems import make, relative, value_bound
 from linear_logprob.test_linear_logprob_sm90 import Call
 
-from srppo_kernels import _extension, linear_loss
+from srppo_kernels import _extension, linear_logprob, linear_loss, linear_ppo_loss
 from srppo_kernels.linear_logprob import sm90, triton_dz
 from srppo_kernels.linear_logprob.chunked import Residual
 
@@ -147,3 +148,31 @@ def test_a_nan_without_a_gradient_reaches_nobody(formed):
         (dweight,) = torch.autograd.grad(loss, [p.weight])
         assert bool(dweight.isfinite().all()) == (reads == 0)
     assert not formed
+
+
+def test_launches():
+    """What is run beside the scan, from the list of rows on: each is some microseconds of a GPU's time."""
+    p = make(n=N, d=16, v=V, grad=(True, False), **some(True))
+    inputs = (p.hidden, p.weight, p.targets)
+
+    def after_the_list(call):
+        names = launched(call)
+        return names[names.index("list_kernel") + 1 :]
+
+    scan = [
+        "gather_kernel",
+        "aten::index_select",
+        "scan_kernel",
+        "merge_kernel",
+    ]  # the sm_90a scan's is reference_kernel
+    assert after_the_list(
+        lambda: linear_logprob(*inputs, mask=p.options["mask"], plan="score", backend="triton", entropy=True)
+    ) == [*scan, "outputs_kernel", "aten::stack"]
+
+    old, advantages, mask = torch.zeros(N), torch.randn(N), p.options["mask"]
+    names = after_the_list(lambda: linear_ppo_loss(*inputs, old, advantages, mask, backend="sm90", normalizer=7.0))
+    last = names[names.index("settle_kernel") + 1 :]  # the loss itself is one kernel, of C++ here
+    assert last[: last.index("product_kernel") + 1] == [
+        "outputs_kernel", "aten::div", "place_kernel", "move_kernel", "product_kernel",
+    ]  # fmt: skip
+    assert set(last[last.index("product_kernel") + 1 :]) <= {"aten::div", "aten::stack"}
