@@ -149,8 +149,8 @@ def backward_bytes(
     """Beyond exponentials that are kept: rows gathered, dZ where it is not formed in them, dhidden by position and by
     row or, in its place, a part of what cuBLAS forms before it is added.
 
-    ``straight``: the products read exponentials, and dhidden is scaled from fp32. ``adds``: cuBLAS forms a part of
-    dweight in fp32. Where not ``in_place``, dhidden itself is made when the rest has gone.
+    ``straight``: the products read exponentials, and dhidden is scaled from fp32, by cuBLAS at least. ``adds``: cuBLAS
+    forms a part of dweight in fp32. Where not ``in_place``, dhidden itself is made when the rest has gone.
     """
     entries = vocab if in_place or straight else chunk_entries(max(1, rows), vocab, kept_item, dz_bytes)
     dz = 0 if in_place or straight else -(-entries // 8) * 8 * kept_item

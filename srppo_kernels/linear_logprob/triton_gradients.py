@@ -120,7 +120,8 @@ def from_exponentials(
     """``dX = F (E W)`` and ``dW = E^T (F X)``, with a row's F and the E of triton_reference.py: no dz is formed.
 
     Else as :func:`over_vocabulary`. Rows with no gradient have F = 0. They are multiplied all the same on cuBLAS and
-    where E is still needed; else those of E that have one take their places.
+    where E is still needed; else those of E that have one take their places. What E holds beyond them is finite, and X
+    zero there.
     """
     kept = residual.kept[: hidden.shape[0]]
     scale = -head.logit_scale / (head.temperature if temperature is None else 1.0)
