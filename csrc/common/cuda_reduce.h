@@ -11,17 +11,33 @@
 
 namespace srppo {
 
-// Adds up `x` of all threads: pairs in a warp, then the warps in order. All threads get the sum.
+// Adds up each of `x` over all threads, in two barriers: pairs in a warp, then the warps in order. All threads get the sums.
+template <int kThreads, int kSums>
+__device__ void block_sums(double (&x)[kSums]) {
+  __shared__ double warps[kThreads / 32][kSums];
+#pragma unroll
+  for (int by = 16; by > 0; by /= 2) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) x[i] += __shfl_down_sync(0xffffffffu, x[i], by);
+  }
+  __syncthreads();  // the call before this one has been read
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    if ((threadIdx.x & 31) == 0) warps[threadIdx.x / 32][i] = x[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    x[i] = warps[0][i];
+    for (int w = 1; w < kThreads / 32; ++w) x[i] += warps[w][i];
+  }
+}
+
 template <int kThreads>
 __device__ double block_sum(double x) {
-  __shared__ double warps[kThreads / 32];
-  for (int by = 16; by > 0; by /= 2) x += __shfl_down_sync(0xffffffffu, x, by);
-  __syncthreads();  // the call before this one has been read
-  if ((threadIdx.x & 31) == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  double sum = warps[0];
-  for (int w = 1; w < kThreads / 32; ++w) sum += warps[w];
-  return sum;
+  double sums[] = {x};
+  block_sums<kThreads>(sums);
+  return sums[0];
 }
 
 // Whether every other block has left its partials, which thread 0 of this one has stored before. Read them with __ldcg: L1

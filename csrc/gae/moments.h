@@ -12,14 +12,16 @@ struct Moments {
 // Of a thread's tokens and those of all others, two passes over registers. Every thread has the result.
 template <int kThreads, class Value, class Valid, int kEach>
 __device__ Moments block_moments(const Value (&value)[kEach], const Valid (&valid)[kEach]) {
-  double sum = 0.0, count = 0.0, squares = 0.0;
+  double sum = 0.0, squares = 0.0;
+  int valid_here = 0;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     sum += valid[j] ? static_cast<double>(value[j]) : 0.0;
-    count += valid[j] ? 1.0 : 0.0;
+    valid_here += valid[j];
   }
-  count = block_sum<kThreads>(count);
-  const double mean = block_sum<kThreads>(sum) / (count > 0.0 ? count : 1.0);
+  double sums[] = {static_cast<double>(valid_here), sum};
+  block_sums<kThreads>(sums);
+  const double count = sums[0], mean = sums[1] / (count > 0.0 ? count : 1.0);
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     const double off = valid[j] ? static_cast<double>(value[j]) - mean : 0.0;
@@ -51,15 +53,15 @@ __device__ void merge_moments(const MomentsOut& out, Moments mine) {
     out.partials[3 * static_cast<int64_t>(blockIdx.x) + 2] = mine.squares;
   }
   if (!last_block(out.finished)) return;
-  double n = 0.0, weighted = 0.0, within = 0.0, between = 0.0;
+  double sums[2] = {}, within = 0.0, between = 0.0;  // of counts, of count times mean
   for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) {
     const double c = __ldcg(out.partials + 3 * block);
-    n += c;
-    weighted += c * __ldcg(out.partials + 3 * block + 1);
+    sums[0] += c;
+    sums[1] += c * __ldcg(out.partials + 3 * block + 1);
     within += __ldcg(out.partials + 3 * block + 2);
   }
-  n = block_sum<kThreads>(n);
-  const double mean = block_sum<kThreads>(weighted) / (n > 0.0 ? n : 1.0);
+  block_sums<kThreads>(sums);
+  const double n = sums[0], mean = sums[1] / (n > 0.0 ? n : 1.0);
   for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) {
     const double c = __ldcg(out.partials + 3 * block), off = __ldcg(out.partials + 3 * block + 1) - mean;
     between += c > 0.0 ? c * off * off : 0.0;

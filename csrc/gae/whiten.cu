@@ -23,10 +23,13 @@ Tensor whiten_apply(const Tensor& x, const Tensor& mask, const Tensor& moments, 
   const int64_t total = x.numel();
   Tensor out = torch::stable::empty_like(x);
   if (total > 0) {
-    whiten_kernel<<<static_cast<unsigned>((total + kTokens - 1) / kTokens), kThreads, 0, current_stream(x)>>>(
-        device_data<float>(x, ScalarType::Float, total, "x"), device_data<bool>(mask, ScalarType::Bool, total, "mask"),
-        device_data<double>(moments, ScalarType::Double, 3, "moments"), total, shift_mean, eps,
-        static_cast<float*>(out.mutable_data_ptr()));
+    const auto* from = device_data<float>(x, ScalarType::Float, total, "x");
+    const auto* valid = device_data<bool>(mask, ScalarType::Bool, total, "mask");
+    auto* to = static_cast<float*>(out.mutable_data_ptr());
+    const auto place = [](const void* data) { return reinterpret_cast<uintptr_t>(data); };
+    const bool vectors = (place(from) | place(to)) % sizeof(Four) == 0 && place(valid) % sizeof(FourBools) == 0;
+    whiten_kernel<<<static_cast<unsigned>((total + kWhitened - 1) / kWhitened), kThreads, 0, current_stream(x)>>>(
+        from, valid, device_data<double>(moments, ScalarType::Double, 3, "moments"), total, shift_mean, vectors, eps, to);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return out;

@@ -79,13 +79,14 @@ extern "C" void run_whiten(const float* x, const bool* mask, std::int64_t rows, 
                            unsigned seed, double* moments, float* out) {
   using namespace srppo::whitening;
   const Rows shape = rows * steps ? Rows{rows, steps} : Rows{1, 0};
-  const std::int64_t total = rows * steps, blocks = blocks_of(shape, 1024);
+  const std::int64_t total = rows * steps, blocks = blocks_of(shape, kTokens);
   std::vector<double> partials(3 * blocks);
   const int threads = srppo::whitening::kThreads;
   const MomentsOut to{partials.data(), &finished, moments};
   emulator::launch(blocks, threads, seed, [&] { moments_kernel(x, mask, shape, to); });
-  const std::int64_t flat = std::max<std::int64_t>(1, (total + 1023) / 1024);
-  emulator::launch(flat, threads, seed, [&] { whiten_kernel(x, mask, moments, total, shift, 1e-8, out); });
+  const std::int64_t flat = std::max<std::int64_t>(1, (total + kWhitened - 1) / kWhitened);
+  const bool vectors = seed % 2;
+  emulator::launch(flat, threads, seed, [&] { whiten_kernel(x, mask, moments, total, shift, vectors, 1e-8, out); });
 }
 
 extern "C" unsigned left_in_counter() { return finished; }
@@ -199,7 +200,7 @@ def test_the_gradients_bits_of_packed_and_padded_rows(host, carry):
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whiten_is_the_reference_whichever_block_is_last(host, kind, shift_mean):
-    for steps in (0, 1300):
+    for steps in (0, 1300, 4999):  # a block takes the moments of 4096 tokens, and whitens 2048
         x, _, mask, *_ = inputs(2, steps, kind)
         results = []
         for seed in range(2):
@@ -214,13 +215,13 @@ def test_whiten_is_the_reference_whichever_block_is_last(host, kind, shift_mean)
 
 
 def test_padding_on_either_side_changes_no_bit_of_whitening(host):
-    x, _, mask, *_ = inputs(3, 1300, "gaps")
+    x, _, mask, *_ = inputs(3, 4999, "gaps")
     pad = torch.nn.functional.pad
     made = []
-    for left, right in ((0, 0), (40, 2000)):
+    for left, right in ((0, 0), (41, 6000)):
         wide = pad(x, (left, right), value=float("nan")), pad(mask, (left, right), value=False)
         moments, out = torch.empty(3, dtype=torch.float64), torch.empty_like(wide[0])
         shape = [ctypes.c_int64(n) for n in out.shape]
         host.run_whiten(*(pointer(t) for t in wide), *shape, True, left, pointer(moments), pointer(out))
-        made.append((moments, out[:, left : left + 1300].contiguous()))
+        made.append((moments, out[:, left : left + 4999].contiguous()))
     assert all(same_bits(a, b) for a, b in zip(*made, strict=True))
