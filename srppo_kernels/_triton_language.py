@@ -54,6 +54,8 @@ def first_valid(mask, steps):
     lane = tl.arange(0, _SEARCH)
     first = tl.zeros([], tl.int64)
     start = tl.zeros([], tl.int64)
+    if steps > 0:
+        start = tl.where(tl.load(mask) != 0, steps, start)  # as where rows are padded on the right: no search
     while start < steps:
         valid = tl.load(mask + start + lane, mask=lane < steps - start, other=0) != 0
         nearest = tl.min(tl.where(valid, lane, _SEARCH), 0)

@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs
 """The self-reward on Triton: one launch, a program a row. `reference.py` has the maths and the order of operations.
 
-The first walk over a row sums log pi_sft - log pi_base (in float64), counts its valid tokens and finds the last of
-them; the second, out of L2, writes every token's reward and its KL penalty. Both begin at the row's first valid token,
-so padding on either side moves no token to another lane and changes no bit.
+One walk over a row writes every token's reward and its KL penalty, sums log pi_sft - log pi_base (in float64, a sum a
+lane) and finds the last valid token, which gets the rest at the end. It begins at the row's first
+valid token, so padding on either side moves no token to another lane and changes no bit. At 512 x 4096 there are four
+rows a multiprocessor: what a walk takes is the latency of its loads, and 8 warps have twice as many on their way.
 
 The gradient is plain torch (op.py): rewards are constants in training.
 """
@@ -17,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from srppo_kernels._triton import CompileCase, on_device
-from srppo_kernels._triton_language import clamp, exp_parts, first_valid
+from srppo_kernels._triton_language import clamp, exp_parts, first_valid, row_length
 
 __all__ = ["compile_cases", "log_ratio_reward_triton"]
 
 TILE = 1024
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -83,27 +84,11 @@ def reward_rows(
         penalty += first
     lane = tl.arange(0, TILE)
     begin = first_valid(mask, steps).to(tl.int32)
-
-    total = tl.zeros([], tl.float64)
-    length = tl.zeros([], tl.int32)
-    last = -1
-    start = begin
-    while start < steps:
-        at = start + lane
-        valid = (at < steps) & (tl.load(mask + at, mask=at < steps, other=0) != 0)
-        total += tl.sum(_difference(sft, base, at, valid).to(tl.float64), 0)
-        length += tl.sum(valid.to(tl.int32), 0)
-        last = tl.maximum(last, tl.max(tl.where(valid, at, -1), 0))
-        start += TILE
-
-    divisor = std
-    if BY_LENGTH:
-        divisor = tl.maximum(length, 1).to(tl.float32)
-    elif std_tensor is not None:
+    divisor = tl.zeros([], tl.float32) + std
+    if std_tensor is not None:
         divisor = tl.load(std_tensor).to(tl.float32)
-    at_last = tl.zeros([], tl.float32)
-    if not PER_TOKEN:
-        at_last = clamp(tl.div_rn(total.to(tl.float32), divisor) * scale, clip)
+    if BY_LENGTH and PER_TOKEN:
+        divisor = tl.maximum(row_length(mask, 0, steps), 1).to(tl.float32)
     cut = tl.zeros([], tl.float32)
     if truncated is not None:
         cut = tl.where(tl.load(truncated + row) != 0, missing_eos, 0.0).to(tl.float32)
@@ -114,33 +99,52 @@ def reward_rows(
         if PARTS:
             tl.store(penalty + start + lane, tl.zeros([TILE], tl.float32), mask=start + lane < begin)
         start += TILE
-    shaped_sum = tl.zeros([], tl.float64)
+    total = tl.zeros([TILE], tl.float64)
+    shaped_sum = tl.zeros([TILE], tl.float64)
+    count = tl.zeros([TILE], tl.int32)
+    latest = tl.full([TILE], -1, tl.int32)
     start = begin
     while start < steps:
         at = start + lane
-        valid = (at < steps) & (tl.load(mask + at, mask=at < steps, other=0) != 0)
+        inside = at < steps
+        # All loads of a tile are on their way together: none waits for the mask.
+        valid = tl.load(mask + at, mask=inside, other=0) != 0
+        ratio = tl.where(valid, _difference(sft, base, at, inside), 0.0)
+        total += ratio.to(tl.float64)
+        if BY_LENGTH and not PER_TOKEN:
+            count += valid.to(tl.int32)
+        latest = tl.where(valid, at, latest)
         value = tl.zeros([TILE], tl.float32)
         if PER_TOKEN:
-            by = tl.zeros([TILE], tl.float32) + divisor
-            value = clamp(tl.div_rn(_difference(sft, base, at, valid), by) * scale, clip)
+            value = clamp(tl.div_rn(ratio, tl.zeros([TILE], tl.float32) + divisor) * scale, clip)
             value = tl.where(valid, value, 0.0)
-            shaped_sum += tl.sum(value.to(tl.float64), 0)
-        value = tl.where(at == last, value + at_last, value)
+            shaped_sum += value.to(tl.float64)
         if policy is not None:
-            kl = kl_coef * _kl(_difference(policy, ref, at, valid), ESTIMATOR)
+            kl = kl_coef * _kl(tl.where(valid, _difference(policy, ref, at, inside), 0.0), ESTIMATOR)
             value -= kl
             if PARTS:
-                tl.store(penalty + at, -kl, mask=at < steps)
+                tl.store(penalty + at, -kl, mask=inside)
         elif PARTS:
-            tl.store(penalty + at, tl.zeros([TILE], tl.float32), mask=at < steps)
-        value = tl.where(at == last, value - cut, value)
-        tl.store(reward + at, tl.where(valid, value, 0.0), mask=at < steps)
+            tl.store(penalty + at, tl.zeros([TILE], tl.float32), mask=inside)
+        tl.store(reward + at, tl.where(valid, value, 0.0), mask=inside)
         start += TILE
+
+    row_total = tl.sum(total, 0).to(tl.float32)
+    last = tl.max(latest, 0)
+    there = last >= 0
+    at_last = tl.zeros([], tl.float32)
+    if not PER_TOKEN:
+        if BY_LENGTH:
+            divisor = tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
+        at_last = clamp(tl.div_rn(row_total, divisor) * scale, clip)
+    tl.debug_barrier()  # another thread has stored what the last valid token has so far
+    value = tl.load(reward + last, mask=there, other=0.0) + at_last - cut
+    tl.debug_barrier()  # every thread stores what it read
+    tl.store(reward + last, value, mask=there)
     if PARTS:
-        any_valid = length > 0
-        before_kl = (shaped_sum + at_last.to(tl.float64) - cut.to(tl.float64)).to(tl.float32)
-        tl.store(score + row, total.to(tl.float32))
-        tl.store(shaped + row, tl.where(any_valid, before_kl, 0.0))
+        before_kl = (tl.sum(shaped_sum, 0) + at_last.to(tl.float64) - cut.to(tl.float64)).to(tl.float32)
+        tl.store(score + row, row_total)
+        tl.store(shaped + row, tl.where(there, before_kl, 0.0))
 
 
 def log_ratio_reward_triton(
@@ -191,9 +195,9 @@ def compile_cases() -> Iterator[CompileCase]:
                 "PER_TOKEN": per_token, "BY_LENGTH": per_token, "ESTIMATOR": estimator, "PARTS": True, "TILE": TILE,
             }  # fmt: skip
             name = f"reward_rows: {'token' if per_token else 'eos'}, k{estimator}"
-            yield CompileCase(name, reward_rows, types, fixed, 4, options=options)
+            yield CompileCase(name, reward_rows, types, fixed, OPTIONS["num_warps"], options=options)
     plain = {
         "policy": None, "ref": None, "truncated": None, "std_tensor": None,
         "PER_TOKEN": False, "BY_LENGTH": False, "ESTIMATOR": 1, "PARTS": False, "TILE": TILE,
     }  # fmt: skip
-    yield CompileCase("reward_rows: eos, no KL", reward_rows, types, plain, 4, options=options)
+    yield CompileCase("reward_rows: eos, no KL", reward_rows, types, plain, OPTIONS["num_warps"], options=options)
