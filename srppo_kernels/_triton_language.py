@@ -36,15 +36,15 @@ _CHUNK = tl.constexpr(1024)  # partials that are added at a time
 _SEARCH = tl.constexpr(2048)  # tokens of a mask that are read at a time: 16 a thread
 
 
-def blocks_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """`(rows, steps, programs)` of a kernel over tokens of this shape, time last.
+def blocks_of(shape: tuple[int, ...], tokens: int = TOKENS) -> tuple[int, int, int]:
+    """`(rows, steps, programs)` of a kernel over tokens of this shape, time last, `tokens` of a row a program.
 
     An empty batch is one row of no steps and one program, to write its zeros.
     """
     if 0 in shape:
         return 1, 0, 1
     rows, steps = math.prod(shape[:-1]), shape[-1] if shape else 1
-    return rows, steps, rows * triton.cdiv(steps, TOKENS)
+    return rows, steps, rows * triton.cdiv(steps, tokens)
 
 
 @triton.jit
