@@ -1,8 +1,8 @@
 // CUDA kernels of masked moments and whitening; whiten.cu launches them, and tests/gae/test_gae_cuda.py runs them on the host.
 //
-// Moments: a block takes 4096 tokens of a row, from its first valid one on and held in registers, to their count, mean and squared
-// deviations from that mean: two passes that read memory once, in float64. All 16 loads of a thread are on their way together, and
-// 512 x 4096 tokens are one wave of blocks on an H100. The last block merges all of them by Chan's formula.
+// Moments: a block takes 4096 tokens of a row, from its first valid one on and held in registers, to their count, mean and
+// squared deviations from that mean: two passes that read memory once, in float64. All 16 loads of a thread are on their way
+// together, and 512 x 4096 tokens are one wave of blocks on an H100. The last block merges all of them by Chan's formula.
 //
 // Whitening: one thread of a block takes the moments to mean and scale, while the loads of the others are on their way.
 #pragma once
@@ -16,7 +16,8 @@ constexpr int kThreads = 256;
 constexpr int kEach = 16, kTokens = kThreads * kEach;              // of moments
 constexpr int kVectors = 2, kWhitened = kThreads * 4 * kVectors;  // of whitening, four tokens a vector
 
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads) moments_kernel(const float* x, const bool* mask, Rows shape, MomentsOut out) {
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    moments_kernel(const float* x, const bool* mask, Rows shape, MomentsOut out) {
   const int64_t row = blockIdx.x % static_cast<unsigned>(shape.rows), part = blockIdx.x / static_cast<unsigned>(shape.rows);
   x += row * shape.steps;
   mask += row * shape.steps;
@@ -42,8 +43,8 @@ struct alignas(4) FourBools {
 
 // `vectors`: x and out lie at multiples of 16 bytes, and mask of 4.
 __global__ void __launch_bounds__(kThreads)
-    whiten_kernel(const float* x, const bool* mask, const double* moments, int64_t total, bool shift_mean, bool vectors, double eps,
-                  float* out) {
+    whiten_kernel(const float* x, const bool* mask, const double* moments, int64_t total, bool shift_mean, bool vectors,
+                  double eps, float* out) {
   __shared__ double mean, scale;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kWhitened + 4 * threadIdx.x;
   Four value[kVectors];

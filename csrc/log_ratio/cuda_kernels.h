@@ -3,8 +3,8 @@
 //
 // One launch, a block a row, and one walk over it that begins at the row's first valid token: padding on either side moves no
 // token to another thread, and changes no bit. The walk writes every token's reward and its KL penalty, and sums
-// log pi_sft - log pi_base in float64; what the row's last valid token gets on top of that, its thread writes at the end. (512 rows
-// of 4096 tokens are four blocks a multiprocessor: what a walk takes is the latency of its loads, so a thread starts kAhead at once.)
+// log pi_sft - log pi_base in float64; what the row's last valid token gets on top of that, its thread writes at the end. 512
+// rows of 4096 tokens are four blocks a multiprocessor: a walk takes the latency of its loads, so a thread starts several at once.
 #pragma once
 
 #include "../common/cuda_rows.h"
