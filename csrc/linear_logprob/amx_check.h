@@ -49,7 +49,7 @@ inline const char* tile_fault() {
     for (std::int64_t p = 0; p < kDepth / 2; ++p) {
       const float even = widen(x.data()[r * kStride + 2 * p]), odd = widen(x.data()[r * kStride + 2 * p + 1]);
       for (std::int64_t j = 0; j < kTilePanel; ++j) {
-        const std::uint32_t pair = panel.data()[p * kTilePanel + j];
+        const std::uint32_t pair = panel.data()[panel_word(p, j)];
         sums[j] += even * widen(pair & 0xffffu) + odd * widen(pair >> 16);
       }
     }

@@ -1,16 +1,20 @@
 // Logits of a block of bf16 rows over a part of the vocabulary, on AMX tiles, for amx_softmax.h.
 //
-// The head's rows are the left operand: a tile of them is 16 rows of 64 bytes as they lie in memory. The hidden states
-// are the right one, packed in pairs of K once a call. So nothing of the head is shuffled, and a register of sums has
-// an entry a row and 16 hidden states across: the softmax runs down columns, 16 hidden states a vector, and never
-// across lanes.
+// The head's rows are the left operand: a tile of them is 16 rows of 64 bytes. The hidden states are the right one,
+// packed in pairs of K once a call. So nothing of the head is shuffled, and a register of sums has an entry a row and 16
+// hidden states across: the softmax runs down columns, 16 hidden states a vector, and never across lanes.
 //
-//   z of a panel of 32 hidden states:  [entries][32]
+//   for each 32 entries of the head:
+//     for each part of K, of equal size and at most kTileBlock:    copy the entries' part
+//       for each panel of 32 hidden states:                        multiply: sums [2 halves of the panel][32 entries][16]
 //
-// kTileChunk entries at a time, K in blocks of kTileBlock, and within these a panel over all entries. The chunk's rows
-// are copied first, an odd number of cache lines apart: heads are often a power of two wide, and the rows of a tile
-// would share a set of L1. In use are then 336 KB of the head, and of each hidden state 1.25 KB and 1 KB of logits:
-// 1.5 MB with 512 of them, in an L2 of 2 MB, where the softmax finds the logits.
+// The copy's rows are an odd number of cache lines apart: heads are often a power of two wide, and the rows of a tile would
+// share a set of L1. It stays in L1 while the panels stream from L2. A tile unit that multiplies leaves the core's vectors
+// idle: between its steps a thread copies the entries that come next, and does what is to be done with the sums of the block
+// before (the softmax).
+//
+// In use are 84 KB of the head, 1.6 MB of packed hidden states at most, unless 128 of them are more, and where K has several
+// parts 128 bytes of sums a hidden state, in an L2 of 2 MB.
 #pragma once
 
 #include <algorithm>
@@ -22,19 +26,28 @@
 
 namespace srppo {
 
-constexpr std::int64_t kTileRowBlock = 512;  // hidden states a task
-constexpr std::int64_t kTileChunk = 256;     // entries: 32 KB of logits a panel
+constexpr std::int64_t kTileEntries = 2 * kTileRows;           // of the head, at a time
+constexpr std::int64_t kTileSums = kTileEntries * kTilePanel;  // of a block
+constexpr std::int64_t kTileHalf = kTileSums / 2;              // of its first 16 hidden states
+// Hidden states of a task; the fewest also where threads share a small workspace.
+constexpr std::int64_t kTilePackedBytes = 1600 << 10, kTileMostRows = 1024, kTileFewestRows = 128;
 
-// Hidden states, packed: panel by panel, [K in whole tiles / 2][32] pairs each.
+constexpr std::int64_t tile_row_block(std::int64_t width) {
+  const std::int64_t fitting = kTilePackedBytes / std::max<std::int64_t>(1, 2 * whole_tiles(width, kTileDepth));
+  return std::clamp(fitting / kTilePanel * kTilePanel, kTileFewestRows, kTileMostRows);
+}
+
+// Hidden states, packed: panel by panel, each as panel_word() says.
 class TileRows {
  public:
-  // fp32_tile.h's pack_panel, for pairs of bf16 in the bits of a float: 32 rows of `steps` to [steps][32].
-  using Pack = void (*)(const float* const* sources, std::int64_t steps, float* panel);
+  // 32 rows of `pairs` pairs of bf16, in the bits of a float, to a panel whose last tiles are filled up with zeros.
+  using Pack = void (*)(const float* const* sources, std::int64_t pairs, float* panel);
 
   TileRows(std::int64_t width, std::int64_t rows)
       : width_(width), pairs_(whole_tiles(width, kTileDepth) / 2),
         data_(whole_tiles(rows, kTilePanel) * pairs_) {}
 
+  std::int64_t panel_words() const { return kTilePanel * pairs_; }
   const std::uint32_t* panel(std::int64_t number) { return data_.data() + number * kTilePanel * pairs_; }
 
   // `x.row(i)` is where a row begins, and `row_at(r)` the i of the r-th; rows from `count` on are 0.
@@ -55,9 +68,7 @@ class TileRows {
       std::memcpy(copy, row, static_cast<std::size_t>(2 * width_));
       sources[i] = copy;
     }
-    auto* to = reinterpret_cast<float*>(data_.data() + number * kTilePanel * pairs_);
-    pack(sources, here, to);
-    std::fill(to + here * kTilePanel, to + pairs_ * kTilePanel, 0.0f);
+    pack(sources, here, reinterpret_cast<float*>(data_.data() + number * kTilePanel * pairs_));
   }
 
  private:
@@ -65,63 +76,186 @@ class TileRows {
   Scratch<std::uint32_t> data_;
 };
 
-class TileLogits {
-  static constexpr std::int64_t kStride = tile_stride(kTileBlock);
-
+// The head on its way to the tiles: 32 rows and a part of K at a time, zeros where there is none.
+class TileHead {
  public:
-  static constexpr std::int64_t kCopyBytes = 2 * kTileChunk * kStride;
-
   // `weight` is [vocab][stride], `width` of each row.
-  TileLogits(const std::uint16_t* weight, std::int64_t stride, std::int64_t width, std::int64_t vocab)
-      : weight_(weight), weight_stride_(stride), width_(width), vocab_(vocab), copy_(kTileChunk * kStride) {}
+  TileHead(const std::uint16_t* weight, std::int64_t stride, std::int64_t width, std::int64_t vocab)
+      : weight_(weight), weight_stride_(stride), width_(width), vocab_(vocab), depth_(part_of(width)),
+        stride_(tile_stride(depth_)), copies_(2 * kTileEntries * stride_) {}
 
-  // z[panels][kTileChunk][32] of entries [v0, v0 + size), size <= kTileChunk; `next` is where the next call's begin.
-  // The caller holds tiles::InUse.
-  void multiply(TileRows& rows, std::int64_t first_panel, std::int64_t panels, std::int64_t v0, std::int64_t size,
-                std::int64_t next, float* z) {
-    std::int64_t k = 0;
-    do {  // once where K is empty, for the zeros
-      const std::int64_t depth = std::min(width_ - k, kTileBlock), whole = whole_tiles(depth, kTileDepth);
-      const std::int64_t tiles_here = whole_tiles(size, kTileRows);
-      for (std::int64_t i = 0; i < tiles_here; ++i) {
-        std::uint16_t* to = copy_.data() + i * kStride;
-        const std::int64_t filled = i < size ? depth : 0;
-        std::memcpy(to, weight_ + (v0 + i) * weight_stride_ + k, static_cast<std::size_t>(2 * filled));
-        std::fill(to + filled, to + whole, std::uint16_t{0});
-      }
-      const bool last = k + kTileBlock >= width_;
-      ahead(last ? next : v0, last ? 0 : k + kTileBlock, panels * ((size + 2 * kTileRows - 1) / (2 * kTileRows)));
-      for (std::int64_t p = 0; p < panels; ++p) {
-        tile_multiply(size, kTilePanel, copy_.data(), kStride, rows.panel(first_panel + p) + k / 2 * kTilePanel, whole,
-                      z + p * kTileChunk * kTilePanel, kTilePanel, k > 0, [this] { fetch(); });
-      }
-      k += kTileBlock;
-    } while (k < width_);
+  // Steps of K of a part: whole tiles.
+  static std::int64_t part_of(std::int64_t width) {
+    const std::int64_t parts = (width + kTileBlock - 1) / kTileBlock;
+    return parts ? whole_tiles((width + parts - 1) / parts, kTileDepth) : 0;
+  }
+  static constexpr std::int64_t kMostBytes = 4 * kTileEntries * tile_stride(kTileBlock);  // of the copies
+
+  std::int64_t parts() const { return depth_ ? (width_ + depth_ - 1) / depth_ : 1; }
+  std::int64_t begin_of(std::int64_t part) const { return part * depth_; }
+  std::int64_t tiles_of(std::int64_t part) const {
+    return whole_tiles(std::min(depth_, width_ - part * depth_), kTileDepth) / kTileDepth;
+  }
+  std::int64_t stride() const { return stride_; }
+
+  // Entries from `v0` on are copied next, in some `turns` calls of fill(); those from `end` on are zeros.
+  void copy_next(std::int64_t v0, std::int64_t end, std::int64_t part, std::int64_t turns) {
+    const std::int64_t k = part * depth_, lines = tiles_of(part);
+    row_ = reinterpret_cast<const char*>(weight_ + v0 * weight_stride_ + k);
+    row_bytes_ = 2 * std::min(depth_, width_ - k);
+    rows_ = std::clamp<std::int64_t>(std::min(end, vocab_) - v0, 0, kTileEntries);
+    left_ = kTileEntries;
+    at_ = 0;
+    to_ = reinterpret_cast<char*>(copies_.data() + (1 - current_) * kTileEntries * stride_);
+    share_ = (kTileEntries * lines + turns - 1) / std::max<std::int64_t>(1, turns);
+    if (lines == 0) left_ = 0;
+  }
+
+  // A share of it, line by line. What is copied after it, 32 rows further down, is brought to L2 meanwhile.
+  __attribute__((always_inline)) void fill() {
+    for (std::int64_t i = 0; i < share_ && left_ > 0; ++i) line();
+  }
+
+  // The rest of it; where it is.
+  const std::uint16_t* take() {
+    while (left_ > 0) line();
+    current_ = 1 - current_;
+    return copies_.data() + current_ * kTileEntries * stride_;
   }
 
  private:
-  // What is copied next is brought to L2 in shares, between the multiplications.
-  void ahead(std::int64_t begin, std::int64_t k, std::int64_t shares) {
-    next_ = weight_ + begin * weight_stride_ + k;
-    next_rows_ = std::clamp<std::int64_t>(vocab_ - begin, 0, kTileChunk);
-    next_bytes_ = 2 * std::min(width_ - k, kTileBlock);
-    share_ = (next_rows_ + shares - 1) / shares;
-  }
-
-  void fetch() {
-    const std::int64_t rows = std::min(share_, next_rows_);
-    for (std::int64_t i = 0; i < rows; ++i, next_ += weight_stride_) {
-      for (std::int64_t at = 0; at < next_bytes_; at += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(next_) + at, 0, 2);
+  __attribute__((always_inline)) void line() {
+    const std::int64_t bytes = row_bytes_ - at_;
+    if (rows_ > 0 && bytes >= 64) {
+      __builtin_prefetch(row_ + at_ + kTileEntries * 2 * weight_stride_, 0, 2);
+      std::memcpy(to_ + at_, row_ + at_, 64);
+    } else {
+      std::memset(to_ + at_, 0, 64);
+      if (rows_ > 0) std::memcpy(to_ + at_, row_ + at_, static_cast<std::size_t>(bytes));
     }
-    next_rows_ -= rows;
+    at_ += 64;
+    if (at_ < row_bytes_) return;
+    at_ = 0;
+    row_ += 2 * weight_stride_;
+    to_ += 2 * stride_;
+    --rows_;
+    --left_;
   }
 
   const std::uint16_t* weight_;
-  std::int64_t weight_stride_, width_, vocab_;
-  Scratch<std::uint16_t> copy_;
-  const std::uint16_t* next_ = nullptr;
-  std::int64_t next_rows_ = 0, next_bytes_ = 0, share_ = 0;
+  std::int64_t weight_stride_, width_, vocab_, depth_, stride_;
+  Scratch<std::uint16_t> copies_;
+  std::int64_t current_ = 0;  // the copy in use; the other is filled
+  const char* row_ = nullptr;
+  char* to_ = nullptr;
+  std::int64_t row_bytes_ = 0, at_ = 0, rows_ = 0, left_ = 0, share_ = 0;
 };
+
+// The products of a block, as something that goes on a step of 32 of K at a time beside other work.
+class TileSteps {
+ public:
+  TileSteps(TileHead& head, const std::uint16_t* x, const std::uint32_t* panel, std::int64_t steps)
+      : head_(head), x_(x), panel_(panel), left_(steps), bytes_(2 * head.stride()) {
+    tiles::zero<C00>();
+    tiles::zero<C01>();
+    tiles::zero<C10>();
+    tiles::zero<C11>();
+  }
+
+  __attribute__((always_inline)) void step() {
+    if (left_ == 0) return;
+    --left_;
+    tiles::load<A0>(x_, bytes_);
+    tiles::load<B0>(panel_, tiles::kRowBytes);
+    tiles::dot_bf16<C00, A0, B0>();
+    tiles::load<B1>(panel_ + panel_word(0, 16), tiles::kRowBytes);
+    tiles::dot_bf16<C01, A0, B1>();
+    tiles::load<A1>(x_ + kTileRows * bytes_ / 2, bytes_);
+    tiles::dot_bf16<C10, A1, B0>();
+    tiles::dot_bf16<C11, A1, B1>();
+    x_ += kTileDepth;
+    panel_ += kTileDepth / 2 * kTilePanel;
+    head_.fill();
+  }
+
+  // Sums of all steps, by halves of the hidden states: [2][32 entries][16].
+  void store(float* sums) {
+    while (left_ > 0) step();
+    tiles::store<C00>(sums, tiles::kRowBytes);
+    tiles::store<C10>(sums + kTileRows * 16, tiles::kRowBytes);
+    tiles::store<C01>(sums + kTileHalf, tiles::kRowBytes);
+    tiles::store<C11>(sums + kTileHalf + kTileRows * 16, tiles::kRowBytes);
+  }
+
+ private:
+  static constexpr int C00 = 0, C01 = 1, C10 = 2, C11 = 3, A0 = 4, A1 = 5, B0 = 6, B1 = 7;
+  TileHead& head_;
+  const std::uint16_t* x_;
+  const std::uint32_t* panel_;
+  std::int64_t left_, bytes_;
+};
+
+// z += sums, of a block, beside the products of another.
+SRPPO_BESIDE_TILES inline void add_beside(TileSteps& beside, float* z, const float* sums) {
+  for (std::int64_t i = 0; i < kTileSums; i += 2 * kTilePanel) {
+    beside.step();
+    add_block(sums + i, 2, kTilePanel, z + i, kTilePanel, true);
+  }
+}
+
+// A thread's sums: of the last block and of the one before it, and where K has several parts of all panels.
+struct TileBlocks {
+  Scratch<float> last, all;
+
+  TileBlocks(std::int64_t parts, std::int64_t panels) : last(2 * kTileSums), all(parts > 1 ? panels * kTileSums : 0) {}
+};
+
+// Calls done(beside, z, sums, p, begin, entries) for each block of `panels` panels and entries [v0, v0 + size), beside the
+// products of the next one: panel p and entries [begin, begin + entries), counted from v0, in z [2][32][16] and, unless it
+// is nullptr, in `sums`, which are still to be added. The head has been told of v0, and is told of entries from `next` on,
+// up to `next_end`, in the end. The caller holds tiles::InUse.
+template <class Done>
+void each_block(TileHead& head, const std::uint32_t* first_panel, std::int64_t panel_words, std::int64_t panels,
+                std::int64_t v0, std::int64_t size, std::int64_t next, std::int64_t next_end, TileBlocks& blocks,
+                const Done& done) {
+  const std::int64_t parts = head.parts();
+  struct {
+    float* z = nullptr;
+    const float* sums = nullptr;
+    std::int64_t panel = 0, begin = 0, entries = 0;
+    bool whole = false;  // all parts of K but for `sums`
+  } before;
+  const auto finish = [&](TileSteps& beside) {
+    if (!before.z) return;
+    if (before.whole) done(beside, before.z, before.sums, before.panel, before.begin, before.entries);
+    else add_beside(beside, before.z, before.sums);
+    before.z = nullptr;
+  };
+  std::int64_t slot = 0;
+  for (std::int64_t begin = 0; begin < size; begin += kTileEntries) {
+    const std::int64_t entries = std::min(kTileEntries, size - begin);
+    const bool more = begin + kTileEntries < size;
+    for (std::int64_t part = 0; part < parts; ++part) {
+      const std::uint16_t* x = head.take();
+      const std::int64_t steps = head.tiles_of(part);
+      if (part + 1 < parts) head.copy_next(v0 + begin, v0 + size, part + 1, panels * steps);
+      else if (more) head.copy_next(v0 + begin + kTileEntries, v0 + size, 0, panels * steps);
+      else head.copy_next(next, next_end, 0, panels * steps);
+      for (std::int64_t p = 0; p < panels; ++p) {
+        const std::uint32_t* panel = first_panel + p * panel_words + head.begin_of(part) / 2 * kTilePanel;
+        TileSteps products(head, x, panel, steps);
+        finish(products);
+        float *last = blocks.last.data() + slot * kTileSums, *z = parts > 1 ? blocks.all.data() + p * kTileSums : last;
+        products.store(part > 0 ? last : z);
+        slot = 1 - slot;
+        if (part == 0 && parts > 1) continue;
+        before.z = z, before.sums = part > 0 ? last : nullptr;
+        before.panel = p, before.begin = begin, before.entries = entries, before.whole = part + 1 == parts;
+      }
+    }
+  }
+  TileSteps none(head, nullptr, nullptr, 0);
+  finish(none);
+}
 
 }  // namespace srppo

@@ -97,7 +97,6 @@ struct Packer {
 constexpr std::int64_t kRowBlock = 336;    // rows a task: packing a panel is then 1 or 2 % of its multiplications
 constexpr std::int64_t kFewestRows = 64;  // a task, where threads share a small workspace; below, fewer of them work
 constexpr std::int64_t kTileRowBytes = 16 << 20;  // of rows packed at once for AMX tiles, which all threads read
-constexpr std::int64_t kTileFewestRows = 128;  // kFewestRows, there
 constexpr std::int64_t kWidestPanel = 32;  // vocabulary entries, at AVX-512
 
 // Rows of the head a panel at a time, packed for the tiles.
@@ -217,24 +216,27 @@ class VectorLogits {
 // The scan of bf16 inputs on AMX tiles. Rows are packed once, kTileRowBytes of them at a time, by all threads for all.
 // A task is a vocabulary group and a block of them, blocks innermost, so that a group is in L3 for all but the first.
 void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const RowArgs& of, const float* biases,
-                   std::int64_t group, std::uint16_t* kept, float* kept_max, TileRows::Pack pack,
-                   std::int64_t workspace, Partial* partials) {
+                   std::int64_t group, std::uint16_t* kept, float* kept_max, std::int64_t workspace,
+                   Partial* partials) {
   const std::int64_t vocab = w.rows, width = x.width, groups = (vocab + group - 1) / group;
   const auto* weight = reinterpret_cast<const std::uint16_t*>(w.data);
   const auto softmax = kept ? (args.entropy ? &tile_softmax<true, true> : &tile_softmax<false, true>)
                             : (args.entropy ? &tile_softmax<true, false> : &tile_softmax<false, false>);
   // Rows at once take half of the workspace at most, and leave what a thread needs.
   const std::int64_t row_bytes = std::max<std::int64_t>(1, 2 * whole_tiles(width, kTileDepth));
-  const auto each = [](std::int64_t rows) {
-    return rows * static_cast<std::int64_t>(4 * kTileChunk + sizeof(TileState) / kTilePanel) + TileLogits::kCopyBytes;
+  const bool in_parts = TileHead::part_of(width) < width;
+  const auto each = [&](std::int64_t rows) {
+    return rows * static_cast<std::int64_t>((in_parts ? 4 * kTileEntries : 0) + sizeof(TileState) / kTilePanel) +
+           TileHead::kMostBytes + 8 * kTileSums;
   };
+  const std::int64_t row_block = tile_row_block(width);
   const std::int64_t fitting = std::min({kTileRowBytes, workspace / 2, workspace - each(kTileFewestRows)}) / row_bytes;
-  const std::int64_t unit = fitting < kTileRowBlock ? kTileFewestRows : kTileRowBlock;
+  const std::int64_t unit = fitting < row_block ? kTileFewestRows : row_block;
   const std::int64_t most = std::max(kTileFewestRows, fitting / unit * unit);
   workspace = std::max<std::int64_t>(0, workspace - std::min(most, whole_tiles(of.n, kTilePanel)) * row_bytes);
   // Many threads take fewer rows a task, as elsewhere.
   const std::int64_t room = (workspace / threads_there() - each(0)) / (each(1) - each(0)) / kTilePanel * kTilePanel;
-  const std::int64_t most_block = std::clamp(room, kTileFewestRows, kTileRowBlock);
+  const std::int64_t most_block = std::clamp(room, kTileFewestRows, row_block);
   for (std::int64_t first = 0; first < of.n; first += most) {
     const std::int64_t count = std::min(most, of.n - first), panels = (count + kTilePanel - 1) / kTilePanel;
     const std::int64_t blocks = (panels * kTilePanel + most_block - 1) / most_block;
@@ -243,13 +245,15 @@ void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const
     const std::int64_t set_bytes = (width + 1) / 2 * 4 * (width % 2 ? kTilePanel + 1 : 1);
     parallel_within(workspace, set_bytes, panels, [&](std::int64_t begin, std::int64_t end) {
       const auto row_at = [&](std::int64_t r) { return of.row(first + r); };
-      for (std::int64_t p = begin; p < end; ++p) rows.set_panel(p, x, count, row_at, pack);
+      for (std::int64_t p = begin; p < end; ++p) rows.set_panel(p, x, count, row_at, &pack_tile_panel);
     });
     parallel_within(workspace, each(block * kTilePanel), groups * blocks, [&](std::int64_t begin, std::int64_t end) {
-      Scratch<float> z(block * kTilePanel * kTileChunk);
+      TileHead head(weight, w.stride, width, vocab);
+      TileBlocks sums(head.parts(), block);
       Scratch<TileState> states(block);
-      TileLogits logits(weight, w.stride, width, vocab);
       const tiles::InUse in_use;
+      const auto begin_of = [&](std::int64_t task) { return task / blocks * group; };
+      head.copy_next(begin_of(begin), begin_of(begin) + group, 0, 1);
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t g = task / blocks, p0 = task % blocks * block, here = std::min(block, panels - p0);
         const std::int64_t v0 = g * group, size = std::min(group, vocab - v0);
@@ -262,18 +266,14 @@ void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const
           state.temperature[at] = live ? of.temperature_of(i) : 1.0f;
           plain = plain && state.temperature[at] == 1.0f;
           const std::int64_t column = live ? of.target[i] - v0 : -1;
-          state.column[at] = column < size ? column : -1;
+          state.column[at] = column >= 0 && column < size ? static_cast<std::int32_t>(column) : -1;
           state.kept[at] = live && kept ? kept + of.kept_row(i) * vocab + v0 : nullptr;
         }
-        for (std::int64_t c = 0; c < size; c += kTileChunk) {
-          const std::int64_t entries = std::min(kTileChunk, size - c);
-          const bool more = c + kTileChunk < size || task + 1 == end;
-          const std::int64_t next = more ? v0 + c + kTileChunk : (task + 1) / blocks * group;
-          logits.multiply(rows, p0, here, v0 + c, entries, next, z.data());
-          for (std::int64_t p = 0; p < here; ++p)
-            softmax(args, z.data() + p * kTileChunk * kTilePanel, c, entries, biases ? biases + v0 + c : nullptr, plain,
-                    states.data()[p]);
-        }
+        const std::int64_t next = task + 1 < end ? begin_of(task + 1) : vocab;
+        each_block(head, rows.panel(p0), rows.panel_words(), here, v0, size, next, next + group, sums,
+                   [&](TileSteps& beside, float* z, const float* add, std::int64_t p, std::int64_t c, std::int64_t entries) {
+                     softmax(args, beside, z, add, c, entries, biases ? biases + v0 + c : nullptr, plain, states.data()[p]);
+                   });
         for (std::int64_t r = 0; r < here * kTilePanel && p0 * kTilePanel + r < count; ++r) {
           const TileState& state = states.data()[r / kTilePanel];
           const std::int64_t at = r % kTilePanel, i = first + p0 * kTilePanel + r;
@@ -385,8 +385,8 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
   };
   if (on_tiles) {
 #if defined(__x86_64__)
-    scan_on_tiles(x, w, args, of, biases, group, reinterpret_cast<std::uint16_t*>(kept_data), kept_max, tile.pack_panel,
-                  workspace, partials.data());
+    scan_on_tiles(x, w, args, of, biases, group, reinterpret_cast<std::uint16_t*>(kept_data), kept_max, workspace,
+                  partials.data());
 #endif
   } else {
     parallel_within(workspace, each(block), groups * row_blocks, scan);

@@ -110,7 +110,9 @@ void product_task_on_tiles(const Bf16Matrix& a, const Bf16Matrix& b, bool transp
       for (std::int64_t p = 0; p < depth / 2 && !packed; ++p) {
         const std::uint16_t *row = b.row(k0 + 2 * p), *next = b.row(k0 + 2 * p + 1);
         const auto at = [&](const std::uint16_t* from) { return from ? from + c0 + c : nullptr; };
-        interleave(at(row), at(next), here, kTilePanel, panel + p * kTilePanel);
+        const auto half = [](const std::uint16_t* from) { return from ? from + 16 : nullptr; };
+        interleave(at(row), at(next), std::min<std::int64_t>(here, 16), 16, panel + panel_word(p, 0));
+        interleave(half(at(row)), half(at(next)), here - 16, 16, panel + panel_word(p, 16));
       }
       const std::int64_t begin = last ? k0 + 2 * kPairs : k0, end = std::min(b.rows, begin + 2 * kPairs);
       const std::int64_t blocks = (depth + kTileBlock - 1) / kTileBlock;

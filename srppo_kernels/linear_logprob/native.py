@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 # Measured on a Zen 4: 0.7 times MKL's fp32 GEMM with AVX2 as with AVX-512. Portable code takes 2.2 times that GEMM.
 FASTER_LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
 WORKSPACE = 64 << 20  # of a scan, or of plan recompute, where the caller gives no bound
-# kRowBlock and kFewestRows of csrc/linear_logprob/cpu.cpp; on tiles kTileRowBlock of amx_logits.h and kTileFewestRows
+# kRowBlock and kFewestRows of csrc/linear_logprob/cpu.cpp; kTileMostRows and what follows it in amx_logits.h
 ROW_BLOCK, FEWEST_ROWS = 336, 64
-TILE_ROW_BLOCK, TILE_FEWEST_ROWS = 512, 128
+TILE_MOST_ROWS, TILE_FEWEST_ROWS, TILE_PACKED_BYTES = 1024, 128, 1600 << 10
 TILE_ROW_BYTES = 16 << 20  # kTileRowBytes of cpu.cpp
-TILE_COPY_BYTES = 2 * 256 * 672  # kCopyBytes of amx_logits.h: entries of the head, 640 of K and padding
+TILE_BLOCK = 640  # kTileBlock of amx_tile.h
+TILE_COPY_BYTES = 4 * 32 * 672 + 8192  # of amx_logits.h: entries of the head twice, 640 of K; two blocks of sums
 SMALL_TASK = 128  # kSmallTask of cpu_product.cpp
 PANEL = 32  # vocabulary entries packed at a time, at most
 
@@ -78,12 +79,14 @@ def workspace_bytes(rows: int, width: int, vocab: int, group: int, bf16: bool, b
     widened, two rows, logits."""
     held = held_bytes(rows, vocab, group)
     bound = default_bound(held) if bound is None else bound
-    if bf16 and on_tiles():  # rows packed for all threads; for each, logits of 256 entries and 40 bytes a row
+    if (
+        bf16 and on_tiles()
+    ):  # rows packed for all threads; for each, 36 bytes a row, and sums of 32 entries where K has parts
         row_bytes = max(1, 2 * _whole(width))
-        fitting = max(TILE_ROW_BLOCK, TILE_ROW_BYTES // row_bytes // TILE_ROW_BLOCK * TILE_ROW_BLOCK)
-        most, least = (
-            (4 * 256 + 40) * min(_whole(rows), block) + TILE_COPY_BYTES for block in (TILE_ROW_BLOCK, TILE_FEWEST_ROWS)
-        )
+        row_block = min(max(TILE_PACKED_BYTES // row_bytes // PANEL * PANEL, TILE_FEWEST_ROWS), TILE_MOST_ROWS)
+        fitting = max(row_block, TILE_ROW_BYTES // row_bytes // row_block * row_block)
+        each = 36 + (4 * 32 if width > TILE_BLOCK else 0)
+        most, least = (each * min(_whole(rows), block) + TILE_COPY_BYTES for block in (row_block, TILE_FEWEST_ROWS))
         packed, fewest = (_whole(min(rows, block)) * row_bytes for block in (fitting, TILE_FEWEST_ROWS))
         return min(held + packed + most * _threads(), max(bound, held + fewest + least))
     steps = -(-width // 2) if bf16 and _in_pairs() else width

@@ -33,9 +33,9 @@ SOURCE = """
 using namespace srppo;
 using namespace srppo::tiles;
 
-void pack(const float* const* sources, std::int64_t steps, float* panel) {
-  for (std::int64_t k = 0; k < steps; ++k)
-    for (int i = 0; i < 32; ++i) panel[k * 32 + i] = sources[i][k];
+void pack(const float* const* sources, std::int64_t pairs, float* panel) {
+  for (std::int64_t k = 0; k < (pairs + 15) / 16 * 16; ++k)
+    for (int i = 0; i < 32; ++i) panel[panel_word(k, i)] = k < pairs ? sources[i][k] : 0.0f;
 }
 struct Rows {
   const std::uint16_t* data;
@@ -49,23 +49,25 @@ void multiply(std::int64_t rows, std::int64_t columns, const std::uint16_t* x, s
   const InUse in_use;
   tile_multiply(rows, columns, x, stride, panel, depth, z, ldz, add);
 }
-// z [size][count], in chunks.
+// z [size][count], by blocks.
 void logits(std::int64_t count, const std::uint16_t* x, std::int64_t width, const std::uint16_t* w, std::int64_t stride,
             std::int64_t vocab, std::int64_t v0, std::int64_t size, float* z) {
   TileRows rows(width, count);
   const std::int64_t panels = (count + kTilePanel - 1) / kTilePanel;
   for (std::int64_t p = 0; p < panels; ++p)
     rows.set_panel(p, Rows{x, width}, count, [](std::int64_t r) { return r; }, pack);
-  TileLogits logits(w, stride, width, vocab);
-  Scratch<float> part(panels * kTileChunk * kTilePanel);
+  TileHead head(w, stride, width, vocab);
+  TileBlocks blocks(head.parts(), panels);
   const InUse in_use;
-  for (std::int64_t c = 0; c < size; c += kTileChunk) {
-    const std::int64_t entries = std::min(kTileChunk, size - c);
-    logits.multiply(rows, 0, panels, v0 + c, entries, v0 + c + kTileChunk, part.data());
-    for (std::int64_t j = 0; j < entries; ++j)
-      for (std::int64_t r = 0; r < count; ++r)
-        z[(c + j) * count + r] = part.data()[(r / kTilePanel * kTileChunk + j) * kTilePanel + r % kTilePanel];
-  }
+  head.copy_next(v0, v0 + size, 0, 1);
+  each_block(head, rows.panel(0), rows.panel_words(), panels, v0, size, vocab, vocab, blocks,
+             [&](TileSteps& beside, float* part, const float* sums, std::int64_t p, std::int64_t c,
+                 std::int64_t entries) {
+               if (sums) add_beside(beside, part, sums);
+               for (std::int64_t j = 0; j < entries; ++j)
+                 for (std::int64_t i = 0; i < kTilePanel && p * kTilePanel + i < count; ++i)
+                   z[(c + j) * count + p * kTilePanel + i] = part[i / 16 * kTileHalf + j * 16 + i % 16];
+             });
 }
 std::int64_t stride_of(std::int64_t depth) { return tile_stride(depth); }
 const char* check(int fault) {
@@ -155,7 +157,7 @@ def multiply(host: ctypes.CDLL, x: Tensor, w: Tensor, onto: Tensor | None = None
     padded[:rows, :depth] = x
     panel = torch.zeros(PANEL, all_depth, dtype=torch.bfloat16)
     panel[:columns, :depth] = w
-    panel = panel.view(PANEL, all_depth // 2, 2).transpose(0, 1).contiguous()  # [pairs][32][2]
+    panel = panel.view(2, 16, -1, 16, 2).permute(2, 0, 3, 1, 4).contiguous()  # [steps][halves][pairs][columns][2]
     z = torch.full((rows + 32, PANEL + 16), torch.nan)
     if onto is not None:
         z[:rows, :columns] = onto
@@ -230,9 +232,9 @@ def test_a_rows_bits_at_every_place_and_height(host):
     assert clean(host)
 
 
-@pytest.mark.parametrize("width", [0, 1, 31, 64, 511, 512, 513, 1100])
+@pytest.mark.parametrize("width", [0, 1, 31, 64, 511, 512, 640, 641, 1100, 2000])
 def test_logits_of_a_part_of_the_vocabulary(host, width):
-    """A head whose rows lie apart, odd widths among them; the bits are those of a panel multiplied at once."""
+    """A head whose rows lie apart, odd widths among them; the bits are those of a panel, part of K by part."""
     count, vocab = 50, 700
     x, w = torch.randn(count, width).bfloat16(), torch.randn(vocab, width + 3).bfloat16()
     w[:, width:] = torch.nan
@@ -248,7 +250,11 @@ def test_logits_of_a_part_of_the_vocabulary(host, width):
         assert torch.equal(alone[:, 0], want)
         if width:
             columns = min(size, PANEL)
-            assert torch.equal(multiply(host, x[7:8], w[v0 : v0 + columns, :width])[0], want[:columns])
+            part = whole(-(-width // -(-width // BLOCK)), 32)
+            sums = None
+            for k in range(0, width, part):
+                sums = multiply(host, x[7:8, k : k + part], w[v0 : v0 + columns, k : min(k + part, width)], sums)
+            assert torch.equal(sums[0], want[:columns])
     assert clean(host)
 
 
@@ -345,7 +351,7 @@ MUTANTS = {  # name: (file, what, by what)
     "half rows": ("common/amx.h", "all.row_bytes[i] = kRowBytes;", "all.row_bytes[i] = i == 6 ? 32 : kRowBytes;"),
     "fewer rows": ("common/amx.h", "all.rows[i] = kRows;", "all.rows[i] = i == 5 ? 8 : kRows;"),
     "stride in elements": ("linear_logprob/amx_tile.h", "x_bytes = 2 * stride", "x_bytes = stride"),
-    "second columns": ("linear_logprob/amx_tile.h", "load<B1>(panel + 16,", "load<B1>(panel + 15,"),
+    "second columns": ("linear_logprob/amx_tile.h", "load<B1>(panel + panel_word(0, 16),", "load<B1>(panel + 15,"),
     "operands exchanged": ("linear_logprob/amx_tile.h", "dot_bf16<C10, A1, B0>", "dot_bf16<C10, B0, A1>"),
     "later blocks of K start anew": ("linear_logprob/amx_tile.h", "on = add || k > 0;", "on = add;"),
     "a block of 16 rows is left out": ("linear_logprob/amx_tile.h", "else tile_block<", "else if (false) tile_block<"),
