@@ -105,10 +105,11 @@ def references(
     bias = reference if head.bias is None else head.bias.float().contiguous()
     with _triton.on_device(hidden):
         reference_kernel[(-(-padded // REFERENCED[0]),)](
-            hidden, head.weight, bias, y, reference if inverse_temperatures is None else inverse_temperatures,
-            rows.index, rows.count, x, targets, reference, n, padded, width, head.weight.shape[0], *hidden.stride(),
-            *head.weight.stride(), head.logit_scale, head.softcap or 0.0, 1 / head.temperature, ROWS=REFERENCED[0],
-            BK=REFERENCED[1], BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
+            hidden, head.weight, bias, y.contiguous(),
+            reference if inverse_temperatures is None else inverse_temperatures, rows.index, rows.count, x, targets,
+            reference, n, padded, width, head.weight.shape[0], *hidden.stride(), *head.weight.stride(),
+            head.logit_scale, head.softcap or 0.0, 1 / head.temperature, ROWS=REFERENCED[0], BK=REFERENCED[1],
+            BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
             ROW_TEMPERATURE=inverse_temperatures is not None,
         )  # fmt: skip
     return x, targets, reference

@@ -16,7 +16,7 @@ from linear_logprob.head_problems import Problem, make, relative, value_bound
 from linear_logprob.test_linear_logprob_sm90 import Call, outputs
 from torch import Tensor
 
-from srppo_kernels import linear_loss
+from srppo_kernels import linear_logprob, linear_loss
 from srppo_kernels.linear_logprob import gpu, sm90, vocab_parallel
 from srppo_kernels.linear_logprob.backward import Destination, Upstream, gradients
 
@@ -345,6 +345,21 @@ def test_the_front(emulated, options):
         assert (a - b)[call.live].abs().max() < 2 * value_bound(p)
     assert torch.equal(Call(p).run(group=384, cluster=1)[3], call.run()[3])  # z_y has one way to be computed
     assert sm90.obstacle(p.hidden, p.weight).startswith("it is for CUDA devices")
+
+
+@needs_triton
+def test_views_of_other_tensors(emulated, monkeypatch):
+    """Targets that are a column of token ids, hidden states that are every other one: the bits of their copies."""
+    monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
+    p = make(n=40, d=24, v=704, dtype=torch.bfloat16)
+    columns = torch.stack([p.targets, p.targets.flip(0)], 1)
+    every_other = p.hidden.detach().repeat_interleave(2, 0)[::2]
+    made = []
+    for hidden, targets in ((p.hidden, p.targets), (every_other.requires_grad_(), columns[:, 0])):
+        out = linear_logprob(hidden, p.weight, targets, backend="sm90", plan="cache", entropy=True)
+        gradients = torch.autograd.grad((out.logprob * torch.linspace(-1, 1, 40)).sum(), [hidden, p.weight])
+        made.append((*out[:2], *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
 @needs_triton
