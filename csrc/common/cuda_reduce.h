@@ -1,8 +1,8 @@
 // Sums over a block and over a grid, in a fixed order.
 //
 // Every block leaves float64 partials; the block that finishes last (`last_block`) adds them up with all its threads, thread t
-// taking blocks t, t + kThreads, ..., so a result does not depend on which block it was, nor on zeros that further blocks leave.
-// Nothing waits for the host, and nothing is cleared between launches: the last block resets the counter.
+// taking blocks t, t + kThreads, ..., so a result does not depend on which block it was, nor on zeros that further blocks
+// leave. Nothing waits for the host, and nothing is cleared between launches: the last block resets the counter.
 #pragma once
 
 #if defined(__CUDACC__)

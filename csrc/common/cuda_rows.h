@@ -1,6 +1,6 @@
-// Tokens of [rows, steps] in blocks that padding does not move: block b of the grid takes part b / rows of row b % rows, counted
-// from the row's first valid token on. Padding on either side of the rows then moves no token to another thread, and only
-// appends blocks, whose partials are zeros at the end of the order in which cuda_reduce.h adds.
+// Tokens of [rows, steps] in blocks that padding does not move: block b of the grid takes part b / rows of row b % rows,
+// counted from the row's first valid token on. Padding on either side of the rows then moves no token to another thread, and
+// only appends blocks, whose partials are zeros at the end of the order in which cuda_reduce.h adds.
 #pragma once
 
 #include "cuda_reduce.h"

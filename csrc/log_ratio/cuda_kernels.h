@@ -1,10 +1,11 @@
-// CUDA kernel of the self-reward; cuda.cu launches it, and tests/log_ratio/test_reward_cuda.py runs it on the host. The maths of
-// the KL estimates (terms.h) is what the CPU kernel runs.
+// CUDA kernel of the self-reward; cuda.cu launches it, and tests/log_ratio/test_reward_cuda.py runs it on the host. The maths
+// of the KL estimates (terms.h) is what the CPU kernel runs.
 //
 // One launch, a block a row, and one walk over it that begins at the row's first valid token: padding on either side moves no
 // token to another thread, and changes no bit. The walk writes every token's reward and its KL penalty, and sums
 // log pi_sft - log pi_base in float64; what the row's last valid token gets on top of that, its thread writes at the end. 512
-// rows of 4096 tokens are four blocks a multiprocessor: a walk takes the latency of its loads, so a thread starts several at once.
+// rows of 4096 tokens are four blocks a multiprocessor: a walk takes the latency of its loads, so a thread starts several at
+// once.
 #pragma once
 
 #include "../common/cuda_rows.h"
