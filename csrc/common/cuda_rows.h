@@ -37,7 +37,7 @@ __device__ int64_t first_valid(const bool* row, int64_t steps) {
 template <int kThreads>
 __device__ int64_t valid_tokens(const bool* row, int64_t steps) {
   double count = 0.0;
-  for (int64_t at = threadIdx.x; at < steps; at += kThreads) count += row[at];
+  for (int64_t at = threadIdx.x; at < steps; at += kThreads) count += row[at] ? 1.0 : 0.0;
   return static_cast<int64_t>(block_sum<kThreads>(count));
 }
 

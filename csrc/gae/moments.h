@@ -17,7 +17,7 @@ __device__ Moments block_moments(const Value (&value)[kEach], const Valid (&vali
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     sum += valid[j] ? static_cast<double>(value[j]) : 0.0;
-    valid_here += valid[j];
+    valid_here += valid[j] ? 1 : 0;  // a byte of a mask may be any number but 0
   }
   double sums[] = {static_cast<double>(valid_here), sum};
   block_sums<kThreads>(sums);

@@ -134,6 +134,16 @@ def test_gae_is_the_reference(host, kind, carry, spread):
         torch.testing.assert_close(moments, whiten_moments(got[0], mask), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_valid_token_counts_once_whatever_byte_its_mask_is(host, spread):
+    """As of a uint8 mask, 255 where valid, that is viewed as bool."""
+    rewards, values, mask, gamma, lam, end = inputs(2, 1100, "gaps")
+    made = []
+    for m in (mask, (mask.to(torch.uint8) * 255).view(torch.bool)):
+        made.append(run_gae(host, rewards, values, m, gamma, lam, end, True, spread=spread))
+    assert all(same_bits(a, b) for a, b in zip(*made, strict=True))
+
+
 @pytest.mark.parametrize("carry", [True, False])
 def test_gae_bits_of_spread_packed_and_padded_rows(host, carry):
     rewards, values, mask, gamma, lam, end = inputs(3, 2300, "gaps")

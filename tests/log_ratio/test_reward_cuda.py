@@ -75,3 +75,14 @@ def test_padding_on_either_side_changes_no_bit(host, placement):
         out = run(host, wide, padded, torch.tensor([True, False, True]), placement, "length", 2.0, "k3")
         made.append([x[:, left : left + 600].contiguous() if x.dim() == 2 else x for x in out])
     assert all(same_bits(a, b) for a, b in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("placement", ["eos", "token"])
+def test_a_valid_token_counts_once_whatever_byte_its_mask_is(host, placement):
+    """As of a uint8 mask, 255 where valid, that is viewed as bool."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, mask = [torch.randn(3, 600, generator=generator) for _ in range(4)], make_mask("gaps", 3, 600, generator)
+    truncated, made = torch.tensor([True, False, True]), []
+    for m in (mask, (mask.to(torch.uint8) * 255).view(torch.bool)):
+        made.append(run(host, tokens, m, truncated, placement, "length", 2.0, "k3"))
+    assert all(same_bits(a, b) for a, b in zip(*made, strict=True))
