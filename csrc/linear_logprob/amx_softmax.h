@@ -82,13 +82,15 @@ SRPPO_LANES inline void store_kept(const __m512* e, std::uint16_t* const* rows, 
   }
 }
 
-// Multiplies the first `count` kept exponentials of a row.
-SRPPO_LANES inline void scale_kept(std::uint16_t* kept, std::int64_t count, float factor) {
+// Multiplies the first `count` kept exponentials of a row by e^fall. By its root twice: of e^kReach, a fall by more than 104
+// leaves a number, and e^fall is 0.
+SRPPO_LANES inline void scale_kept(std::uint16_t* kept, std::int64_t count, float fall) {
+  const float root = _mm512_cvtss_f32(avx512::exp_of_negative(_mm512_set1_ps(0.5f * fall)));
   for (std::int64_t j = 0; j < count; ++j) {
     const std::uint32_t bits = static_cast<std::uint32_t>(kept[j]) << 16;
     float value;
     std::memcpy(&value, &bits, 4);
-    kept[j] = rounded(value * factor);
+    kept[j] = rounded(value * root * root);
   }
 }
 
@@ -131,9 +133,7 @@ SRPPO_LANES __attribute__((always_inline)) inline void softmax_half(TileSteps& b
       _mm512_store_ps(now, m);
       for (int r = 0; r < 16; ++r) {
         if (!(raised >> r & 1)) continue;
-        const float fall = state.reference[h + r] - now[r];
-        if (state.kept[h + r] && begin > 0)
-          scale_kept(state.kept[h + r], begin, _mm512_cvtss_f32(avx512::exp_of_negative(_mm512_set1_ps(fall))));
+        if (state.kept[h + r] && begin > 0) scale_kept(state.kept[h + r], begin, state.reference[h + r] - now[r]);
         state.reference[h + r] = now[r];
       }
     }

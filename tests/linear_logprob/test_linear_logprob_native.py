@@ -120,6 +120,20 @@ def test_kept_exponentials_of_rows_with_a_late_maximum(level, climb):
         assert relative(a, b.double()) < 5e-3
 
 
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_kept_exponentials_of_rows_that_climb_twice(level):
+    """59 nats above the first entries, then 51 above those: e^-51 of the largest is kept, and what is e^-110 is not."""
+    weight = torch.tensor([[0.0], [59.0], [110.0]]).repeat_interleave(32, 0).bfloat16()
+    hidden, targets = torch.ones(3, 1).bfloat16(), torch.tensor([0, 40, 95])
+    kept, largest = torch.full((3, 96), torch.nan).bfloat16(), torch.full((3, 1), torch.nan)
+    scan = torch.ops.srppo_native.linear_logprob_scan
+    with _extension.cpu_level(level):
+        scan(hidden, weight, None, targets, None, None, 1.0, 1.0, 0.0, True, 2048, kept, largest, None, None)
+    assert (kept[:, :32] == 0).all()
+    nats = kept[:, 32:].double().log() + largest.double()
+    assert (nats - weight[32:, 0].double()).abs().max() < 2**-7  # rounded twice
+
+
 def test_auto_takes_it_where_it_was_measured():
     p = make("random", n=4, d=4, v=9, grad=(False, False))
     for level in ALL_LEVELS:
