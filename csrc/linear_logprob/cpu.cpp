@@ -230,7 +230,9 @@ void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const
            TileHead::kMostBytes + 8 * kTileSums;
   };
   const std::int64_t row_block = tile_row_block(width);
-  const std::int64_t fitting = std::min({kTileRowBytes, workspace / 2, workspace - each(kTileFewestRows)}) / row_bytes;
+  const std::int64_t set_bytes = (width + 1) / 2 * 4 * (width % 2 ? kTilePanel + 1 : 1);  // of set_panel()
+  const std::int64_t least = std::max(each(kTileFewestRows), set_bytes);
+  const std::int64_t fitting = std::min({kTileRowBytes, workspace / 2, workspace - least}) / row_bytes;
   const std::int64_t unit = fitting < row_block ? kTileFewestRows : row_block;
   const std::int64_t most = std::max(kTileFewestRows, fitting / unit * unit);
   workspace = std::max<std::int64_t>(0, workspace - std::min(most, whole_tiles(of.n, kTilePanel)) * row_bytes);
@@ -242,7 +244,6 @@ void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const
     const std::int64_t blocks = (panels * kTilePanel + most_block - 1) / most_block;
     const std::int64_t block = (panels + blocks - 1) / blocks;  // panels
     TileRows rows(width, count);
-    const std::int64_t set_bytes = (width + 1) / 2 * 4 * (width % 2 ? kTilePanel + 1 : 1);
     parallel_within(workspace, set_bytes, panels, [&](std::int64_t begin, std::int64_t end) {
       const auto row_at = [&](std::int64_t r) { return of.row(first + r); };
       for (std::int64_t p = begin; p < end; ++p) rows.set_panel(p, x, count, row_at, &pack_tile_panel);

@@ -79,14 +79,17 @@ def workspace_bytes(rows: int, width: int, vocab: int, group: int, bf16: bool, b
     widened, two rows, logits."""
     held = held_bytes(rows, vocab, group)
     bound = default_bound(held) if bound is None else bound
-    if (
-        bf16 and on_tiles()
-    ):  # rows packed for all threads; for each, 36 bytes a row, and sums of 32 entries where K has parts
+    if bf16 and on_tiles():
+        # Rows packed for all threads. For each, 36 bytes a row, and sums of 32 entries where K has parts; before that,
+        # zeros and, of an odd width, copies of 32 rows.
         row_bytes = max(1, 2 * _whole(width))
         row_block = min(max(TILE_PACKED_BYTES // row_bytes // PANEL * PANEL, TILE_FEWEST_ROWS), TILE_MOST_ROWS)
         fitting = max(row_block, TILE_ROW_BYTES // row_bytes // row_block * row_block)
         each = 36 + (4 * 32 if width > TILE_BLOCK else 0)
-        most, least = (each * min(_whole(rows), block) + TILE_COPY_BYTES for block in (row_block, TILE_FEWEST_ROWS))
+        packing = -(-width // 2) * 4 * (PANEL + 1 if width % 2 else 1)
+        most, least = (
+            max(each * min(_whole(rows), block) + TILE_COPY_BYTES, packing) for block in (row_block, TILE_FEWEST_ROWS)
+        )
         packed, fewest = (_whole(min(rows, block)) * row_bytes for block in (fitting, TILE_FEWEST_ROWS))
         return min(held + packed + most * _threads(), max(bound, held + fewest + least))
     steps = -(-width // 2) if bf16 and _in_pairs() else width

@@ -1,8 +1,9 @@
 """Prints, a JSON line a case, what explain says that a call takes and what it does take, for any number of threads.
 
-``python allocated.py LIBRARY LEVEL-DTYPE-PLAN...`` in a process that preloads what allocations.c is compiled to, which
-counts malloc's bytes. LIBRARY is as in amx_process.py, "" for the installed extension. Each case says whether its
-results have the bits of those of 2 threads. With "torch" for LEVEL it is the torch backend, on 2 threads.
+``python allocated.py LIBRARY LEVEL-DTYPE-PLAN[-WIDTHxVOCABULARY]...`` in a process that preloads what allocations.c is
+compiled to, which counts malloc's bytes. LIBRARY is as in amx_process.py, "" for the installed extension. Each case
+says whether its results have the bits of those of 2 threads. With "torch" for LEVEL it is the torch backend, on 2
+threads.
 """
 
 import ctypes
@@ -18,16 +19,16 @@ THREADS = (2, 16, 100)
 BOUNDS = (None, 5 << 20, 12 << 20)  # in 5 MiB one thread can do all of it
 
 
-def measure(host: ctypes.CDLL, level: str, dtype: torch.dtype, plan: str) -> None:
+def measure(host: ctypes.CDLL, level: str, dtype: torch.dtype, plan: str, width: int, vocabulary: int) -> None:
     """All bounds and numbers of threads."""
     from srppo_kernels import _extension, explain, linear_logprob
     from srppo_kernels.linear_logprob import spare
 
     torch.manual_seed(0)
-    hidden = torch.randn(ROWS, WIDTH).to(dtype).requires_grad_()
-    weight = torch.randn(VOCABULARY, WIDTH).div_(WIDTH**0.5).to(dtype).requires_grad_()
-    bias = torch.zeros(VOCABULARY, dtype=dtype, requires_grad=True)
-    targets, upstream = torch.randint(0, VOCABULARY, (ROWS,)), torch.randn(ROWS)
+    hidden = torch.randn(ROWS, width).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width).div_(width**0.5).to(dtype).requires_grad_()
+    bias = torch.zeros(vocabulary, dtype=dtype, requires_grad=True)
+    targets, upstream = torch.randint(0, vocabulary, (ROWS,)), torch.randn(ROWS)
 
     def call(bound: int | None) -> list[Tensor]:
         out = linear_logprob(hidden, weight, targets, bias=bias, plan=plan, workspace_bytes=bound, backend="native")
@@ -102,11 +103,12 @@ def main() -> None:
     host = ctypes.CDLL(None)
     host.mark_allocated.restype = host.most_allocated.restype = ctypes.c_long
     for case in cases:
-        level, dtype, plan = case.split("-")
+        level, dtype, plan, *size = case.split("-")
         if level == "torch":
             measure_torch(host, getattr(torch, dtype), plan)
             continue
-        measure(host, level, getattr(torch, dtype), plan)
+        width, vocabulary = map(int, size[0].split("x")) if size else (WIDTH, VOCABULARY)
+        measure(host, level, getattr(torch, dtype), plan, width, vocabulary)
 
 
 if __name__ == "__main__":
