@@ -131,7 +131,11 @@ class TileHead {
       std::memcpy(to_ + at_, row_ + at_, 64);
     } else {
       std::memset(to_ + at_, 0, 64);
-      if (rows_ > 0) std::memcpy(to_ + at_, row_ + at_, static_cast<std::size_t>(bytes));
+      // A row's end, number by number, and no call: around one the caller's vectors would leave their registers.
+      for (std::int64_t i = 0; rows_ > 0 && i < bytes; i += 2) {
+        std::memcpy(to_ + at_ + i, row_ + at_ + i, 2);
+        asm volatile("" : : : "memory");  // else it becomes one
+      }
     }
     at_ += 64;
     if (at_ < row_bytes_) return;
@@ -156,23 +160,13 @@ class TileSteps {
  public:
   TileSteps(TileHead& head, const std::uint16_t* x, const std::uint32_t* panel, std::int64_t steps)
       : head_(head), x_(x), panel_(panel), left_(steps), bytes_(2 * head.stride()) {
-    tiles::zero<C00>();
-    tiles::zero<C01>();
-    tiles::zero<C10>();
-    tiles::zero<C11>();
+    clear_sums<true>();
   }
 
   __attribute__((always_inline)) void step() {
     if (left_ == 0) return;
     --left_;
-    tiles::load<A0>(x_, bytes_);
-    tiles::load<B0>(panel_, tiles::kRowBytes);
-    tiles::dot_bf16<C00, A0, B0>();
-    tiles::load<B1>(panel_ + panel_word(0, 16), tiles::kRowBytes);
-    tiles::dot_bf16<C01, A0, B1>();
-    tiles::load<A1>(x_ + kTileRows * bytes_ / 2, bytes_);
-    tiles::dot_bf16<C10, A1, B0>();
-    tiles::dot_bf16<C11, A1, B1>();
+    tile_step<true>(x_, x_ + kTileRows * bytes_ / 2, bytes_, panel_);
     x_ += kTileDepth;
     panel_ += kTileDepth / 2 * kTilePanel;
     head_.fill();
@@ -188,7 +182,6 @@ class TileSteps {
   }
 
  private:
-  static constexpr int C00 = 0, C01 = 1, C10 = 2, C11 = 3, A0 = 4, A1 = 5, B0 = 6, B1 = 7;
   TileHead& head_;
   const std::uint16_t* x_;
   const std::uint32_t* panel_;

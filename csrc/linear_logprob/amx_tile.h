@@ -46,34 +46,45 @@ constexpr std::int64_t tile_stride(std::int64_t depth) {
   return tile_stride_bytes(2 * whole_tiles(depth, kTileDepth)) / 2;
 }
 
+constexpr int C00 = 0, C01 = 1, C10 = 2, C11 = 3, A0 = 4, A1 = 5, B0 = 6, B1 = 7;
+
+template <bool kTwo>
+__attribute__((always_inline)) inline void clear_sums() {
+  tiles::zero<C00>();
+  tiles::zero<C01>();
+  if constexpr (!kTwo) return;
+  tiles::zero<C10>();
+  tiles::zero<C11>();
+}
+
+// 32 of K, 32 rows or 16; `below` is the 17th row.
+template <bool kTwo>
+__attribute__((always_inline)) inline void tile_step(const std::uint16_t* x, const std::uint16_t* below, std::int64_t x_bytes,
+                                                     const std::uint32_t* panel) {
+  tiles::load<A0>(x, x_bytes);
+  tiles::load<B0>(panel, tiles::kRowBytes);
+  tiles::dot_bf16<C00, A0, B0>();
+  tiles::load<B1>(panel + panel_word(0, 16), tiles::kRowBytes);
+  tiles::dot_bf16<C01, A0, B1>();
+  if constexpr (!kTwo) return;
+  tiles::load<A1>(below, x_bytes);
+  tiles::dot_bf16<C10, A1, B0>();
+  tiles::dot_bf16<C11, A1, B1>();
+}
+
 // Sums of `steps` of 32 of K, 32 rows or 16. A function of its own, and its loop as it stands: inlined and unrolled 16
 // times, GCC keeps the addresses on the stack.
 template <bool kTwo>
 __attribute__((noinline)) void tile_block(const std::uint16_t* x, std::int64_t stride, const std::uint32_t* panel,
                                           std::int64_t steps, float* sums, std::int64_t lds) {
-  constexpr int C00 = 0, C01 = 1, C10 = 2, C11 = 3, A0 = 4, A1 = 5, B0 = 6, B1 = 7;
   const std::int64_t x_bytes = 2 * stride, sums_bytes = 4 * lds;
   const std::uint16_t* below = x + kTileRows * stride;
-  tiles::zero<C00>();
-  tiles::zero<C01>();
-  if constexpr (kTwo) {
-    tiles::zero<C10>();
-    tiles::zero<C11>();
-  }
+  clear_sums<kTwo>();
 #pragma GCC unroll 1
   for (std::int64_t s = 0; s < steps; ++s) {
-    tiles::load<A0>(x, x_bytes);
-    tiles::load<B0>(panel, tiles::kRowBytes);
-    tiles::dot_bf16<C00, A0, B0>();
-    tiles::load<B1>(panel + panel_word(0, 16), tiles::kRowBytes);
-    tiles::dot_bf16<C01, A0, B1>();
-    if constexpr (kTwo) {
-      tiles::load<A1>(below, x_bytes);
-      tiles::dot_bf16<C10, A1, B0>();
-      tiles::dot_bf16<C11, A1, B1>();
-      below += kTileDepth;
-    }
+    tile_step<kTwo>(x, below, x_bytes, panel);
     x += kTileDepth;
+    below += kTileDepth;
     panel += kTileDepth / 2 * kTilePanel;
   }
   tiles::store<C00>(sums, sums_bytes);
