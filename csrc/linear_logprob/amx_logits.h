@@ -48,7 +48,7 @@ class TileRows {
         data_(whole_tiles(rows, kTilePanel) * pairs_) {}
 
   std::int64_t panel_words() const { return kTilePanel * pairs_; }
-  const std::uint32_t* panel(std::int64_t number) { return data_.data() + number * kTilePanel * pairs_; }
+  std::uint32_t* panel(std::int64_t number) { return data_.data() + number * panel_words(); }
 
   // `x.row(i)` is where a row begins, and `row_at(r)` the i of the r-th; rows from `count` on are 0.
   template <class Rows, class RowAt>
@@ -68,7 +68,7 @@ class TileRows {
       std::memcpy(copy, row, static_cast<std::size_t>(2 * width_));
       sources[i] = copy;
     }
-    pack(sources, here, reinterpret_cast<float*>(data_.data() + number * kTilePanel * pairs_));
+    pack(sources, here, reinterpret_cast<float*>(panel(number)));
   }
 
  private:
@@ -104,11 +104,10 @@ class TileHead {
     row_ = reinterpret_cast<const char*>(weight_ + v0 * weight_stride_ + k);
     row_bytes_ = 2 * std::min(depth_, width_ - k);
     rows_ = std::clamp<std::int64_t>(std::min(end, vocab_) - v0, 0, kTileEntries);
-    left_ = kTileEntries;
+    left_ = lines > 0 ? kTileEntries : 0;
     at_ = 0;
     to_ = reinterpret_cast<char*>(copies_.data() + (1 - current_) * kTileEntries * stride_);
     share_ = (kTileEntries * lines + turns - 1) / std::max<std::int64_t>(1, turns);
-    if (lines == 0) left_ = 0;
   }
 
   // A share of it, line by line. What is copied after it, 32 rows further down, is brought to L2 meanwhile.

@@ -5,7 +5,7 @@
 // avx512 it uses.
 //
 // It runs beside the products of another block: a step of those for each four vectors of exponentials, of 60 or so
-// instructions, which find 64 cycles in which nothing but the tile unit works.
+// instructions, in the 87 cycles in which else nothing but the tile unit works.
 //
 // Exponentials are kept relative to a row's maximum over the group's first block, not over the whole group, which is
 // not known yet: e^(z - reference), and `reference` takes the place of the group's maximum. They may be larger than 1,

@@ -138,9 +138,9 @@ def gradients(
     if backend in gpu.FAMILY:
         assert rows.live is not None  # compaction is left to the kernels
         every = replace(rows, live=None)  # with zeros where there is none
-        only_g = upstream.g is not None and upstream.h is None and upstream.dlse is None and not group
-        if upstream.g is not None and only_g and _reads_exponentials(hidden, head, into, residual):
-            assert residual is not None
+        of_logprob = upstream.g is not None and upstream.h is None and upstream.dlse is None
+        if of_logprob and not group and _reads_exponentials(hidden, head, into, residual):
+            assert upstream.g is not None and residual is not None
             g, log_sum = (t[rows.start : rows.stop].to(acc) for t in (upstream.g, upstream.log_sum))
             return every, gpu.from_exponentials(hidden, head, rows, g, log_sum, into, residual, consume)
         nonzero = upstream.nonzero(rows) & rows.live
