@@ -16,6 +16,7 @@ Importing this package imports neither transformers nor triton; a backend that i
 from srppo_kernels.gae import gae, whiten
 from srppo_kernels.linear_logprob import (
     LinearLogprob,
+    empty_cache,
     explain,
     linear_log_ratio,
     linear_logprob,
@@ -29,6 +30,7 @@ __all__ = [
     "LinearLogprob",
     "PPOStats",
     "ValueStats",
+    "empty_cache",
     "explain",
     "gae",
     "linear_log_ratio",

@@ -9,7 +9,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from srppo_kernels.linear_logprob import spare
+from srppo_kernels import empty_cache
 
 
 class LargestTensor(TorchDispatchMode):
@@ -22,7 +22,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        spare.drop()
+        empty_cache()
         self.numel, self.by, self.custom_ops = 0, "", set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

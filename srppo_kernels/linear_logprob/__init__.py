@@ -7,6 +7,7 @@ ratio.py            linear_log_ratio, the self-reward's term
 plan.py explanation.py  which plan serves a call, what it costs, and why
 chunked.py backward.py rows.py    the torch backend
 native.py           the C++ scan
+spare.py            memory that later calls use again, on a CPU
 vocab_parallel.py   a head cut over the ranks of a group
 """
 
@@ -15,10 +16,12 @@ from srppo_kernels.linear_logprob.loss import linear_loss
 from srppo_kernels.linear_logprob.op import LinearLogprob, linear_logprob
 from srppo_kernels.linear_logprob.ppo import linear_ppo_loss
 from srppo_kernels.linear_logprob.ratio import linear_log_ratio
+from srppo_kernels.linear_logprob.spare import empty_cache
 
 __all__ = [
     "LinearLogprob",
     "Plan",
+    "empty_cache",
     "explain",
     "linear_log_ratio",
     "linear_logprob",

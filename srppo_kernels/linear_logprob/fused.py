@@ -55,7 +55,7 @@ def formed_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wan
     def like(tensor: Tensor | None, on: bool, wide: bool = False) -> Tensor:
         if tensor is None or not on:
             return hidden.new_empty(0)
-        return tensor.new_empty(tensor.shape, dtype=accumulation_dtype(tensor) if wide else stored_dtype(tensor.dtype))
+        return spare.empty(tensor, tensor.shape, accumulation_dtype(tensor) if wide else stored_dtype(tensor.dtype))
 
     return Formed(like(hidden, wanted.hidden), like(weight, wanted.weight, wanted.wide_weight), like(bias, wanted.bias))
 
@@ -94,7 +94,7 @@ def run(
     residual = new_residual(hidden, head.weight, max(p.count for _, _, p in parts), backend) if wanted.any else None
     # Chunks add up in the accumulation dtype; one chunk is written once, in whatever dtype it is wanted.
     several = len(parts) > 1
-    sums = [t.new_empty(t.shape, dtype=acc) if several and t.dtype != acc else t for t in (formed.weight, formed.bias)]
+    sums = [spare.empty(t, t.shape, acc) if several and t.dtype != acc else t for t in (formed.weight, formed.bias)]
     with torch.autocast(hidden.device.type, enabled=False):
         for number, (start, stop, part) in enumerate(parts):
             out = forward(
@@ -123,8 +123,6 @@ def run(
                 formed = formed._replace(hidden=dhidden)
             else:
                 rows_with_gradient.put(formed.hidden, dhidden)
-    if residual is not None:
-        spare.give_back(residual.kept)
     for destination, total in zip((formed.weight, formed.bias), sums, strict=True):
         if destination is not total:
             destination.copy_(total)
@@ -143,13 +141,14 @@ def _at(values: Tensor, start: int, total: int) -> Tensor:
 def scale(formed: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """An upstream scalar times a gradient that was formed for 1.
 
-    A factor of 1, as ``loss.backward()`` has it, returns ``formed`` itself where nobody needs it again: on a CPU a
-    second dweight cost a sixth to a quarter of a training step at 128 to 256 rows, mostly in page faults, on an H100
-    the multiplication of one of 1.2 GB a twentieth at 8192. There the factor is on the device, which looks by itself.
+    Where nobody needs ``formed`` again the result is in its memory, and with a factor of 1, as ``loss.backward()`` has
+    it, ``formed`` itself: on a CPU a second dweight cost a sixth to a quarter of a training step at 128 to 256 rows, on
+    an H100 the multiplication of one of 1.2 GB a twentieth at 8192. There the factor is on the device, which looks by
+    itself.
     """
     given_away = _given_away()
-    if formed.dtype == dtype and given_away and _is_one(upstream):
-        return formed
+    if formed.dtype == dtype and given_away and _is_there(formed, upstream):
+        return formed if upstream.item() == 1 else formed.mul_(upstream)
     if _on_device(formed, upstream):
         from srppo_kernels.linear_logprob import triton_passes
 
@@ -163,9 +162,9 @@ def _given_away() -> bool:
     return keeps is not None and not keeps()
 
 
-def _is_one(upstream: Tensor) -> bool:
-    """Looks only where that does not wait for a device."""
-    return _is_plain(upstream) and upstream.device.type == "cpu" and upstream.item() == 1
+def _is_there(formed: Tensor, upstream: Tensor) -> bool:
+    """Whether both are plain CPU tensors: to look at the factor waits for no device."""
+    return type(formed) is Tensor and _is_plain(upstream) and upstream.device.type == formed.device.type == "cpu"
 
 
 def _on_device(formed: Tensor, upstream: Tensor) -> bool:

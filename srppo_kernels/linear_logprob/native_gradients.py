@@ -142,7 +142,7 @@ def over_vocabulary(
     if residual is not None and consume:
         buffer = residual.kept
     else:
-        buffer = spare.take(hidden, 1, step * entries, hidden.dtype)[0]
+        buffer = spare.empty(hidden, (step * entries,))
     share = None  # of the bound, for the scan and the products
     if residual is None:
         width = hidden.shape[1]
@@ -157,7 +157,7 @@ def over_vocabulary(
         v = slice(v0, min(v0 + entries, vocab))
         weight = head.weight[v]
         several = weight_out is not None and len(blocks) > 1
-        sums = hidden.new_zeros(weight.shape, dtype=torch.float32) if several else None
+        sums = spare.empty(hidden, weight.shape, torch.float32) if several else None
         for r in blocks:
             shape = r.stop - r.start, v.stop - v.start
             dz = buffer[:n] if in_place else buffer[: shape[0] * shape[1]].view(shape)
@@ -170,15 +170,13 @@ def over_vocabulary(
                 continue
             x = rows.block(hidden, r.start, r.stop, hidden.dtype)
             if sums is not None:
-                _product(sums, dz, x, transposed=True, add=True, bound=share)
+                _product(sums, dz, x, transposed=True, add=r.start > 0, bound=share)
             else:
                 _product(weight_out[v], dz, x, transposed=True, add=accumulate[0], bound=share)
             del x  # before the next block's
         if weight_out is not None and sums is not None:
             _add(weight_out[v], sums, accumulate[0])
             sums = None  # before the next chunk's
-    if not in_place:
-        spare.give_back(buffer)
     return dhidden
 
 

@@ -98,7 +98,6 @@ def _linear_logprob(
                 part.put(kept, grads.context(x, head, y, part, result, residual, backend, group))
                 for whole, values in zip(outputs, result, strict=True):
                     part.put(whole, values)
-            spare.give_back(residual.kept)
         else:
             cache = Residual(kept, group_max) if plan == "cache" else None
             result = forward(
@@ -120,9 +119,9 @@ def _kept_like(
     """What a plan keeps for the backward; on a CPU zeros in the exponentials of rows that are not computed."""
     n, vocab = hidden.numel() // max(1, hidden.shape[-1]), weight.shape[0]
     if plan == "cache":
-        make = hidden.new_empty if every_row or hidden.device.type != "cpu" else hidden.new_zeros
+        dtype, empty = kept_dtype(hidden, weight), every_row or hidden.device.type != "cpu"
         return (
-            make(n, vocab, dtype=kept_dtype(hidden, weight)),
+            spare.empty(hidden, (n, vocab), dtype) if empty else hidden.new_zeros(n, vocab, dtype=dtype),
             hidden.new_zeros(n, maxima_of(vocab, backend), dtype=accumulation_dtype(hidden)),
         )
     if plan == "precompute":
@@ -131,10 +130,10 @@ def _kept_like(
 
 
 def new_residual(hidden: Tensor, weight: Tensor, rows: int, backend: str) -> Residual:
-    """Room for a chunk's exponentials, for whoever returns ``kept`` to :func:`spare.give_back`."""
+    """Room for a chunk's exponentials."""
     vocab = weight.shape[0]
     return Residual(
-        spare.take(hidden, rows, vocab, kept_dtype(hidden, weight)),
+        spare.empty(hidden, (rows, vocab), kept_dtype(hidden, weight)),
         hidden.new_empty(rows, maxima_of(vocab, backend), dtype=accumulation_dtype(hidden)),
     )
 
@@ -183,7 +182,7 @@ def _linear_logprob_backward(
     rows = Rows.of(live_rows(flat, mask, ignore_index), backend=backend, dense=mask is None)
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
     upstream = grads.Upstream(_flat(g), _flat(h), _flat(dlse), logprob.reshape(-1), entropy.reshape(-1), *norm)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
+    dweight = spare.empty(weight, weight.shape) if need_weight else weight.new_empty(0)
     dbias = torch.empty_like(bias) if bias is not None and need_bias else weight.new_empty(0)
     into = grads.Destination(
         hidden=need_hidden,

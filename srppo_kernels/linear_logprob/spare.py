@@ -1,40 +1,44 @@
-"""The memory of a chunk's exponentials, or dz, on a CPU, kept for the next call.
+"""Memory of a CPU call's large tensors (exponentials, dz, dweight), which later calls use again.
 
 malloc takes what is above 32 MB from the system at every call, and the system hands it out page by page, cleared, at
-the first write to each: about 2 us a page [measured, README.md], or 5 to 10 % of forward and backward of 256 rows in
-fp32. So one block of at most ``LIMIT`` bytes, what a chunk of rows takes by default, stays with the process.
+the first write to each: 0.9 to 2.2 us a page [measured, README.md], a tenth to a quarter of forward and backward of a few
+hundred rows. So it comes from blocks that stay with the process (csrc/common/spare.cpp), up to four of 1 GiB: a block is
+free again when the last tensor over it has gone, be it a caller's ``weight.grad``, and a free one is the system's to take
+back whenever it is short of memory. Until then it counts as the process's.
 """
 
-from contextlib import suppress
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-LIMIT = 64 << 20
+from srppo_kernels import _extension
 
-_spare: list[torch.UntypedStorage] = []  # at most one
-
-
-def take(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised ``[rows, columns]`` on like's device, of the spare block if that is there and large enough."""
-    size = rows * columns * dtype.itemsize
-    if 0 < size <= LIMIT and _is_memory(like):
-        with suppress(IndexError):  # the first call, or another thread has it
-            storage = _spare.pop()
-            if storage.nbytes() >= size:
-                return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (rows, columns), (columns, 1))
-    return like.new_empty(rows, columns, dtype=dtype)
+LEAST = 1 << 20  # bytes; below, malloc keeps what it had
 
 
-def give_back(block: Tensor) -> None:
-    """Makes a block that :func:`take` gave the spare one. Nothing may read or write it any more."""
-    if _is_memory(block) and 0 < block.untyped_storage().nbytes() <= LIMIT:
-        _spare[:] = [block.untyped_storage()]
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor on like's device, and of its dtype unless another is given."""
+    dtype = dtype or like.dtype
+    if _is_memory(like) and _is_there() and torch.Size(shape).numel() * dtype.itemsize >= LEAST:
+        block: Tensor = torch.ops.srppo_native.empty_spare(shape, dtype)
+        return block
+    return like.new_empty(shape, dtype=dtype)
 
 
-def drop() -> None:
-    """Returns the spare block to the system."""
-    _spare.clear()
+def empty_cache() -> None:
+    """Returns the CPU memory that is kept for later calls, up to four blocks of 1 GiB, to the system at once.
+
+    The system takes it by itself when it is short of memory: this is for whoever measures it. Memory that tensors are
+    over, a ``weight.grad`` for one, stays theirs. `torch.cuda.empty_cache` is the same for a GPU.
+    """
+    if _is_there():
+        torch.ops.srppo_native.empty_spare_cache()
+
+
+@_extension.constant_when_traced
+def _is_there() -> bool:
+    return hasattr(torch.ops.srppo_native, "empty_spare")  # not without the extension, or in one of older sources
 
 
 def _is_memory(tensor: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Prints, a JSON line a case, what explain says that a call takes and what it does take, for any number of threads.
 
 ``python allocated.py LIBRARY LEVEL-DTYPE-PLAN[-WIDTHxVOCABULARY]...`` in a process that preloads what allocations.c is
-compiled to, which counts malloc's bytes. LIBRARY is as in amx_process.py, "" for the installed extension. Each case
+compiled to, which counts malloc's bytes and what is mapped. LIBRARY is as in amx_process.py, "" for the installed extension. Each case
 says whether its results have the bits of those of 2 threads. With "torch" for LEVEL it is the torch backend, on 2
 threads.
 """
@@ -21,8 +21,7 @@ BOUNDS = (None, 5 << 20, 12 << 20)  # in 5 MiB one thread can do all of it
 
 def measure(host: ctypes.CDLL, level: str, dtype: torch.dtype, plan: str, width: int, vocabulary: int) -> None:
     """All bounds and numbers of threads."""
-    from srppo_kernels import _extension, explain, linear_logprob
-    from srppo_kernels.linear_logprob import spare
+    from srppo_kernels import _extension, empty_cache, explain, linear_logprob
 
     torch.manual_seed(0)
     hidden = torch.randn(ROWS, width).to(dtype).requires_grad_()
@@ -44,7 +43,7 @@ def measure(host: ctypes.CDLL, level: str, dtype: torch.dtype, plan: str, width:
             with _extension.cpu_level(level):
                 said = explain(hidden, weight, targets, bias=bias, plan=plan, workspace_bytes=bound, backend="native")
                 call(bound)  # what libraries allocate once
-                spare.drop()
+                empty_cache()
                 before = host.mark_allocated()
                 got = call(bound)
                 took = host.most_allocated() - before
@@ -62,8 +61,7 @@ def measure(host: ctypes.CDLL, level: str, dtype: torch.dtype, plan: str, width:
 
 def measure_torch(host: ctypes.CDLL, dtype: torch.dtype, plan: str) -> None:
     """What torch's blocks take, the first of them and the next."""
-    from srppo_kernels import explain, linear_logprob
-    from srppo_kernels.linear_logprob import spare
+    from srppo_kernels import empty_cache, explain, linear_logprob
 
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -85,7 +83,7 @@ def measure_torch(host: ctypes.CDLL, dtype: torch.dtype, plan: str) -> None:
 
             said = explain(hidden, weight, targets, **options)
             call()
-            spare.drop()
+            empty_cache()
             before = host.mark_allocated()
             got = call()
             took = host.most_allocated() - before - sum(t.numel() * t.element_size() for t in got)
