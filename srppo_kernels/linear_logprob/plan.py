@@ -16,7 +16,8 @@ threads: their blocks shrink until each thread has one, then fewer threads work.
 the rows (dhidden in fp32, four numbers a vocabulary group) and what one thread's smallest blocks need. Where rows leave
 less than 16 MiB of the default, threads have 32 MiB beside them. What torch's own GEMMs pack into is not counted.
 
-On a CPU the memory of a chunk's exponentials or dz, up to 64 MiB, stays with the process for the next call (spare.py).
+On a CPU the memory of exponentials, dz and dweight stays with the process for the next call until the system wants it
+(spare.py).
 """
 
 from collections.abc import Sequence
@@ -200,13 +201,17 @@ def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str
 def _rows_per_chunk(problem: Problem, budget: int, default: bool, backend: str) -> int:
     """Rows whose exponentials fit in ``budget``: a multiple of the row block, at least one, no more than there are.
 
-    The default is small on a CPU, except that a trainable head's chunks need an fp32 dweight to add up in: all rows'
-    exponentials, where they are no larger than that, are one chunk, which is both smaller and faster. Native code,
-    which reads the head once a chunk and pads no block, gets as many rows as fit, as even as can be.
+    The default on a CPU is small where the head is frozen. Chunks of a trainable head are larger, as each reads and writes
+    all of dweight (README.md); in bf16 several need one in fp32 to add up in, so that one chunk of all rows is no larger
+    than two beside it, up to twice its size. Native code, which reads the head once a chunk and pads no block, gets as
+    many rows as fit, as even as can be.
     """
-    one_chunk = problem.needs_weight and problem.rows * problem.vocab * problem.kept_bytes <= budget
-    if default and problem.device.type == "cpu" and not one_chunk:
-        budget = min(budget, CPU_CHUNK_BYTES)
+    if default and problem.device.type == "cpu":
+        adds_up_apart = problem.weight_dtype == torch.bfloat16 and not problem.wide_weight
+        if not problem.needs_weight:
+            budget = min(budget, CPU_CHUNK_BYTES)
+        elif adds_up_apart and problem.rows * problem.vocab * problem.kept_bytes <= 2 * budget:
+            budget *= 2
     block = row_block(problem.device)
     fitting = budget // max(1, problem.vocab * problem.kept_bytes)
     if backend == "native" and block < fitting < problem.rows:
