@@ -147,7 +147,7 @@ def scale(formed: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     itself.
     """
     given_away = _given_away()
-    if formed.dtype == dtype and given_away and _is_there(formed, upstream):
+    if formed.dtype == dtype and given_away and _are_there(formed, upstream):
         return formed if upstream.item() == 1 else formed.mul_(upstream)
     if _on_device(formed, upstream):
         from srppo_kernels.linear_logprob import triton_passes
@@ -162,7 +162,7 @@ def _given_away() -> bool:
     return keeps is not None and not keeps()
 
 
-def _is_there(formed: Tensor, upstream: Tensor) -> bool:
+def _are_there(formed: Tensor, upstream: Tensor) -> bool:
     """Whether both are plain CPU tensors: to look at the factor waits for no device."""
     return type(formed) is Tensor and _is_plain(upstream) and upstream.device.type == formed.device.type == "cpu"
 

@@ -239,27 +239,29 @@ def test_backward_twice():
     assert all(torch.equal(a, b) for a, b in zip(before, p.inputs(), strict=True))
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("op", ["linear_loss", "linear_ppo_loss"])
-def test_an_upstream_gradient_is_multiplied_in_place_where_the_graph_is_freed(op, monkeypatch):
-    """As on a device, which looks at the factor by itself: no second dweight, and a retained graph's is not touched."""
+def test_an_upstream_gradient_is_multiplied_in_place_where_the_graph_is_freed(op, backend, monkeypatch):
+    """No second dweight, and a retained graph's is not touched; "triton" as on a device, which looks at the factor."""
     formed = []
     original = fused.run
     monkeypatch.setattr(fused, "run", lambda *a, **k: (formed.append(original(*a, **k)), formed[-1])[1])
-    monkeypatch.setattr(fused, "_on_device", lambda *_: True)
-    monkeypatch.setattr(fused, "_is_one", lambda _: False)
+    if backend == "triton":
+        monkeypatch.setattr(fused, "_on_device", lambda *_: True)
+        monkeypatch.setattr(fused, "_are_there", lambda *_: False)
     p = small(dtype=torch.bfloat16, mask=None)
-    old, ones = p.run(plan="score", backend="triton").logprob, torch.ones(N)
+    old, ones = p.run(plan="score", backend=backend).logprob, torch.ones(N)
 
     def loss():
         if op == "linear_loss":
-            return linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}), backend="triton")[0]
-        return linear_ppo_loss(p.hidden, p.weight, p.targets, old, ones, ones.bool(), backend="triton")[0]
+            return linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}), backend=backend)[0]
+        return linear_ppo_loss(p.hidden, p.weight, p.targets, old, ones, ones.bool(), backend=backend)[0]
 
     for factor in (1.0, 2.0, -0.75):
         kept = factor * loss()
         want = [t.float() * factor for t in formed[-1][:2]]
         first = torch.autograd.grad(kept, p.inputs(), retain_graph=True)
-        bound = 0 if factor != -0.75 else 2**-7  # the interpreter truncates to bf16
+        bound = 0 if factor != -0.75 else 2**-7  # to bf16, which the interpreter truncates to
         assert all(relative(a.float(), b) <= bound for a, b in zip(first, want, strict=True))
         copies = [g.clone() for g in first]
         for g in first:
