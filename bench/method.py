@@ -13,7 +13,8 @@ same for all rounds of one sitting, which therefore understate the noise. So a r
 third time where its budget allows, the shortest calls first, with everything else in between and inputs made anew; a
 row's interval spans those of all visits. Of calls that take long a visit times one: visits tell more than rounds do.
 
-*Short calls.* A sample repeats a call until it lasts ``MIN_SAMPLE``, so that the clock's grain does not show.
+*Short calls.* A sample repeats a call until it lasts ``MIN_SAMPLE``, so that the clock's grain does not show; on a GPU
+no more often than its host is done with in time.
 
 *GPU.* CUDA events around the repeats, warm L2; and single calls after a write of twice the L2 size, cold L2. A trainer
 calls these ops between transformer layers, so cold is what it sees; warm is what most benchmarks print. The device is
@@ -47,6 +48,7 @@ MIN_SAMPLE = 2e-3  # seconds
 LONG = 0.05  # seconds of a call that is not run again to be sized
 VERY_LONG = 0.3  # seconds of a call that a visit times once
 LEAD = 0.05  # seconds that a device waits at most for its host to get ahead
+MARGIN = 1.5  # by which a host may be slower than the last time
 CYCLES = 2e9  # of a GPU in a second, about
 FEW = 3  # samples, below which a row does not know its spread
 NOISE_LIMIT = 0.10  # a row whose p80 is further than this above its p20 is marked noisy
@@ -136,11 +138,12 @@ class CudaClock:
     def repeats(self, call: Callable[[], Any]) -> int:
         self.turn([(call, 1)])  # from which the next one knows how far the host has to get ahead
         (first,) = self.turn([(call, 1)])
-        return max(1, math.ceil(MIN_SAMPLE / max(first, 1e-6)))
+        in_time = LEAD / (2 * MARGIN) / max(self.host[call], 1e-6)  # the other half is the floors'
+        return max(1, math.floor(min(math.ceil(MIN_SAMPLE / max(first, 1e-6)), in_time)))
 
     def turn(self, work: Sequence[Work], cold: bool = False) -> list[float]:
         """Seconds of a call of each, repeated as often as it says, one after the other on the device."""
-        lead = sum(self.host.get(call, 0.0) * repeats for call, repeats in work)
+        lead = MARGIN * sum(self.host.get(call, 0.0) * repeats for call, repeats in work)
         torch.cuda._sleep(int(min(lead, LEAD) * CYCLES))
         marks = []
         for call, repeats in work:

@@ -201,10 +201,10 @@ def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str
 def _rows_per_chunk(problem: Problem, budget: int, default: bool, backend: str) -> int:
     """Rows whose exponentials fit in ``budget``: a multiple of the row block, at least one, no more than there are.
 
-    The default on a CPU is small where the head is frozen. Chunks of a trainable head are larger, as each reads and writes
-    all of dweight (README.md); in bf16 several need one in fp32 to add up in, so that one chunk of all rows is no larger
-    than two beside it, up to twice its size. Native code, which reads the head once a chunk and pads no block, gets as
-    many rows as fit, as even as can be.
+    The default on a CPU is small where the head is frozen. Chunks of a trainable head are larger, as each reads and
+    writes all of dweight (README.md); in bf16 several need one in fp32 to add up in, so that one chunk of all rows is
+    no larger than two beside it, up to twice its size. Native code, which reads the head once a chunk and pads no
+    block, gets as many rows as fit, as even as can be.
     """
     if default and problem.device.type == "cpu":
         adds_up_apart = problem.weight_dtype == torch.bfloat16 and not problem.wide_weight

@@ -1,10 +1,10 @@
 """Memory of a CPU call's large tensors (exponentials, dz, dweight), which later calls use again.
 
 malloc takes what is above 32 MB from the system at every call, and the system hands it out page by page, cleared, at
-the first write to each: 0.9 to 2.2 us a page [measured, README.md], a tenth to a quarter of forward and backward of a few
-hundred rows. So it comes from blocks that stay with the process (csrc/common/spare.cpp), up to four of 1 GiB: a block is
-free again when the last tensor over it has gone, be it a caller's ``weight.grad``, and a free one is the system's to take
-back whenever it is short of memory. Until then it counts as the process's.
+the first write to each: 0.9 to 2.2 us a page [measured, README.md], a tenth to a quarter of forward and backward of a
+few hundred rows. So it comes from blocks that stay with the process (csrc/common/spare.cpp), up to four of 1 GiB: a
+block is free again when the last tensor over it has gone, be it a caller's ``weight.grad``, and a free one is the
+system's to take back whenever it is short of memory. Until then it counts as the process's.
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from bench.core import live_bytes
-from bench.method import VERY_LONG, CpuClock, CudaClock, Effort, Samples, Spread, extra_memory, interleave, quantile
+from bench.method import (
+    LEAD,
+    MARGIN,
+    VERY_LONG,
+    CpuClock,
+    CudaClock,
+    Effort,
+    Samples,
+    Spread,
+    extra_memory,
+    interleave,
+    quantile,
+)
 
 
 class FakeClock:
@@ -81,6 +93,24 @@ def test_a_device_s_clock_does_not_time_the_host():
     clock.turn([(call, 1)])
     warm, cold = clock.turn([(call, 3), (call, 1)]), clock.turn([(call, 1)], cold=True)
     assert max(*warm, *cold) < 0.002
+
+
+class SlowHost(CudaClock):
+    """A device that does in 14 us what its host takes ``seconds`` to launch."""
+
+    def __init__(self, seconds):
+        self.host, self.seconds = {}, seconds
+
+    def turn(self, work, cold=False):
+        self.host.update((call, self.seconds) for call, _ in work)
+        return [14e-6] * len(work)
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(1e-6, 143), (5e-5, 143), (3e-4, 55), (1.0, 1)])
+def test_a_sample_is_no_longer_than_its_host_can_get_ahead_of(seconds, repeats):
+    """Even where the host is slower by the margin: ppo_loss took 12 to 460 us on a busy one."""
+    assert SlowHost(seconds).repeats(lambda: None) == repeats
+    assert repeats * seconds * MARGIN <= LEAD / 2 or repeats == 1
 
 
 def test_which_clocks_pair():

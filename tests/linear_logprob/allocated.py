@@ -1,9 +1,9 @@
 """Prints, a JSON line a case, what explain says that a call takes and what it does take, for any number of threads.
 
 ``python allocated.py LIBRARY LEVEL-DTYPE-PLAN[-WIDTHxVOCABULARY]...`` in a process that preloads what allocations.c is
-compiled to, which counts malloc's bytes and what is mapped. LIBRARY is as in amx_process.py, "" for the installed extension. Each case
-says whether its results have the bits of those of 2 threads. With "torch" for LEVEL it is the torch backend, on 2
-threads.
+compiled to, which counts malloc's bytes and what is mapped. LIBRARY is as in amx_process.py, "" for the installed
+extension. Each case says whether its results have the bits of those of 2 threads. With "torch" for LEVEL it is the
+torch backend, on 2 threads.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The memory that calls use again: who gets it, when it is free, whose it is then, and that results know nothing of it."""
+"""The memory that calls use again: who gets it, when it is free and whose it is then; results know nothing of it."""
 
 import copy
 import re
