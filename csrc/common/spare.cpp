@@ -18,7 +18,7 @@
 namespace srppo {
 namespace {
 
-constexpr std::size_t kPage = 4096, kMostBlocks = 4, kMostBytes = std::size_t{1} << 30;  // kept, of a block
+constexpr std::size_t kPage = 4096, kMostBlocks = 4, kMostBytes = std::size_t{4} << 30;  // kept, in all
 
 // Whole pages of the system's.
 struct Block {
@@ -27,8 +27,7 @@ struct Block {
 
   static Block map(std::size_t bytes) {
     void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    STD_TORCH_CHECK(data != MAP_FAILED, "srppo_native: no memory for a tensor of ", bytes, " bytes");
-    return {data, bytes};
+    return {data == MAP_FAILED ? nullptr : data, bytes};
   }
 
   void unmap() const { munmap(data, bytes); }
@@ -47,33 +46,41 @@ class Blocks {
  public:
   Blocks() { free_.reserve(kMostBlocks + 1); }
 
-  // The smallest that is large enough, or a new one in place of the largest that is not.
+  // The smallest that is large enough, and at most half empty; or a new one.
   Block take(std::size_t bytes) {
-    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock && !free_.empty()) {
-      const auto fits = [&](const Block& block) { return block.bytes >= bytes; };
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       auto best = free_.end();
-      for (auto block = free_.begin(); block != free_.end(); ++block)
-        if (fits(*block) && (best == free_.end() || block->bytes < best->bytes)) best = block;
+      for (auto block = free_.begin(); block != free_.end(); ++block) {
+        const bool fits = block->bytes >= bytes && block->bytes / 2 <= bytes;
+        if (fits && (best == free_.end() || block->bytes < best->bytes)) best = block;
+      }
       if (best != free_.end()) {
         const Block found = *best;
         free_.erase(best);
         return found;
       }
-      const auto largest = std::max_element(free_.begin(), free_.end(), smaller);
-      largest->unmap();
-      free_.erase(largest);
     }
-    return Block::map(bytes);
+    Block made = Block::map(bytes);
+    if (!made.data) {  // where addresses are limited, or memory is not promised twice
+      drop();
+      made = Block::map(bytes);
+    }
+    STD_TORCH_CHECK(made.data, "srppo_native: no memory for a tensor of ", bytes, " bytes");
+    return made;
   }
 
-  void give_back(Block block) {
+  // The oldest go.
+  void give_back(const Block& block) {
     if (block.bytes <= kMostBytes && block.lend()) {
       if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
         free_.push_back(block);
-        if (free_.size() <= kMostBlocks) return;
-        const auto smallest = std::min_element(free_.begin(), free_.end(), smaller);
-        block = *smallest;
-        free_.erase(smallest);
+        std::size_t bytes = 0;
+        for (const Block& kept : free_) bytes += kept.bytes;
+        for (; free_.size() > kMostBlocks || bytes > kMostBytes; free_.erase(free_.begin())) {
+          bytes -= free_.front().bytes;
+          free_.front().unmap();
+        }
+        return;
       }
     }
     block.unmap();
@@ -87,8 +94,6 @@ class Blocks {
   }
 
  private:
-  static bool smaller(const Block& a, const Block& b) { return a.bytes < b.bytes; }
-
   std::mutex mutex_;  // only tried: a fork may have left it locked
   std::vector<Block> free_;
 };
@@ -111,13 +116,16 @@ std::int64_t bytes_of(ScalarType dtype) {
 
 Tensor empty_spare(const std::vector<std::int64_t>& shape, ScalarType dtype) {
   std::vector<std::int64_t> strides(shape.size());
-  std::int64_t elements = 1;
+  std::int64_t elements = 1, bytes = 0;
+  bool fits = true;
   for (std::size_t i = shape.size(); i-- > 0;) {
     strides[i] = elements;
-    elements *= shape[i];
+    fits = fits && shape[i] >= 0 && !__builtin_mul_overflow(elements, shape[i], &elements);
   }
-  const auto bytes = static_cast<std::size_t>(elements * bytes_of(dtype));
-  const Block block = blocks().take(std::max(kPage, (bytes + kPage - 1) / kPage * kPage));
+  fits = fits && !__builtin_mul_overflow(elements, bytes_of(dtype), &bytes) && bytes < std::int64_t{1} << 62;
+  STD_TORCH_CHECK(fits, "srppo_native: empty_spare needs sizes of a tensor that can be");
+  const std::size_t pages = (static_cast<std::size_t>(bytes) + kPage - 1) / kPage;
+  const Block block = blocks().take(std::max<std::size_t>(1, pages) * kPage);
   return torch::stable::from_blob(block.data, shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
                                   [block](void*) { blocks().give_back(block); });
 }

@@ -215,9 +215,11 @@ def _rows_per_chunk(problem: Problem, budget: int, default: bool, backend: str) 
     block = row_block(problem.device)
     fitting = budget // max(1, problem.vocab * problem.kept_bytes)
     if backend == "native" and block < fitting < problem.rows:
-        even = -(-problem.rows // -(-problem.rows // fitting))
-        return max(block, min(-(-even // 16), fitting // 16) * 16)
-    return max(block, min(fitting // block, -(-problem.rows // block)) * block)
+        chunks = -(-problem.rows // (fitting // 16 * 16))
+        return max(block, -(-problem.rows // (16 * chunks)) * 16)
+    if fitting >= problem.rows:
+        return max(block, -(-problem.rows // block) * block)
+    return max(block, fitting // block * block)
 
 
 def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend: str, asked: str) -> Plan:

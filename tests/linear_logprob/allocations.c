@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <malloc.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -54,22 +55,22 @@ void* realloc(void* block, size_t size) {
   return taken(__libc_realloc(block, size));
 }
 
-// Of the one thread that calls the ops. Python's own arenas are of 1 MiB, and malloc does not come by here.
+// Of the one thread that calls the ops. malloc does not come by here.
 static struct { void* at; size_t size; } mapped[64];
 
 void* mmap(void* at, size_t size, int protection, int flags, int file, off_t offset) {
   static void* (*next)(void*, size_t, int, int, int, off_t);
   if (!next) next = (void* (*)(void*, size_t, int, int, int, off_t))dlsym(RTLD_NEXT, "mmap");
   void* block = next(at, size, protection, flags, file, offset);
-  if (block == MAP_FAILED || !(flags & MAP_ANONYMOUS) || size <= 1 << 20) return block;
+  if (block == MAP_FAILED || !(flags & MAP_ANONYMOUS) || size < 1 << 20) return block;
   for (int i = 0; i < 64; ++i) {
     if (mapped[i].at) continue;
     mapped[i].at = block;
     mapped[i].size = size;
     count((long)size);
-    break;
+    return block;
   }
-  return block;
+  abort();
 }
 
 int munmap(void* at, size_t size) {

@@ -6,7 +6,7 @@ from backends import threads
 from linear_logprob.head_problems import make, naive_gradients, relative
 
 from srppo_kernels import _extension, explain, linear_loss
-from srppo_kernels.linear_logprob import backward, native_gradients
+from srppo_kernels.linear_logprob import backward, native, native_gradients
 from srppo_kernels.linear_logprob.plan import CALL_BYTES
 
 BIG = 1 << 30
@@ -228,6 +228,31 @@ def test_explain_says_where_gradients_come_from():
     assert whole.rows_per_chunk == wide.shape[0]
     assert explain(wide, head, targets, op="linear_loss", workspace_bytes=64 << 20).rows_per_chunk < wide.shape[0]
     assert explain(wide, head.detach(), targets, op="linear_loss").rows_per_chunk < wide.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide", "rows", "native_chunks", "torch_chunks"),
+    [
+        (torch.bfloat16, False, 4 * 250, 1, 1),  # with two chunks it would be half of it and an fp32 dweight
+        (torch.bfloat16, False, 4 * 250 + 1, 3, 3),  # of 2 x 250 at most: exponentials as large as an fp32 dweight
+        (torch.bfloat16, True, 2 * 250, 1, 1),
+        (torch.bfloat16, True, 4 * 250, 3, 3),  # the fp32 one is there in any case
+        (torch.float32, False, 250, 1, 1),
+        (torch.float32, False, 2 * 250, 3, 4),
+    ],
+)
+def test_a_trainable_head_s_chunks_are_as_large_as_its_dweight(dtype, wide, rows, native_chunks, torch_chunks):
+    """Each reads and writes all of it, so small ones are slow. Native code's are even, torch's of 128 rows or more."""
+    hidden = torch.zeros(1, 250, dtype=dtype).expand(rows, -1).requires_grad_()
+    head = torch.zeros(1, 250, dtype=dtype).expand(50000, -1).requires_grad_()
+    targets, out = torch.zeros(rows, dtype=torch.long), torch.zeros(1, 1).expand(50000, 250) if wide else None
+    expected = {"torch": torch_chunks}
+    if not native.obstacle(hidden.device, (dtype, dtype)):
+        expected["native"] = native_chunks
+    for backend, chunks in expected.items():
+        said = explain(hidden, head, targets, op="linear_loss", backend=backend, grad_weight_out=out)
+        assert -(-rows // said.rows_per_chunk) == chunks, backend
+        assert f"{chunks} chunk(s)" in said.reason
 
 
 def test_explain_counts_a_chunk_of_a_loss():

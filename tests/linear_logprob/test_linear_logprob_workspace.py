@@ -54,7 +54,7 @@ def counter(folder: Path) -> Path:
 def run(folder: Path, library: str, cases: list[str]) -> list[dict[str, Any]]:
     """What allocated.py says of these cases."""
     command = [sys.executable, str(FOLDER / "allocated.py"), library, *cases]
-    env = {**os.environ, "LD_PRELOAD": str(counter(folder))}
+    env = {**os.environ, "LD_PRELOAD": str(counter(folder)), "PYTHONMALLOC": "malloc"}  # Python maps 1 MiB at a time
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -67,7 +67,8 @@ def check(folder: Path, library: str, cases: list[str]) -> None:
     for case in results:
         assert case["said"] <= (case["bound"] or 64 << 20), case
         rounding = ROW_VECTORS + CALL + PAGES * min(case["threads"], 16)
-        assert 0 < case["took"] <= case["said"] + rounding, case
+        least = case["said"] / 3 if "recompute" in case["case"] else 1  # dz, which is mapped, is among it
+        assert least < case["took"] <= case["said"] + rounding, case
         assert case["same_bits"], case
 
 

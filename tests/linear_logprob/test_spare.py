@@ -2,6 +2,7 @@
 
 import copy
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,21 @@ from srppo_kernels.linear_logprob import spare
 
 LIKE = torch.empty(0)
 MIB = 1 << 20
+WITHOUT_ROOM = """
+import re, resource, torch
+from pathlib import Path
+from srppo_kernels.linear_logprob import spare
+like = torch.empty(0)
+blocks = [spare.empty(like, (100, 1 << 18)) for _ in range(4)]
+now = int(re.search(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (now + (100 << 20), resource.RLIM_INFINITY))
+del blocks
+spare.empty(like, (450, 1 << 18)).fill_(1)
+try:
+    spare.empty(like, (900, 1 << 18))
+except RuntimeError as error:
+    print(error)
+"""
 
 needs_extension = pytest.mark.skipif(not _extension.available(), reason="the extension is not built")
 
@@ -51,18 +67,33 @@ def test_memory_is_used_again_once_no_tensor_is_over_it():
 
 
 @needs_extension
-def test_the_smallest_block_that_is_large_enough_is_taken_and_four_are_kept():
-    blocks = [block(mib) for mib in (2, 3, 5, 7, 9)]
+def test_the_smallest_block_that_is_large_enough_is_taken_and_none_for_less_than_half_of_it():
+    blocks = [block(mib) for mib in (3, 5, 8, 20)]
+    three, five, eight, twenty = (b.data_ptr() for b in blocks)
+    del blocks
+    assert [block(mib).data_ptr() for mib in (2, 3, 4, 5, 6, 8)] == [three, three, five, five, eight, eight]
+    held = [block(mib) for mib in (9, 3, 5)]
+    assert twenty not in [b.data_ptr() for b in held]
+    assert block(10).data_ptr() == twenty
+
+
+@needs_extension
+def test_four_free_blocks_are_kept_and_the_oldest_go():
+    blocks = [block(3) for _ in range(6)]
     places = [b.data_ptr() for b in blocks]
-    del blocks  # the fifth that is free sends the smallest away
-    assert [block(mib).data_ptr() for mib in (4, 6, 9)] == places[2:]  # each is free again at once
-    held = [block(mib) for mib in (1, 6, 8)]
-    assert [b.data_ptr() for b in held] == [places[1], places[3], places[4]]
-    del held
-    grown = block(20)  # in place of the largest, 9 MiB
-    assert [block(mib).data_ptr() for mib in (3, 5, 7)] == places[1:4]
-    del grown
-    assert len({block(mib).data_ptr() for mib in (8, 9, 20)}) == 1
+    while blocks:
+        del blocks[0]
+    again = [block(3) for _ in range(4)]
+    assert sorted(b.data_ptr() for b in again) == sorted(places[2:])
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit that Linux keeps")
+def test_free_blocks_go_where_there_is_no_room_beside_them():
+    """In a process of its own: what a limit on its addresses leaves."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_ROOM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "no memory for a tensor of" in done.stdout
 
 
 @needs_extension
@@ -116,9 +147,12 @@ def test_a_trace_gets_none_and_what_is_small_is_mallocs():
 
 
 @needs_extension
-def test_a_dtype_that_no_gradient_has_is_refused():
+def test_what_no_gradient_is_is_refused():
     with pytest.raises(RuntimeError, match="empty_spare is for"):
         torch.ops.srppo_native.empty_spare([3], torch.int32)
+    for sizes in ([1 << 32, 1 << 32], [1 << 61], [3, -1]):
+        with pytest.raises(RuntimeError, match="empty_spare needs sizes"):
+            torch.ops.srppo_native.empty_spare(sizes, torch.float64)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
