@@ -162,7 +162,8 @@ def linear_ppo_loss(
             default the number of live tokens of this call. A count of 0 counts as 1.
         plan: ``"precompute"`` (the default where a gradient is wanted), ``"score"``, or ``"cache"`` and
             ``"recompute"``, which go through ``linear_logprob``.
-        workspace_bytes: bound on a chunk's exponentials; for the other plans as in ``linear_logprob``.
+        workspace_bytes: bound on a chunk's exponentials as in ``linear_loss``; for the other plans as in
+            ``linear_logprob``.
 
     Returns:
         The loss, an fp32 0-d tensor differentiable in ``hidden``, ``weight`` and ``bias``, and the statistics of
