@@ -5,6 +5,7 @@
 plain-torch references, and `why()` says what is missing.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,18 @@ QUICKER_IN_TRITON = frozenset({"log_ratio_reward"})
 CUDA_OPS = frozenset({"gae", "whiten", "log_ratio_reward", "ppo_loss", "value_loss", "scaled_gradients"})
 CPU_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
+
+def _built_elsewhere(names: set[str]) -> Path | None:
+    """Another folder of this package on sys.path that holds the extension, as where one installs a checkout and then
+    runs Python in it."""
+    here = Path(__file__).resolve().parent
+    for entry in sys.path:
+        folder = Path(entry).resolve() / here.name
+        if folder != here and any((folder / name).is_file() for name in names):
+            return folder
+    return None
+
+
 _module: ModuleType | None = None
 _reason: str = ""
 
@@ -46,7 +59,12 @@ except ImportError as error:
     if "_C" in str(error) and "cannot import name" in str(error):
         _reason = "the extension was not built: no C++ compiler, no pybind11, or a failed build (see pip install -v)"
         ours = {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES}
-        if others := sorted({path.name for path in Path(__file__).parent.glob("_C.*")} - ours):
+        if elsewhere := _built_elsewhere(ours):
+            _reason = (
+                f"the extension is not in {Path(__file__).resolve().parent}, which Python has imported, but in "
+                f"{elsewhere}: run Python from another folder, or install with pip install -e ."
+            )
+        elif others := sorted({path.name for path in Path(__file__).parent.glob("_C.*")} - ours):
             _reason = f"the extension was not built for this Python, only for another: {', '.join(others)}"
     else:
         _reason = f"the extension does not load: {error}"

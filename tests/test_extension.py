@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,8 +149,9 @@ def test_an_extension_of_another_python_is_named(tmp_path):
     package = tmp_path / "srppo_kernels"
     shutil.copytree(ROOT / "srppo_kernels", package, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
     code = """
-import sys
+import pathlib, sys
 sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in str(f)]  # which would find the checkout's
+sys.path[1:] = [p for p in sys.path[1:] if not list(pathlib.Path(p).glob("srppo_kernels/_C.*"))]  # likewise
 import srppo_kernels._extension as extension
 print(extension.why())
 """
@@ -158,6 +160,25 @@ print(extension.why())
             (package / name).touch()
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert text in done.stdout, done.stderr
+
+
+def test_an_extension_installed_elsewhere_is_named(tmp_path):
+    """`pip install .` and then Python in the checkout, whose package has no extension and is imported first."""
+    source, site = tmp_path / "checkout", tmp_path / "site"
+    ignored = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(ROOT / "srppo_kernels", source / "srppo_kernels", ignore=ignored)
+    (site / "srppo_kernels").mkdir(parents=True)
+    (site / "srppo_kernels" / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    code = f"""
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in str(f)]  # which would find the checkout's
+sys.path.insert(1, {str(site)!r})
+import srppo_kernels._extension as extension
+print(extension.why())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert f"not in {source / 'srppo_kernels'}" in done.stdout, done.stderr
+    assert f"but in {site / 'srppo_kernels'}: run Python from another folder, or install with" in done.stdout
 
 
 def test_a_failing_build_leaves_an_installation(tmp_path):
