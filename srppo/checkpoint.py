@@ -130,8 +130,8 @@ def publish(folder: Path, target: Path) -> None:
     sync(target)
 
 
-def require_new_folder(path: Path, option: str = "output_dir") -> None:
-    """Stops before anything is computed if a run would write over another."""
+def require_new_folder(path: Path, option: str = "output_dir", *, hint: str = "") -> None:
+    """Stops before anything is computed if a run would write over another; ``hint`` ends the message."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{option} {path} is a file: choose a folder")
     if path.is_symlink() and not path.exists():
@@ -139,7 +139,7 @@ def require_new_folder(path: Path, option: str = "output_dir") -> None:
     if path.is_dir() and any(path.iterdir()):
         raise UserError(
             f"{option} {path} exists and is not empty: choose a new folder, or move the old run away (nothing was "
-            f"touched)"
+            f"touched){hint}"
         )
     require_writable(path, option)
 
@@ -348,11 +348,8 @@ def find_checkpoint(
             return None
     else:
         folder = Path(wanted)
-        others = checkpoints(folder.parent)
-        if not folder.is_dir():
-            names = ", ".join(path.name for path in others)
-            raise UserError(f"there is no checkpoint {folder}; in {folder.parent} are: {names or 'none'}")
-        candidates = [path for path in others if step_of(path) < step_of(folder)] + [folder]
+        require_checkpoint(folder)
+        candidates = [path for path in checkpoints(folder.parent) if step_of(path) < step_of(folder)] + [folder]
     while candidates:
         folder = candidates.pop()
         try:
@@ -361,6 +358,16 @@ def find_checkpoint(
             instead = f"trying {candidates[-1].name}" if candidates else "and there is none before it"
             warn(f"checkpoint {folder} cannot be read ({error}); {instead}")
     raise UserError(f"no whole checkpoint was found from {wanted} back: start again in a new output_dir")
+
+
+def require_checkpoint(folder: Path) -> None:
+    """Stops if a checkpoint that was named is not there."""
+    if not folder.is_dir():
+        names = ", ".join(path.name for path in checkpoints(folder.parent))
+        raise UserError(
+            f"resume_from_checkpoint: there is no checkpoint {folder}; in {folder.parent.absolute()} are: "
+            f"{names or 'none'}; 'latest' is the newest in output_dir"
+        )
 
 
 def step_of(path: Path) -> int:
@@ -378,10 +385,12 @@ def adopt_best(source: Path, output_dir: Path) -> bool:
     return best.is_dir()
 
 
-def sweep(output_dir: Path) -> None:
+def sweep(output_dir: Path, rollouts: str | Path | None = None) -> None:
     """Clears up after a process that was killed while writing: what it had set aside goes back to its place, what was
-    half written goes."""
-    for folder in [*output_dir.glob(".writing-*"), *(output_dir / "completions").glob(".writing-*")]:
+    half written goes, also in the folder that it saved its rollouts to."""
+    places = [output_dir, *(output_dir / name for name in ("completions", "rollout-adapters"))]
+    places += [] if rollouts is None else [Path(rollouts)]
+    for folder in [folder for place in places for folder in place.glob(".writing-*")]:
         for aside in folder.iterdir():
             if (
                 aside.is_dir()
@@ -399,7 +408,7 @@ def require_latest(output_dir: Path, rollouts: str | Path | None) -> None:
     Args:
         rollouts: see :func:`require_fresh_output`.
     """
-    sweep(output_dir)
+    sweep(output_dir, rollouts)
     if not checkpoints(output_dir):
         require_fresh_output(output_dir, again=True, rollouts=rollouts)
 

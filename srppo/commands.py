@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srppo import distributed
-from srppo.checkpoint import current_checkpoints, require_file, require_latest, require_new_folder
+from srppo.checkpoint import (
+    current_checkpoints,
+    require_checkpoint,
+    require_file,
+    require_latest,
+    require_new_folder,
+)
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, as_examples, filler_token, load_rows, stop_tokens
 from srppo.errors import UserError
-from srppo.models import check_positions, check_tokens, tokenizer_for
+from srppo.models import check_positions, check_tokens, config_of, tokenizer_for
 from srppo.roles import frozen_roles, policy_to_judge
 
 if TYPE_CHECKING:
@@ -88,8 +94,18 @@ def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
     distributed.finish()
 
 
+def require_new_run(output: Path, *, makes_sft: bool) -> None:
+    """Stops where a run would write over another; of one that ended after its SFT stage it says how to go on."""
+    made = output / "sft"
+    whole = any((made / name).is_file() for name in ("config.json", "adapter_config.json"))
+    hint = ""
+    if makes_sft and whole and list(output.iterdir()) == [made]:
+        hint = "; --resume_from_checkpoint latest goes on from the SFT model in it"
+    require_new_folder(output, hint=hint)
+
+
 def train(args: PipelineConfig, options: argparse.Namespace) -> None:
-    from srppo.engines import Sampling, make_engine
+    from srppo.engines import Sampling, VLLMEngine, make_engine
     from srppo.rollout_store import require_folders
     from srppo.sft import run_sft
     from srppo.trainer import SRPPOTrainer
@@ -100,26 +116,37 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     made = (output if resume in (None, "latest") else Path(resume).parent) / "sft"  # by this run's SFT stage
     model = args.sft_model_name_or_path
     if resume is None and not (model is not None and Path(model).resolve() == made.resolve()):
-        distributed.on_main(
-            lambda: require_new_folder(output)
-        )  # with the SFT model that is there, a run goes on after its first stage
+        # with the SFT model that is there, a run goes on after its first stage
+        distributed.on_main(lambda: require_new_run(output, makes_sft=model is None))
     elif resume == "latest":
         distributed.on_main(lambda: require_latest(output, args.save_rollouts))
+    elif resume is not None:
+        named = Path(resume)
+        distributed.on_main(lambda: require_checkpoint(named))
     if resume is None:  # before SFT
         require_folders(args.save_rollouts, args.from_rollouts, range(1, args.max_steps + 1))
     tokenizer = tokenizer_for(model, args.base_model_name_or_path, args)
     train_examples, held_out = load_data(args, tokenizer, console)
+    assert args.base_model_name_or_path is not None
+    stops = stop_tokens(tokenizer, args.stop_token_ids)
+    engine = make_engine(args, Sampling.of(args, stops, filler_token(tokenizer, stops)), url=args.vllm_url)
     if model is None:
         model = str(made)
         if resume is None or (resume == "latest" and distributed.on_main(lambda: not made.exists())):
+            # What would stop PPO and can be known now. Without demonstrations SFT does not begin.
+            demonstrated = any(example.completion_ids is not None for example in train_examples)
+            if demonstrated and (config := config_of(args.base_model_name_or_path, args)) is not None:
+                longest = max(len(example.prompt_ids) for example in [*train_examples, *held_out])
+                check_positions(config, longest + args.max_completion_length)
+            if isinstance(engine, VLLMEngine) and args.from_rollouts is None:
+                distributed.on_main(lambda: engine.models(adapters=args.use_peft))
             run_sft(args, train_dataset=train_examples, eval_dataset=held_out, output_dir=model,
                     tokenizer=tokenizer, console=console)  # fmt: skip
-    assert args.base_model_name_or_path is not None
-    stops = stop_tokens(tokenizer, args.stop_token_ids)
-    sampling = Sampling.of(args, stops, filler_token(tokenizer, stops))
+        elif not distributed.on_main(made.is_dir):
+            raise UserError(f"there is no SFT model in {made}: give the run's own with --sft_model_name_or_path")
     trainer = SRPPOTrainer(
         model, args.base_model_name_or_path, args, train_examples, held_out, processing_class=tokenizer,
-        console=console, engine=make_engine(args, sampling, url=args.vllm_url), importance_cap=args.importance_cap,
+        console=console, engine=engine, importance_cap=args.importance_cap,
         save_rollouts=args.save_rollouts, from_rollouts=args.from_rollouts, fsdp=args.fsdp,
     )  # fmt: skip
     try:
@@ -154,11 +181,14 @@ def score(args: PipelineConfig, options: argparse.Namespace) -> None:
     rows = examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
     if not rows:
         raise UserError(f"{args.dataset_name} has no rows: there is nothing to score")
-    missing = next((row for row in rows if row.completion_ids is None), None)
-    if missing is not None:
-        raise UserError(f"{missing.where}: there is no completion to score")
+    scorable = [row for row in rows if row.completion_ids is not None]
+    if not scorable:
+        raise UserError(f"{args.dataset_name} has no row with a completion: there is nothing to score")
+    if len(scorable) < len(rows):
+        console.note(f"{len(rows) - len(scorable)} of {len(rows)} rows have no completion and are skipped")
+    rows = scorable
     base, sft_model = frozen_roles(args, args.base_model_name_or_path, args.sft_model_name_or_path)
-    check_positions(base.causal_lm, max(len(r.prompt_ids) + len(r.completion_ids or ()) for r in rows))
+    check_positions(base.causal_lm.config, max(len(r.prompt_ids) + len(r.completion_ids or ()) for r in rows))
     pad = filler_token(tokenizer, stops)
     check_tokens(base.causal_lm, rows, [*stops, pad])
     results: list[dict[str, Any]] = []
@@ -220,7 +250,7 @@ def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
     policy = sft_model
     if options.model_name_or_path is not None:
         base, sft_model, policy = policy_to_judge(args, base, sft_model, options.model_name_or_path)
-    check_positions(policy.causal_lm, max(len(row.prompt_ids) for row in rows) + args.max_completion_length)
+    check_positions(policy.causal_lm.config, max(len(row.prompt_ids) for row in rows) + args.max_completion_length)
     stops = stop_tokens(tokenizer, args.stop_token_ids)
     check_tokens(policy.causal_lm, rows, [*stops, filler_token(tokenizer, stops)])
     with console.progress("sampling", len(distributed.even_share(rows))) as progress:

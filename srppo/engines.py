@@ -107,15 +107,24 @@ class VLLMEngine:
         self.prefix = f"{ADAPTER}{uuid.uuid4().hex[:8]}-"  # a run that goes on after a crash has other names
         self.loaded: str | None = None  # the adapter that the server has
 
-    def start(self, policy: Role) -> str:
-        if not is_peft(policy.model):
+    def models(self, *, adapters: bool) -> list[dict[str, Any]]:
+        """What the server serves, which it is asked for before anything is trained.
+
+        Args:
+            adapters: whether the policy is an adapter.
+        """
+        if not adapters:
             raise UserError(
                 "rollout_engine=vllm brings the server up to date by a LoRA adapter, so it needs use_peft=true; full "
                 "fine-tuning samples with rollout_engine=hf"
             )
-        models = self.call("/v1/models", None).get("data", [])
+        models: list[dict[str, Any]] = self.call("/v1/models", None).get("data", [])
         if not models:
             raise UserError(f"the vLLM server at {self.url} serves no model")
+        return models
+
+    def start(self, policy: Role) -> str:
+        models = self.models(adapters=is_peft(policy.model))
         left = [str(model["id"]) for model in models if str(model.get("id")).startswith(ADAPTER)]
         distributed.on_main(lambda: self.unload(left))  # of a run that was killed
         return f"rollouts: vLLM at {self.url}, serving {models[0].get('id')}, with the policy's adapter"

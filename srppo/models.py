@@ -17,7 +17,7 @@ from srppo.errors import UserError
 from srppo.modules import is_plain_linear
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from srppo.config import SRPPOConfig
     from srppo.data import Example
@@ -181,9 +181,20 @@ def check_tokens(model: PreTrainedModel, examples: Iterable[Example], others: Se
             )
 
 
-def check_positions(model: PreTrainedModel, longest: int) -> None:
-    """Stops before a sequence runs past the positions that the model knows, which fails or degrades midway."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def config_of(path: str, args: SRPPOConfig) -> PretrainedConfig | None:
+    """The configuration of a model that is not loaded yet; None where it cannot be read, which loading the model tells
+    better."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError):
+        return None
+
+
+def check_positions(config: PretrainedConfig, longest: int) -> None:
+    """Stops before a sequence runs past the positions that a model knows, which fails or degrades midway."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise UserError(
             f"the longest prompt and completion together may reach {longest} tokens, and the model has {positions} "

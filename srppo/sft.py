@@ -101,7 +101,7 @@ def run_sft(
             "an assistant turn, or give sft_model_name_or_path"
         )
     model = model or load_model(starting_model(args), args)
-    check_positions(model, max(len(e.prompt_ids) + len(e.completion_ids or ()) for e in [*train, *held_out]))
+    check_positions(model.config, max(len(e.prompt_ids) + len(e.completion_ids or ()) for e in [*train, *held_out]))
     pad = filler_token(tokenizer, stops)
     check_tokens(model, [*train, *held_out], [*stops, pad])
     torch.manual_seed(args.seed)

@@ -120,7 +120,7 @@ class SRPPOTrainer:
                 f"  memory: of weights, gradients and optimizer each process keeps 1/{distributed.size()}"
             )
         longest = max(len(example.prompt_ids) for example in [*self.train_dataset, *self.eval_dataset])
-        check_positions(self.roles.policy.causal_lm, longest + args.max_completion_length)
+        check_positions(self.roles.policy.causal_lm.config, longest + args.max_completion_length)
         check_tokens(
             self.roles.policy.causal_lm, [*self.train_dataset, *self.eval_dataset], [*self.stop_token_ids, pad]
         )
@@ -387,7 +387,7 @@ class SRPPOTrainer:
         if wanted == "latest":
             checkpoint.require_latest(self.output_dir, self.save_rollouts)
         else:
-            checkpoint.sweep(self.output_dir)
+            checkpoint.sweep(self.output_dir, self.save_rollouts)
         found = checkpoint.find_checkpoint(wanted, self.output_dir, self.console.warn)
         if found is None:
             return None

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,10 +201,15 @@ def test_score_prints_utf8_whatever_the_locale_can_write(tiny_models, tmp_path, 
     assert "über" in json.loads(raw.getvalue().decode())["prompt"]
 
 
-def test_score_refuses_a_row_without_completion(tiny_models, data, capfd):
+def test_score_skips_rows_without_completion_and_says_how_many(tiny_models, data, tmp_path, capfd):
     options = {"base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.sft}
-    assert main(["score", *flags({**options, "dataset_name": data})]) == 2
-    assert "train.jsonl, line 7: there is no completion to score" in capfd.readouterr().err
+    assert main(["score", *flags({**options, "dataset_name": data})]) == 0
+    printed = capfd.readouterr()
+    assert [json.loads(line)["prompt"] for line in printed.out.splitlines()] == [row["prompt"] for row in ROWS]
+    assert f"1 of {len(ROWS) + 1} rows have no completion and are skipped" in printed.err
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    assert main(["score", *flags({**options, "dataset_name": prompts})]) == 2
+    assert "prompts.jsonl has no row with a completion: there is nothing to score" in capfd.readouterr().err
 
 
 def evaluate(models: TinyModels, data: str, out: Path, **options) -> list[dict]:
@@ -304,6 +310,70 @@ def test_rollouts_that_cannot_be_kept_or_had_are_told_before_sft(tiny_models, tm
     assert main(["train", *train_flags(tiny_models, data, tmp_path / "run", **settings)]) == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_completion_length": 126}, "may reach 132 tokens, and the model has 128 positions"),
+        (
+            {"rollout_engine": "vllm", "vllm_url": "http://127.0.0.1:9", "use_peft": "true"},
+            "no vLLM server answers at http://127.0.0.1:9",
+        ),
+        ({"rollout_engine": "vllm"}, "needs use_peft=true"),
+    ],
+)
+def test_what_would_stop_ppo_is_told_before_sft(tiny_models, tmp_path, capfd, settings, message):
+    data = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    for more in ({}, {"resume_from_checkpoint": "latest"}):
+        assert main(["train", *train_flags(tiny_models, data, tmp_path / "run", **settings, **more)]) == 2
+        assert message in capfd.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_run_was_writing_goes_wherever_it_wrote(tmp_path):
+    places = [tmp_path / "run", tmp_path / "run" / "completions", tmp_path / "rollouts"]
+    for place in places:
+        (place / ".writing-1").mkdir(parents=True)
+        (place / ".writing-1" / "rollout_00002.safetensors").touch()
+        (place / "kept").touch()
+    checkpoint.sweep(places[0], str(places[2]))
+    assert [sorted(path.name for path in place.iterdir()) for place in places[1:]] == [["kept"]] * 2
+    assert not (places[0] / ".writing-1").exists()
+
+
+def test_a_folder_that_holds_only_the_sft_model_of_a_run_is_refused_with_how_to_go_on(
+    tiny_models, data, tmp_path, capfd
+):
+    out, hint = tmp_path / "run", "--resume_from_checkpoint latest goes on from the SFT model in it"
+    shutil.copytree(tiny_models.sft, out / "sft")
+    arguments = ["train", *train_flags(tiny_models, data, out)]
+    before = tree(out)
+    assert main(arguments) == 2
+    error = capfd.readouterr().err
+    assert "run exists and is not empty" in error and hint in error and error.count("\n") == 1
+    assert main([*arguments, "--sft_model_name_or_path", tiny_models.sft]) == 2
+    assert hint not in capfd.readouterr().err  # it would go on from the model named
+    assert tree(out) == before
+    (out / "thesis.txt").write_text("precious")
+    assert main(arguments) == 2
+    assert hint not in capfd.readouterr().err
+    (out / "thesis.txt").unlink()
+    assert main([*arguments, "--resume_from_checkpoint", "latest"]) == 0
+
+
+def test_a_checkpoint_or_its_sft_model_that_is_not_there_is_no_name_for_a_hub(
+    tiny_models, data, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", *train_flags(tiny_models, data, tmp_path / "run")]
+    assert main([*arguments, "--resume_from_checkpoint", "nothere"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("srppo: resume_from_checkpoint: there is no checkpoint nothere; in ")
+    assert error.count("\n") == 1
+    (tmp_path / "checkpoint-1").mkdir()
+    assert main([*arguments, "--resume_from_checkpoint", "checkpoint-1"]) == 2
+    assert "there is no SFT model in sft: give the run's own with --sft_model_name_or_path" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
