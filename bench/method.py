@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 
+import srppo_kernels
 from bench.core import Call, Result, live_bytes
 
 MIN_SAMPLE = 2e-3  # seconds
@@ -238,8 +239,14 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 MIB = float(1 << 20)
 
 
-def extra_memory(call: Call, device: str) -> tuple[Result, float]:
-    """``call()`` and its peak extra memory in MiB, beyond inputs and results; NaN where it cannot be measured."""
+def extra_memory(call: Call, device: str, *, empty: bool = True) -> tuple[Result, float]:
+    """``call()`` and its peak extra memory in MiB, beyond inputs and results; NaN where it cannot be measured.
+
+    ``empty``: what this library keeps for later calls is handed back before, or it would hide in that. A call of
+    another's leaves it, so that ours has it when it is timed, as in training.
+    """
+    if empty:
+        srppo_kernels.empty_cache()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

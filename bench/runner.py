@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-import srppo_kernels
-from bench.core import NO_PLAN, Call, Case, Errors, Op, Problem, Provider, Result, Unavailable
+from bench.core import NO_PLAN, Call, Case, Errors, Op, Problem, Provider, Unavailable
 from bench.method import FEW, VERY_LONG, Clock, Effort, Samples, Spread, clock_for, extra_memory, interleave
 from bench.record import Row
 
@@ -147,7 +146,7 @@ def visit_again(visited: Visited, effort: Effort, deadline: Deadline, notify: No
                 if entry.provider.name.endswith("compile"):
                     call()  # compiles anew, as everything that was compiled is forgotten
                 start = time.perf_counter()
-                _, extra = memory_of(op, entry.provider, call, case.device)
+                _, extra = extra_memory(call, case.device, empty=is_ours(op, entry.provider))
                 timed.append((at, Checked(visited.rows[at], call, time.perf_counter() - start)))
                 visited.remember(at, extra)
         except Exception as error:
@@ -183,7 +182,7 @@ def check(op: Op, problem: Problem, entry: Entry, deadline: Deadline) -> Checked
             warnings.simplefilter("ignore")  # peers' deprecations; a provider that misbehaves shows in its error
             call = provider.prepare(problem, entry.plan)
             start = time.perf_counter()
-            result, row.extra_mib = memory_of(op, entry.provider, call, case.device)
+            result, row.extra_mib = extra_memory(call, case.device, empty=is_ours(op, provider))
             seconds = time.perf_counter() - start
             warm = seconds < VERY_LONG or provider.name.endswith("compile")
             if warm:
@@ -191,7 +190,7 @@ def check(op: Op, problem: Problem, entry: Entry, deadline: Deadline) -> Checked
                 # That of a very long one is taken at the next visit.
                 del result
                 start = time.perf_counter()
-                result, row.extra_mib = memory_of(op, entry.provider, call, case.device)
+                result, row.extra_mib = extra_memory(call, case.device, empty=is_ours(op, provider))
                 seconds = time.perf_counter() - start
             errors = problem.errors(result)
             del result
@@ -208,11 +207,9 @@ def check(op: Op, problem: Problem, entry: Entry, deadline: Deadline) -> Checked
     return Checked(row, call, seconds, warm)
 
 
-def memory_of(op: Op, provider: Provider, call: Call, device: str) -> tuple[Result, float]:
-    """:func:`extra_memory`; this library's own calls find none that it kept, and leave some for when they are timed."""
-    if provider.name.startswith(op.ours):
-        srppo_kernels.empty_cache()
-    return extra_memory(call, device)
+def is_ours(op: Op, provider: Provider) -> bool:
+    """Whether it is this library, in whatever form."""
+    return provider.name.startswith(op.ours)
 
 
 def is_wrong(errors: Errors, gross: float) -> bool:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import srppo_kernels
 from bench import head, runner
 from bench.core import Case, Errors, Provider, Unavailable
 from bench.linear_logprob import OPS as HEAD_OPS
@@ -123,6 +124,26 @@ def test_a_provider_that_does_not_work_is_a_row_that_says_why_and_stops_no_other
     assert [row.status for row in rows] == ["ok", "ok", status]
     assert reason in rows[-1].reason
     assert rows[-1].samples == 0
+
+
+def test_what_is_kept_for_later_calls_goes_before_our_own_are_measured_and_not_before_others(monkeypatch):
+    """It hid their memory; and handed back by others' measurements it was not there when ours were timed."""
+    order = []
+
+    def named(name):
+        return Provider(
+            name, "", lambda problem, plan: lambda: (order.append(name), op.providers[0].prepare(problem, plan)())[1]
+        )
+
+    op = op_with()
+    op = dataclasses.replace(op, providers=(op.providers[0], named("srppo-torch"), named("other")))
+    monkeypatch.setattr(srppo_kernels, "empty_cache", lambda: order.append("empty"))
+    case = small_case(op)
+    visited = runner.run_case(op, case, list(runner.entries(op, case, (), ())), EFFORT, FOREVER)
+    assert order[:5] == ["empty", "empty", "empty", "srppo-torch", "empty"]
+    assert "empty" not in order[5:]
+    runner.visit_again(visited, EFFORT, FOREVER)
+    assert order.count("empty") == 4 + 2
 
 
 def test_a_second_visit_adds_samples_on_new_inputs_and_leaves_rows_that_failed():
