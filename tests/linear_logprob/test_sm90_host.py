@@ -313,7 +313,7 @@ def test_a_loss_around_targets(emulated, kind, n, monkeypatch):
     weights = torch.linspace(-1, 1, n)
     loss, _ = linear_loss(
         p.hidden, p.weight, p.targets, lambda lp, h, w: ((lp * w).sum(), {}), weights, backend="sm90",
-        workspace_bytes=1 << 18, **p.options,
+        workspace_bytes=1 << 17, **p.options,
     )  # fmt: skip
     twin = p.double()
     want = (twin.oracle()[0] * weights).sum()
