@@ -190,6 +190,19 @@ def test_a_checkpoint_that_is_not_there_is_an_error_and_not_another_one(tiny_mod
         resume(tiny_models, tmp_path, tmp_path / "run" / "checkpoint-3", straight[0]).train()
 
 
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-2"])
+def test_what_a_killed_run_half_wrote_goes_from_its_rollouts_too(tiny_models, tmp_path, wanted):
+    settings = {"max_steps": 2, "save_steps": 1, "num_ppo_epochs": 1, "save_rollouts": tmp_path / "rollouts"}
+    trainer(tiny_models, tmp_path, **settings).train()
+    left = tmp_path / "rollouts" / ".writing-0123"
+    left.mkdir()
+    (left / "rollout_00003.safetensors").write_bytes(b"half")
+    place = wanted if wanted == "latest" else str(tmp_path / "run" / wanted)
+    trainer(tiny_models, tmp_path, **settings, resume_from_checkpoint=place).train()
+    names = [f"rollout_0000{step}.safetensors" for step in (1, 2)]
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == names
+
+
 @pytest.mark.parametrize("wanted", ["latest", True, "true"])
 def test_latest_resumes_the_newest_or_starts_where_there_is_none(tiny_models, tmp_path, straight, wanted):
     kind, _, history, _ = straight
