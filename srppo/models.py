@@ -202,24 +202,40 @@ def check_positions(config: PretrainedConfig, longest: int) -> None:
         )
 
 
-def require_there(what: str, path: str | Path) -> None:
+def require_there(what: str, path: str | Path, args: SRPPOConfig | None = None) -> None:
     """Stops at a folder that is not there, where the name is none that a hub has: one out of reach would be asked
     for half a minute."""
     name = str(path)
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"no {what} could be loaded from {path}: there is no such folder")
+        raise UserError(f"no {what} could be loaded from {path}: there is no such folder{named_by(path, args)}")
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def named_by(path: str | Path, args: SRPPOConfig | None) -> str:
+    """Which option holds a path, in brackets; nothing where none does."""
+    names = ("base_model_name_or_path", "sft_model_name_or_path")
+    return next((f" ({name})" for name in names if getattr(args, name, None) == str(path)), "")
+
+
+def not_loaded(what: str, path: str | Path, error: Exception, args: SRPPOConfig | None) -> UserError:
+    """What transformers raises, with which path it was that is no folder here: it may be a misspelt one."""
+    told = first_line(error)
+    if not Path(path).is_dir():
+        told = f"it is no folder here{named_by(path, args)}, and from the hub: {told}"
+    return UserError(f"no {what} could be loaded from {path}: {told}")
+
+
+def load_tokenizer(
+    path: str | Path, *, trust_remote_code: bool = False, args: SRPPOConfig | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder, as it is: a tuned model is written with it. One without a pad token needs none,
-    see :func:`srppo.data.filler_token`."""
+    see :func:`srppo.data.filler_token`. Errors name the option of ``args`` that holds the path."""
     from transformers import AutoTokenizer
 
-    require_there("tokenizer", path)
+    require_there("tokenizer", path, args)
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer could be loaded from {path}: {first_line(error)}") from None
+        raise not_loaded("tokenizer", path, error, args) from None
 
 
 def tokenizer_for(
@@ -230,7 +246,7 @@ def tokenizer_for(
     if not paths:
         raise UserError("give processing_class: the tokenizer cannot be found from models in memory")
     with_tokenizer = [path for path in paths if (Path(path) / "tokenizer_config.json").is_file()]
-    return load_tokenizer((with_tokenizer or paths[-1:])[0], trust_remote_code=args.trust_remote_code)
+    return load_tokenizer((with_tokenizer or paths[-1:])[0], trust_remote_code=args.trust_remote_code, args=args)
 
 
 def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
@@ -250,7 +266,7 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
         adapted = attach_adapter(model, path, "default")
         untie_adapted(model)
         return adapted.merge_and_unload()
-    require_there("causal language model", path)
+    require_there("causal language model", path, args)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -261,7 +277,7 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
             **quantized,
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"no causal language model could be loaded from {path}: {first_line(error)}") from None
+        raise not_loaded("causal language model", path, error, args) from None
     return (model if quantized else model.to(device)).eval()
 
 

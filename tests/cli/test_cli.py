@@ -286,7 +286,7 @@ def test_env_names_versions_and_says_why_each_backend_is_on_or_off(capfd):
         (["train", "--config", "no-such.yaml"], "cannot read the configuration file no-such.yaml"),
         (
             ["sft", "--base_model_name_or_path", "x", "--dataset_name", "no.jsonl"],
-            "no tokenizer could be loaded from x",
+            "no tokenizer could be loaded from x: it is no folder here (base_model_name_or_path), and from the hub: ",
         ),
         (["train", "--learning_rate"], "expected one argument"),
     ],
