@@ -241,10 +241,14 @@ def call_reward_fn(reward_fn: RewardFn, rollout: Rollout) -> Tensor:
         raise UserError(
             f"reward_fn must give a finite number per sequence ({len(rollout)} here), got {str(given)[:80]}"
         ) from None
-    if values.shape != (len(rollout),) or not values.isfinite().all():
-        raise UserError(
-            f"reward_fn must give a finite number per sequence ({len(rollout)} here), got shape {tuple(values.shape)}"
-        )
+    wrong = None
+    if values.shape != (len(rollout),):
+        wrong = f"shape {tuple(values.shape)}"
+    elif not values.isfinite().all():
+        row = int((~values.isfinite()).nonzero()[0])
+        wrong = f"{values[row].item()} at sequence {row}"
+    if wrong is not None:
+        raise UserError(f"reward_fn must give a finite number per sequence ({len(rollout)} here), got {wrong}")
     return values
 
 

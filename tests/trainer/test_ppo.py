@@ -303,6 +303,12 @@ def test_no_callbacks_and_no_evaluation_data_may_be_none(tiny_models, tmp_path):
     trainer(tiny_models, tmp_path, callbacks=None, eval_dataset=None, max_steps=1).train()
 
 
+def test_reward_fn_that_gives_a_number_that_is_none_is_told_which(tmp_path):
+    for bad, said in (([1.0, math.nan, 2.0, 3.0], "got nan at sequence 1"), ([1.0] * 3, r"got shape \(3,\)")):
+        with pytest.raises(UserError, match=rf"\(4 here\), {said}"):
+            ppo.advantages(rollout(), made_up_scores(rollout()), config(tmp_path), reward_fn=lambda *_, bad=bad: bad)
+
+
 @pytest.mark.parametrize("bad", [[1.0], [1.0, 2.0, 3.0, math.nan], [math.inf] * 4, [None] * 4, ["1"] * 4, 1.0, None])
 def test_reward_fn_that_gives_something_else_is_refused(tmp_path, bad):
     with pytest.raises(UserError, match="reward_fn must give a finite number per sequence"):
