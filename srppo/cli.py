@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="srppo", description="Self-Rewarding PPO: alignment from demonstrations alone.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"srppo {installed_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
     for name, (doc, fields) in COMMANDS.items():
         command = commands.add_parser(name, help=doc, description=doc[0].upper() + doc[1:] + ".", allow_abbrev=False)
@@ -91,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
                 "--quick", action="store_true", help="seconds instead of minutes: shows that it runs, not that it works"
             )
     return parser
+
+
+def installed_version() -> str:
+    try:
+        return importlib.metadata.version("srppo")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "(not installed)"
 
 
 def add_config_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -500,6 +501,12 @@ def test_lists_and_switches_as_flags(monkeypatch):
     assert (args.stop_token_ids, args.adam_betas, args.use_peft) == ([1, 2], [0.8, 0.9], True)
     assert (args.max_grad_norm, args.lora_target_modules) == (None, ["q_proj", "v_proj"])
     assert args.whiten_advantages is False
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"srppo {importlib.metadata.version('srppo')}\n"
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
