@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from srppo.errors import UserError
+from srppo.errors import UserError, wrong_byte
 from srppo.trackers import check_trackers
 
 HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
@@ -59,7 +59,7 @@ class SRPPOConfig:
     base_model_name_or_path: str | None = option(None, "pretrained base model pi_pt: a folder or a hub name")
     sft_model_name_or_path: str | None = option(
         None,
-        "SFT model pi_sft: an adapter folder or a full model; srppo train makes one from the demonstrations if absent",
+        "SFT model pi_sft: an adapter folder or a full model; srppo train alone makes one where none is given",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = option(
         "auto", "dtype of the frozen weights; auto: bfloat16 for LoRA on a GPU, float32 otherwise; nf4: 4 bit, on a GPU"
@@ -267,12 +267,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode()
         content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid YAML, nor UTF-8 text {wrong_byte(error)}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise UserError(f"{path} is not valid YAML{where}: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:  # of a character that YAML does not allow
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -10,6 +10,7 @@ stop token.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 
-from srppo.errors import UserError
+from srppo.errors import UserError, wrong_byte
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,13 +121,12 @@ def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
             table = pyarrow.parquet.read_table(path)
             return [(f"{path}, row {i}", row) for i, row in enumerate(table.to_pylist())]
+        text = path.read_bytes().decode().removeprefix("\ufeff")  # spreadsheets write a byte order mark
         if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-                return list(rows_from_csv(path, file))
-        with path.open(encoding="utf-8-sig") as file:
-            return list(rows_from_jsonl(path, file))
+            return list(rows_from_csv(path, io.StringIO(text, newline="")))
+        return list(rows_from_jsonl(path, io.StringIO(text, newline=None)))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+        raise UserError(f"{path} is not UTF-8 text {wrong_byte(error)}") from None
     except (OSError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     except ValueError as error:
@@ -135,13 +135,28 @@ def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
+class RepeatedName(Exception):
+    """A name that an object of a JSON line has twice, of which Python's parser would take the last."""
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in row:
+            raise RepeatedName(name)
+        row[name] = value
+    return row
+
+
 def rows_from_jsonl(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unique_names)
+        except RepeatedName as error:
+            raise UserError(f"{where} has {error.args[0]!r} more than once: keep one") from None
         except json.JSONDecodeError as error:
             hint = "one object a line" + ", and not all of them in one list" * line.startswith("[")
             raise UserError(f"{where} is not valid JSON: {error.msg} at column {error.colno}; {hint}") from None
@@ -279,11 +294,17 @@ def tokenize_row(
     return prompt_ids, end_with_stop(tokenizer(completion, add_special_tokens=False)["input_ids"], stop_token_ids)
 
 
+def whole_numbers(ids: Iterable[Any]) -> list[int]:
+    """Token ids as plain integers; ``TypeError`` where one is none, as a float, a bool or text."""
+    tokens = list(ids)
+    if any(isinstance(token, bool) for token in tokens):  # operator.index takes True for 1
+        raise TypeError
+    return [operator.index(token) for token in tokens]
+
+
 def checked_ids(where: str, ids: Any, vocabulary: int) -> list[int]:
     try:
-        if any(isinstance(token, bool) for token in ids):  # operator.index takes True for 1
-            raise TypeError
-        tokens = [operator.index(token) for token in ids]
+        tokens = whole_numbers(ids)
     except TypeError:
         raise UserError(f"{where}: input_ids must be a list of whole numbers, got {str(ids)[:40]!r}") from None
     bad = [token for token in tokens if not 0 <= token < vocabulary]

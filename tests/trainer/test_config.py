@@ -484,8 +484,13 @@ def test_what_only_the_command_takes_is_in_its_configuration_and_not_in_the_trai
     ("content", "message"),
     [
         ("a: [1", r"run\.yaml is not valid YAML"),
+        (
+            "lam: 1\nseed: 1: 2\n",
+            r"run\.yaml is not valid YAML in line 2, column 8: mapping values are not allowed here$",
+        ),
+        ("lam: \x00", r"run\.yaml is not valid YAML: unacceptable character #x0000: .* position 5$"),
         ("- seed\n", r"run\.yaml must hold 'name: value' lines, got a list"),
-        (b"seed: \xff\xfe", r"run\.yaml is not valid YAML"),
+        (b"seed: \xff\xfe", r"run\.yaml is not valid YAML, nor UTF-8 text \(byte 0xff at 6\): save it as UTF-8"),
         ("seed: 1\nlam: 1\nseed: 2\n", r"run\.yaml has 'seed' more than once: keep one"),
         ("sed: 1\n", r"unknown option 'sed' in .*run\.yaml; did you mean seed\?"),
         (None, r"cannot read the configuration file .*run\.yaml: No such file"),
@@ -495,8 +500,9 @@ def test_a_bad_configuration_file_is_named(tmp_path, content, message):
     path = tmp_path / "run.yaml"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         SRPPOConfig.from_yaml(path)
+    assert "\n" not in str(caught.value)
     with contextlib.suppress(UserError):
         assert read_yaml(path) == {"sed": 1}
 
