@@ -12,7 +12,7 @@ Where SFT is an adapter folder, both models are one base with that adapter on an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from srppo.config import SRPPOConfig
-from srppo.data import filler_token, stop_tokens, tokenize_row
+from srppo.data import filler_token, stop_tokens, tokenize_row, whole_numbers
 from srppo.errors import UserError
 from srppo.models import (
     check_positions,
@@ -256,6 +256,9 @@ class SelfReward:
             UserError: neither text nor ids for prompts or completions; text without a tokenizer, or with a penalty for
                 cut completions that it cannot tell; as in :meth:`reward`.
         """
+        for name, given in (("prompts", prompts), ("completions", completions)):
+            if isinstance(given, str):
+                raise UserError(f"{name} must be a list, got the text {given[:40]!r}: put it in a list of one")
         if prompts is None and prompt_ids is None:
             raise UserError("the self-reward needs prompts: pass prompt_ids, or prompts as text or message lists")
         if completions is None and completion_ids is None:
@@ -350,8 +353,11 @@ def _roles(
                 check_padding(role)
     else:
         assert not isinstance(base, Role) and not isinstance(sft, Role)
-        if not isinstance(base, str) and base is sft:
-            raise UserError("base and sft are the same model, so every reward would be 0")
+        if base is sft or (
+            isinstance(base, str) and isinstance(sft, str) and Path(base).resolve() == Path(sft).resolve()
+        ):
+            named = f" ({base})" if isinstance(base, str) else ""
+            raise UserError(f"base and sft are the same model{named}, so every reward would be 0")
         base, sft = frozen_roles(args, base, sft, share=True)
     if base.model is sft.model and base.adapter == sft.adapter:
         raise UserError("base and sft are the same model with the same adapter, so every reward would be 0")
@@ -393,9 +399,17 @@ def _checked(rows: Ids, name: str, vocabulary: int) -> list[list[int]]:
     """Token ids as lists, each in range."""
     if isinstance(rows, Tensor):
         raise UserError(f"{name} is a tensor, which hides what is padding: pass a list of token ids for each sequence")
-    lists = [row.tolist() if isinstance(row, Tensor) else [int(token) for token in row] for row in rows]
-    for number, row in enumerate(lists):
-        bad = next((token for token in row if not 0 <= token < vocabulary), None)
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        raise UserError(f"{name} must hold a list of token ids for each sequence, got {str(rows)[:40]!r}")
+    lists: list[list[int]] = []
+    for number, row in enumerate(rows):
+        try:
+            lists.append(whole_numbers(row.tolist() if isinstance(row, Tensor) else row))
+        except TypeError:
+            raise UserError(
+                f"{name}[{number}] must be a list of token ids, which are whole numbers; got {str(row)[:40]!r}"
+            ) from None
+        bad = next((token for token in lists[-1] if not 0 <= token < vocabulary), None)
         if bad is not None:
             raise UserError(
                 f"{name}[{number}] has token {bad}, and base and SFT have {vocabulary}: it comes from another tokenizer"

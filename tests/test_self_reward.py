@@ -222,6 +222,9 @@ def test_models_that_do_not_belong_together_are_refused(pair, tiny_models, tmp_p
         SelfReward(Role("base", base), Role("sft", tiny_model(vocab_size=280)), stop_token_ids=[0])
     with pytest.raises(UserError, match="same model"):
         SelfReward(base, base, stop_token_ids=[0])
+    for again in (tiny_models.base, f"{tiny_models.base}/../base", Path(tiny_models.base)):
+        with pytest.raises(UserError, match=r"same model \(.*base\), so every reward would be 0"):
+            SelfReward(tiny_models.base, again)
     with pytest.raises(UserError, match="same adapter"):
         SelfReward(Role("base", base), Role("sft", base), stop_token_ids=[0])
     wide = tiny_model().double()
@@ -261,6 +264,20 @@ def test_models_that_do_not_belong_together_are_refused(pair, tiny_models, tmp_p
         ({"prompt_ids": [[5]], "completion_ids": [[264]]}, r"completion_ids\[0\] has token 264.*another tokenizer"),
         ({"prompt_ids": [[5], [-1]], "completion_ids": [[1], [1]]}, r"prompt_ids\[1\] has token -1"),
         ({"prompt_ids": [[5], []], "completion_ids": [[1], [1]]}, r"prompt_ids\[1\] is empty"),
+        ({"prompt_ids": [5, 6], "completion_ids": [6, 7]}, r"prompt_ids\[0\] must be a list of token ids.*got '5'"),
+        (
+            {"prompt_ids": [[5]], "completion_ids": [[6.5]]},
+            r"completion_ids\[0\] must be .* whole numbers; got '\[6.5\]'",
+        ),
+        (
+            {"prompt_ids": [[5]], "completion_ids": [torch.tensor([6.0])]},
+            r"completion_ids\[0\] must be .* whole numbers",
+        ),
+        ({"prompt_ids": ["ab"], "completion_ids": ["c"]}, r"prompt_ids\[0\] must be a list of token ids.*got 'ab'"),
+        ({"prompt_ids": "ab", "completion_ids": [[1]]}, "prompt_ids must hold a list of token ids for each sequence"),
+        ({"prompt_ids": 5, "completion_ids": [[1]]}, "prompt_ids must hold a list of token ids for each sequence"),
+        ({"prompts": "a", "completions": "b"}, "prompts must be a list, got the text 'a'"),
+        ({"prompts": ["a"], "completions": "b"}, "completions must be a list, got the text 'b'"),
         ({"prompt_ids": [[5]], "completion_ids": [[1], [2]]}, "1 prompts and 2 completions"),
         ({"prompt_ids": torch.ones(2, 3), "completion_ids": [[1], [2]]}, "hides what is padding"),
         ({"prompt_ids": [[5] * 100], "completion_ids": [[6] * 29]}, "129 tokens, and the model has 128 positions"),
