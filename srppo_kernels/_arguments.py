@@ -1,6 +1,8 @@
 """Argument checks that the ops share: every error names the argument and says what to do."""
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,21 @@ def check_mask(op: str, mask: Tensor) -> None:
         raise TypeError(f"{op}: mask must be a bool tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: mask has dtype {mask.dtype}; pass a bool tensor (mask.bool()), True on valid tokens")
+
+
+def check_number(op: str, name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> None:
+    """Refuse what is no number, or one that does not fit, as NaN does not; `wanted` says what it "must" be."""
+    try:
+        fitting = fits(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name}={value!r} must be a number, got {type(value).__name__}") from None
+    if not fitting:
+        raise ValueError(f"{op}: {name}={value} must {wanted}")
+
+
+def check_finite(op: str, **numbers: Any) -> None:
+    for name, value in numbers.items():
+        check_number(op, name, value, lambda x: -math.inf < x < math.inf, "be finite")
 
 
 def check_tensor(op: str, name: str, value: object) -> None:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import check_mask, check_same_shape, compute_dtype
+from srppo_kernels._arguments import check_mask, check_number, check_same_shape, compute_dtype
 
 __all__ = ["Aux", "LossFn", "LossResult", "level_of"]
 
@@ -175,16 +175,23 @@ def live_pairs(op: str, mask: Tensor) -> Tensor:
 # -- sums -------------------------------------------------------------------------------------------------------------
 
 
-def divided(op: str, terms: Tensor, normalizer: float | Tensor) -> Tensor:
-    """``sum of terms / normalizer``, added in float64; a normalizer of 0, of a batch without tokens, counts as 1."""
-    total = terms.sum(dtype=torch.float64)
+def check_divisor(op: str, normalizer: float | Tensor) -> None:
+    """One number, and not a negative one; 0 is that of a batch without tokens."""
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"{op}: normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
+        return
+    wanted = "be positive; it is what the sum is divided by"
+    check_number(op, "normalizer", normalizer, lambda x: x >= 0, wanted)
+
+
+def divided(op: str, terms: Tensor, normalizer: float | Tensor) -> Tensor:
+    """``sum of terms / normalizer``, added in float64; a normalizer of 0, of a batch without tokens, counts as 1."""
+    check_divisor(op, normalizer)
+    total = terms.sum(dtype=torch.float64)
+    if isinstance(normalizer, Tensor):
         divisor = normalizer.detach().reshape(()).to(total)
         total = total / torch.where(divisor == 0, 1, divisor)
-    elif normalizer < 0 or normalizer != normalizer:
-        raise ValueError(f"{op}: normalizer={normalizer} must be positive; it is what the sum is divided by")
     else:
         total = total / (normalizer or 1)
     return total.to(terms.dtype)
@@ -198,8 +205,7 @@ def sums(**counts: Tensor) -> Aux:
 def check_positive(op: str, **options: float) -> None:
     """Refuses an option that must be above 0."""
     for name, value in options.items():
-        if not value > 0:
-            raise ValueError(f"{op}: {name}={value} must be positive")
+        check_number(op, name, value, lambda x: x > 0, "be positive")
 
 
 def log_one_minus_exp(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from srppo.losses.contract import (
     LOG_RATIO_BOUND,
     LossResult,
+    check_divisor,
     check_positive,
     divided,
     level,
@@ -22,6 +23,7 @@ from srppo.losses.contract import (
 )
 from srppo_kernels import PPOStats, ppo_loss
 from srppo_kernels._arguments import check_choice, check_mask, check_same_shape
+from srppo_kernels.ppo_loss.op import check_clips
 
 __all__ = ["apa", "cispo", "dppo", "entropy_bonus", "kl_penalty", "ppo", "reinforce"]
 
@@ -98,6 +100,8 @@ def clipped(
     unit: str = "tokens",
 ) -> LossResult:
     """``ppo_loss`` as a sum over a normalizer. The loss is linear in ``|A|``, so a weight goes to the advantage."""
+    check_clips(op, clip_low, clip_high, dual_clip)
+    check_divisor(op, normalizer)
     lp, old, advantage, weight = tokens(op, logprob, mask, old_logprobs=old, advantages=advantages, weights=weights)
     if entropy_coef and entropy is None:
         raise ValueError(f"{op}: entropy_coef={entropy_coef} needs entropy; linear_loss gives it")
@@ -196,10 +200,7 @@ def cispo(
     TRL's documentation recommends.
     """
     require("cispo", old_logprobs=old_logprobs, advantages=advantages)
-    if not 0 <= clip_low <= 1 or not clip_high >= 0:
-        raise ValueError(
-            f"cispo: clip_low={clip_low} must lie in [0, 1] and clip_high={clip_high} must not be negative"
-        )
+    check_clips("cispo", clip_low, clip_high, None)
     lp, old, advantage, weight = tokens(
         "cispo", logprob, mask, old_logprobs=old_logprobs, advantages=advantages, weights=weights
     )

@@ -10,6 +10,7 @@ from srppo_kernels._arguments import (
     check_backend,
     check_choice,
     check_mask,
+    check_number,
     check_rows,
     check_same_shape,
     check_tensor,
@@ -243,7 +244,8 @@ def gae(
         rewards, values: `[B, T]`, or packed `[total]` with `cu_seqlens`. Any float dtype; computed in float32
             (float64 stays float64). `values[t]` is the critic's value of the state in which token t is chosen.
         mask: bool, same shape, True on valid tokens; may have gaps. What masked places hold, NaN included, is not read.
-        gamma, lam: discount and GAE's lambda: a float, or a tensor `[B]` with one value a row (not differentiated).
+        gamma, lam: discount and GAE's lambda: a float in [0, 1], or a tensor `[B]` with one value a row (not
+            differentiated, and its values not looked at).
         bootstrap: `[B]`, the value after each row's last valid token (for truncated rows); None means 0.
         mask_mode: `"carry"` skips masked tokens (verl, AReaL), `"zero"` treats gaps as steps of value and reward 0
             (TRL); `reference.py` writes both down.
@@ -289,9 +291,13 @@ def gae(
     if isinstance(gamma, Tensor):
         check_rows("gae", "gamma", gamma, rows, rewards.device)
         gamma_rows = gamma.detach()
+    else:
+        check_number("gae", "gamma", gamma, lambda x: 0 <= x <= 1, "lie in [0, 1]")
     if isinstance(lam, Tensor):
         check_rows("gae", "lam", lam, rows, rewards.device)
         lam_rows = lam.detach()
+    else:
+        check_number("gae", "lam", lam, lambda x: 0 <= x <= 1, "lie in [0, 1]")
     made = torch.ops.srppo.gae(
         rewards,
         values,

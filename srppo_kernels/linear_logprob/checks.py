@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import check_mask, check_tensor, refuse_tangents
+from srppo_kernels._arguments import check_finite, check_mask, check_number, check_tensor, refuse_tangents
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +42,8 @@ def check_head(
                 f"{op}: {name} is a DTensor; pass it through srppo_kernels.parallel first: vocab_parallel_head(...) "
                 f"if its shards are vocabulary-parallel, full_head(...) if they are FSDP's"
             )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} is laid out as {tensor.layout}; pass {name}.to_dense()")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; pass float32, bfloat16, float16 or float64")
         if tensor.device != hidden.device:
@@ -83,12 +85,11 @@ def check_head(
             raise ValueError(
                 f"{op}: temperature requires a gradient, which the op does not give; pass temperature.detach()"
             )
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature={temperature} must be positive and finite")
-    if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"{op}: logit_scale={logit_scale} must be finite")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap={softcap} must be positive, or None to switch it off")
+    else:
+        check_number(op, "temperature", temperature, lambda x: 0 < x < math.inf, "be positive and finite")
+    check_finite(op, logit_scale=logit_scale)
+    if softcap is not None:
+        check_number(op, "softcap", softcap, lambda x: 0 < x < math.inf, "be positive, or None to switch it off")
     if grad_weight_out is not None:
         check_tensor(op, "grad_weight_out", grad_weight_out)
         if grad_weight_out.device != weight.device:
@@ -126,14 +127,33 @@ def check_targets(targets: Tensor, live: Tensor, vocab: int | Tensor, shape: tor
     if targets.device.type != "cpu":
         assert_targets(~bad.any())
         return
-    if not bad.any():
+    if bad.any():
+        raise ValueError(
+            f"linear_logprob: {_first_of('targets', targets, bad, shape)}, outside the vocabulary [0, {int(vocab)}); "
+            f"mask that token, or set it to ignore_index"
+        )
+
+
+def check_temperatures(temperature: Tensor, live: Tensor, shape: torch.Size) -> None:
+    """Live rows' are positive and finite: looked at on a CPU only, as a device would have to be waited for.
+
+    Raises:
+        ValueError: with the index in the caller's ``shape``.
+    """
+    if temperature.device.type != "cpu":
         return
+    bad = live & ~((temperature > 0) & (temperature < math.inf))
+    if bad.any():
+        raise ValueError(
+            f"linear_logprob: {_first_of('temperature', temperature, bad, shape)}; it must be positive and finite"
+        )
+
+
+def _first_of(name: str, values: Tensor, bad: Tensor, shape: torch.Size) -> str:
+    """``name[i, j] is x`` for the first place of ``bad``, flat, of a tensor of ``shape``."""
     position = int(bad.nonzero()[0, 0])
     index = [int(i) for i in torch.unravel_index(torch.tensor(position), shape)] if shape else []
-    raise ValueError(
-        f"linear_logprob: targets{index} is {int(targets[position])}, outside the vocabulary [0, {int(vocab)}); "
-        f"mask that token, or set it to ignore_index"
-    )
+    return f"{name}{index} is {values[position].item()}"
 
 
 def assert_targets(fit: Tensor) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from srppo_kernels._arguments import check_choice
 from srppo_kernels.linear_logprob.checks import check_head
-from srppo_kernels.linear_logprob.plan import OPS, Plan, check_choice, choose, problem_of
+from srppo_kernels.linear_logprob.plan import OPS, Plan, choose, problem_of
 
 __all__ = ["Plan", "explain"]
 

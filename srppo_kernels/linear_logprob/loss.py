@@ -53,8 +53,9 @@ class _LinearLoss(torch.autograd.Function):
         wide = call.head["grad_weight_out"] is not None
         wanted = fused.Wanted(need_hidden, need_weight, need_bias, wide_weight=wide)
         head = Head(weight, bias, *(call.head[k] for k in ("row_temperature", "temperature", "logit_scale", "softcap")))
+        backend, group, vocab = call.plan.backend, call.group, weight.shape[0]
         x, y, live = prepare(
-            hidden, targets, mask, call.head["ignore_index"], weight.shape[0], call.group, call.plan.backend
+            hidden, targets, mask, head.row_temperature, call.head["ignore_index"], vocab, group, backend
         )
         chunks = _ChunkLosses(call.loss_fn, call.args, differentiable, targets.shape, live, call.grad_mode)
         formed = fused.run(
@@ -259,6 +260,10 @@ def linear_loss(
         TypeError, ValueError: an argument or a result of ``loss_fn`` that does not fit.
     """
     op = "linear_loss"
+    if not callable(loss_fn):
+        raise TypeError(
+            f"{op}: loss_fn must be a function of (logprob, entropy, *loss_args), got {type(loss_fn).__name__}"
+        )
     check_head(
         op, hidden, weight, targets, bias=bias, mask=mask, temperature=temperature, logit_scale=logit_scale,
         softcap=softcap, grad_weight_out=grad_weight_out,

@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from srppo_kernels.linear_logprob import backward as grads
 from srppo_kernels.linear_logprob import gpu, spare, vocab_parallel
-from srppo_kernels.linear_logprob.checks import assert_targets, check_head, check_targets
+from srppo_kernels.linear_logprob.checks import assert_targets, check_head, check_targets, check_temperatures
 from srppo_kernels.linear_logprob.chunked import (
     Head,
     Residual,
@@ -49,9 +49,17 @@ def live_rows(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor
 
 
 def prepare(
-    hidden: Tensor, targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int, group: str, backend: str
+    hidden: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    ignore_index: int,
+    vocab: int,
+    group: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat ``(hidden [N, D], targets local to this rank's shard [N], live [N])``, with the targets checked."""
+    """Flat ``(hidden [N, D], targets local to this rank's shard [N], live [N])``, with the values of targets and
+    temperatures checked."""
     flat, x = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
     if backend in gpu.FAMILY and not group and flat.device.type != "cpu":
         live, fit = gpu.live_targets(flat, mask, ignore_index, vocab)
@@ -60,6 +68,8 @@ def prepare(
     live = live_rows(flat, mask, ignore_index)
     start, total = vocab_parallel.shard_range(vocab, group, targets.device)
     check_targets(flat, live, total, targets.shape)
+    if row_temperature is not None:
+        check_temperatures(row_temperature.reshape(-1), live, targets.shape)
     return x, flat - start if group else flat, live
 
 
@@ -83,7 +93,7 @@ def _linear_logprob(
     bound: int | None,  # bytes of workspace (score and recompute on native code; None: the default)
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group, backend)
+    x, y, live = prepare(hidden, targets, mask, row_temperature, ignore_index, weight.shape[0], group, backend)
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
     acc = accumulation_dtype(hidden)
     rows = Rows.of(live, backend=backend, dense=mask is None)
@@ -356,14 +366,15 @@ def _reference(
     if group is not None:
         raise ValueError("linear_logprob: backend='reference' has no vocabulary-parallel form; pass backend='auto'")
     acc = accumulation_dtype(hidden)
-    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], "", "reference")
+    rows = _flat(temperature) if isinstance(temperature, Tensor) else None
+    x, y, live = prepare(hidden, targets, mask, rows, ignore_index, weight.shape[0], "", "reference")
     outputs = linear_logprob_reference(
         x.to(acc),
         weight.to(acc),
         y,
         live,
         bias=None if bias is None else bias.to(acc),
-        temperature=temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature,
+        temperature=temperature if rows is None else rows,
         logit_scale=logit_scale,
         softcap=softcap,
     )

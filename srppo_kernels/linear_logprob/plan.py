@@ -20,13 +20,13 @@ On a CPU the memory of exponentials, dz and dweight stays with the process for t
 (spare.py).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from srppo_kernels._arguments import check_choice
 from srppo_kernels.linear_logprob import gpu, native, native_gradients, sm90
 from srppo_kernels.linear_logprob.chunked import GROUP, backward_rows, maxima_of, row_block
 
@@ -100,12 +100,6 @@ class Plan:
             f"{self.backend} backend, plan {self.plan}: {self.gemms} GEMM{'s' if self.gemms != 1 else ''}, "
             f"{self.workspace_bytes / 2**20:.1f} MiB of workspace{chunk}\n  because {self.reason}"
         )
-
-
-def check_choice(op: str, name: str, value: str, known: Sequence[str]) -> None:
-    """Refuses an unknown mode and lists the known ones."""
-    if value not in known:
-        raise ValueError(f"{op}: {name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
 
 
 def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from srppo_kernels._arguments import check_floating, check_tensor
+from srppo_kernels._arguments import check_finite, check_floating, check_tensor
 from srppo_kernels._library import differentiable_once
 from srppo_kernels.linear_logprob import fused
 from srppo_kernels.linear_logprob.checks import check_head
@@ -54,7 +54,7 @@ def _linear_ppo_loss(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, y, live = prepare(hidden, targets, mask, ignore_index, weight.shape[0], group, backend)
+    x, y, live = prepare(hidden, targets, mask, row_temperature, ignore_index, weight.shape[0], group, backend)
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
     old, advantage = old_logprobs.reshape(-1), advantages.reshape(-1)
     divisor: Tensor | float = live.sum().clamp(min=1) if normalizer is None else normalizer
@@ -180,11 +180,15 @@ def linear_ppo_loss(
         softcap=softcap, grad_weight_out=grad_weight_out,
     )  # fmt: skip
     check_clips(op, clip_low, clip_high, dual_clip)
+    check_finite(op, entropy_coef=entropy_coef)
     for name, values in (("old_logprobs", old_logprobs), ("advantages", advantages)):
         check_tensor(op, name, values)
         check_floating(op, name, values)
         if values.shape != targets.shape:
-            raise ValueError(f"{op}: {name} has shape {tuple(values.shape)} but targets {tuple(targets.shape)}")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(values.shape)} but targets {tuple(targets.shape)}; pass one number for "
+                f"every target"
+            )
         if values.device != hidden.device:
             raise ValueError(f"{op}: {name} is on {values.device} but hidden on {hidden.device}; move one of them")
     check_normalizer(op, normalizer)

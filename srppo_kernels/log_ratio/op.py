@@ -1,5 +1,6 @@
 """`srppo::log_ratio_reward`: schema, fake, autograd and the choice of backend. `reference.py` has the maths."""
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 from srppo_kernels._arguments import (
     check_backend,
     check_choice,
+    check_finite,
     check_mask,
+    check_number,
     check_rows,
     check_same_shape,
     check_tensor,
@@ -257,11 +260,13 @@ def log_ratio_reward(
         if std_tensor is not None:
             std_tensor = std_tensor.to(compute_dtype(logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref))
     elif running_std is not None:
-        if not running_std > 0:
-            raise ValueError(f"{op}: running_std={running_std} must be positive")
+        check_number(op, "running_std", running_std, lambda x: 0 < x < math.inf, "be positive and finite")
         std = float(running_std)
-    if clip is not None and not clip > 0:
-        raise ValueError(f"{op}: clip={clip} must be positive; pass None to switch it off")
+    check_finite(op, scale=scale, kl_coef=kl_coef)
+    if clip is not None:
+        check_number(op, "clip", clip, lambda x: x > 0, "be positive; pass None to switch it off")
+    if missing_eos_penalty is not None:
+        check_finite(op, missing_eos_penalty=missing_eos_penalty)
     if missing_eos_penalty is not None and truncated is None:
         raise ValueError(f"{op}: missing_eos_penalty={missing_eos_penalty} needs truncated, a bool tensor [B]")
     if truncated is not None:

@@ -16,7 +16,9 @@ from srppo_kernels import _triton
 from srppo_kernels._arguments import (
     check_backend,
     check_choice,
+    check_finite,
     check_mask,
+    check_number,
     check_same_shape,
     compute_dtype,
     number_or_tensor,
@@ -216,8 +218,9 @@ def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"{op}: normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
-    elif normalizer is not None and not normalizer > 0:
-        raise ValueError(f"{op}: normalizer={normalizer} must be positive; it is what the sum is divided by")
+    elif normalizer is not None:
+        wanted = "be positive; it is what the sum is divided by"
+        check_number(op, "normalizer", normalizer, lambda x: x > 0, wanted)
 
 
 def _split_normalizer(
@@ -234,12 +237,10 @@ def _split_normalizer(
 
 def check_clips(op: str, clip_low: float, clip_high: float, dual_clip: float | None) -> None:
     """Bounds of the ratio that make sense, for every op that takes them."""
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"{op}: clip_low={clip_low} must lie in [0, 1]: ratios are kept above 1 - clip_low")
-    if not clip_high >= 0:
-        raise ValueError(f"{op}: clip_high={clip_high} must not be negative: ratios are kept below 1 + clip_high")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"{op}: dual_clip={dual_clip} must be above 1, or None to switch it off")
+    check_number(op, "clip_low", clip_low, lambda x: 0 <= x <= 1, "lie in [0, 1]: ratios are kept above 1 - clip_low")
+    check_number(op, "clip_high", clip_high, lambda x: x >= 0, "not be negative: ratios are kept below 1 + clip_high")
+    if dual_clip is not None:
+        check_number(op, "dual_clip", dual_clip, lambda x: x > 1, "be above 1, or None to switch it off")
 
 
 def _check_policy(
@@ -264,6 +265,7 @@ def _check_policy(
     if logprobs.dim() == 0:
         raise ValueError(f"{op}: logprobs is 0-d; pass [B, T] or [N]")
     check_clips(op, clip_low, clip_high, dual_clip)
+    check_finite(op, entropy_coef=entropy_coef)
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"{op}: entropy_coef={entropy_coef} needs entropy; pass the per-token entropy")
 
@@ -435,8 +437,8 @@ def value_loss(
     check_same_shape("value_loss", "values", values, old_values=old_values, returns=returns, mask=mask)
     if values.dim() == 0:
         raise ValueError("value_loss: values is 0-d; pass [B, T] or [N]")
-    if clip is not None and not clip >= 0:
-        raise ValueError(f"value_loss: clip={clip} must not be negative; pass None to switch clipping off")
+    if clip is not None:
+        check_number("value_loss", "clip", clip, lambda x: x >= 0, "not be negative; pass None to switch clipping off")
     divisor, divisor_tensor = _split_normalizer("value_loss", normalizer, values.device)
     loss, _, vector, _ = torch.ops.srppo.value_loss(
         values, old_values, returns, mask, clip, divisor, divisor_tensor, backend

@@ -246,6 +246,9 @@ def test_bad_target_is_named(call):
         ({"temperature": torch.ones(6, requires_grad=True)}, ValueError, "temperature.detach"),
         ({"logit_scale": float("nan")}, ValueError, "logit_scale"),
         ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"temperature": "1"}, TypeError, "temperature='1' must be a number, got str"),
+        ({"logit_scale": None}, TypeError, "logit_scale=None must be a number, got NoneType"),
+        ({"hidden": torch.zeros(6, 4).to_sparse()}, TypeError, r"hidden is laid out as .*; pass hidden.to_dense"),
         ({"plan": "fast"}, ValueError, "plan='fast' is unknown"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
         ({"workspace_bytes": -1}, ValueError, "workspace_bytes"),
@@ -268,13 +271,35 @@ def test_bad_arguments(change, error, text):
         explain(**arguments)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_temperature_that_no_row_can_have(bad, backend):
+    """It is told with its place; what a masked row has is not looked at."""
+    p = make("random", n=6, d=4, v=9)
+    hidden, targets = p.hidden.view(2, 3, 4), p.targets.view(2, 3)
+    temperature, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    temperature[1, 0] = bad
+    with pytest.raises(ValueError, match=rf"temperature\[1, 0\] is {bad}; it must be positive and finite"):
+        linear_logprob(hidden, p.weight, targets, temperature=temperature, mask=mask, backend=backend)
+    mask[1, 0] = False
+    out = linear_logprob(hidden, p.weight, targets, temperature=temperature, mask=mask, backend=backend).logprob
+    same = linear_logprob(hidden, p.weight, targets, mask=mask, backend=backend).logprob
+    assert torch.equal(out, same)
+
+
 @pytest.mark.parametrize("plan", ["auto", "cache"])
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
         ({"old_logprobs": torch.zeros(6, dtype=torch.int64)}, TypeError, "old_logprobs has dtype torch.int64"),
         ({"advantages": [0.0] * 6}, TypeError, "advantages must be a tensor, got list"),
-        ({"advantages": torch.zeros(5)}, ValueError, r"advantages has shape \(5,\)"),
+        (
+            {"advantages": torch.zeros(5)},
+            ValueError,
+            r"advantages has shape \(5,\) .*; pass one number for every target",
+        ),
+        ({"entropy_coef": float("nan")}, ValueError, "entropy_coef=nan must be finite"),
+        ({"clip_low": "0.2"}, TypeError, "clip_low='0.2' must be a number, got str"),
         ({"clip_low": 2.0}, ValueError, r"clip_low=2.0 must lie in \[0, 1\]"),
         ({"clip_high": -1.0}, ValueError, "clip_high=-1.0 must not be negative"),
         ({"dual_clip": 0.5}, ValueError, "dual_clip=0.5 must be above 1"),

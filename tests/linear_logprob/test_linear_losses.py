@@ -247,6 +247,7 @@ def test_fp16_gradients_wait_for_the_loss_scale():
 @pytest.mark.parametrize(
     ("loss_fn", "error", "text"),
     [
+        (None, TypeError, "loss_fn must be a function of .*, got NoneType"),
         (lambda lp, h: lp.sum(), TypeError, "must return"),
         (lambda lp, h: (lp, {}), ValueError, "0-d tensor"),
         (lambda lp, h: (lp.sum(), {"n": 3}), TypeError, r"aux\['n'\]"),

@@ -410,6 +410,7 @@ def test_compiles_to_one_graph():
         ({"advantages": torch.ones(2, 3, dtype=torch.long)}, TypeError, "advantages has dtype torch.int64"),
         ({"entropy": torch.ones(3)}, ValueError, "entropy has shape"),
         ({"entropy_coef": 0.1}, ValueError, "entropy_coef=0.1 needs entropy"),
+        ({"entropy_coef": float("nan"), "entropy": torch.ones(2, 3)}, ValueError, "entropy_coef=nan must be finite"),
         ({"clip_low": 1.5}, ValueError, r"clip_low=1.5 must lie in \[0, 1\]"),
         ({"clip_high": -0.1}, ValueError, "clip_high=-0.1 must not be negative"),
         ({"dual_clip": 0.9}, ValueError, "dual_clip=0.9 must be above 1"),
