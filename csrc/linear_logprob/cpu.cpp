@@ -94,9 +94,8 @@ struct Packer {
   }
 };
 
-constexpr std::int64_t kRowBlock = 336;    // rows a task: packing a panel is then 1 or 2 % of its multiplications
+constexpr std::int64_t kRowBlock = 336;  // rows a task: packing a panel is then 1 or 2 % of its multiplications
 constexpr std::int64_t kFewestRows = 64;  // a task, where threads share a small workspace; below, fewer of them work
-constexpr std::int64_t kTileRowBytes = 16 << 20;  // of rows packed at once for AMX tiles, which all threads read
 constexpr std::int64_t kWidestPanel = 32;  // vocabulary entries, at AVX-512
 
 // Rows of the head a panel at a time, packed for the tiles.
@@ -213,6 +212,8 @@ class VectorLogits {
 };
 
 #if defined(__x86_64__)
+constexpr std::int64_t kTileRowBytes = 16 << 20;  // of rows packed at once for AMX tiles, which all threads read
+
 // The scan of bf16 inputs on AMX tiles. Rows are packed once, kTileRowBytes of them at a time, by all threads for all.
 // A task is a vocabulary group and a block of them, blocks innermost, so that a group is in L3 for all but the first.
 void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const RowArgs& of, const float* biases,
