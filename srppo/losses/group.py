@@ -14,16 +14,19 @@ from torch import Tensor
 
 from srppo.losses.contract import LossResult, level, per_sequence, require, sequence_means, whole
 from srppo.losses.policy import clipped
-from srppo_kernels._arguments import check_mask
+from srppo_kernels._arguments import check_mask, compute_dtype
 
 __all__ = ["dapo", "dr_grpo", "group_advantages", "grpo", "gspo", "mean_weights"]
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
-    """``(R - mean) / (std + eps)`` within each group of ``group_size`` neighbours, ``[B]``.
+    """``(R - mean) / (std + eps)`` within each group of ``group_size`` neighbours, ``[B]`` fp32 (fp64 stays fp64).
+
+    In fp64 throughout: the mean of equal rewards is then that reward, where a mean that is rounded to fp32 gave groups
+    of equal rewards around -300 advantages of up to 0.2, all of one sign.
 
     Args:
-        rewards: ``[B]``, the answers to one prompt side by side.
+        rewards: ``[B]``, the answers to one prompt side by side. A NaN makes its whole group NaN.
         scale: False leaves the division out (Dr.GRPO).
         eps: added to the standard deviation, which is the unbiased one, as in TRL.
 
@@ -34,11 +37,11 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: bool = True, ep
             f"group_advantages: rewards of shape {tuple(rewards.shape)} are no groups of {group_size}; pass [B], the "
             f"answers to one prompt side by side, at least two each"
         )
-    grouped = rewards.float().view(-1, group_size)
+    grouped = rewards.double().view(-1, group_size)
     centred = grouped - grouped.mean(-1, keepdim=True)
     if scale:
         centred = centred / (grouped.std(-1, keepdim=True) + eps)
-    return centred.view(-1)
+    return centred.view(-1).to(compute_dtype(rewards))
 
 
 def mean_weights(mask: Tensor) -> Tensor:
@@ -71,8 +74,9 @@ def grpo(
         advantages: of :func:`group_advantages`, spread over tokens: ``a[:, None].expand_as(mask)``.
         weights: :func:`mean_weights` of the mask, times others if wanted. May be left out for ``[B, T]``; in chunks it
             is needed.
-        normalizer: the number of sequences of the whole batch.
-        clip_low, clip_high, dual_clip: as in ``ppo``. A KL penalty is ``kl_penalty`` with the same weights.
+        normalizer: the number of sequences of the whole batch. In TRL one without tokens counts, in verl and OpenRLHF
+            it does not.
+        clip_low, clip_high, dual_clip: as in ``ppo``. A KL penalty is ``kl_penalty`` with ``mean_weights(mask)`` alone.
 
     Returns:
         ``(loss, aux)`` as ``ppo``.
@@ -171,6 +175,8 @@ def gspo(
     clip_high: float = 4e-4,
 ) -> LossResult:
     """GSPO, per sequence: ``-w min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)``, ``s = exp(mean_t log r_t)``.
+
+    The mean is kept in [-20, 20], as log-ratios are in ``ppo_loss``.
 
     Args:
         logprob, mask: ``[B, T]``; ``entropy`` is not read. A sequence without tokens has no part in it.

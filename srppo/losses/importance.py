@@ -1,7 +1,8 @@
 """Weights for the mismatch between the sampler and the trainer: the same policy, computed by two programs.
 
 An inference engine's log-probs differ from the trainer's (kernels, precision, quantisation), so its samples are not
-quite from pi_old. With ``q = pi_old / pi_rollout`` of the token taken, pass these as ``weights`` of a policy loss.
+quite from pi_old. With ``q = pi_old / pi_rollout`` of the token taken, pass these as ``weights`` of a policy loss. A
+log-prob that is NaN gives a weight that is: mask tokens whose sampler did not tell.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def tis_weights(
         mask: bool, True on tokens that count.
         low, high: bounds; ``low=0`` leaves small ratios as they are.
 
-    Source: known from implementations, such as TRL's vLLM correction [code]; the default bound of 2 is ours.
+    Source: known from implementations: verl and slime, whose bound of 2 is the default here, and TRL's vLLM correction
+    in mode ``token_truncate`` [code].
     """
     if not 0 <= low <= high:
         raise ValueError(f"tis_weights: low={low} and high={high} must satisfy 0 <= low <= high")
@@ -50,9 +52,9 @@ def icepop_weights(
         old_logprobs, rollout_logprobs, mask: as in :func:`tis_weights`.
         low, high: the window.
 
-    Source: known from implementations [code]; the default window is ours, as no paper was at hand.
+    Source: known from implementations; the default window is that of verl's preset and of OpenRLHF [code].
     """
     if not 0 <= low <= high:
         raise ValueError(f"icepop_weights: low={low} and high={high} must satisfy 0 <= low <= high")
     ratio = _ratio("icepop_weights", old_logprobs, rollout_logprobs, mask)
-    return torch.where(mask & (ratio >= low) & (ratio <= high), ratio, 0)
+    return torch.where(mask & ~((ratio < low) | (ratio > high)), ratio, 0)

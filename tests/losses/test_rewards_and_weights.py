@@ -24,6 +24,15 @@ def test_group_advantages_by_hand():
             losses.group_advantages(bad, size)
 
 
+@pytest.mark.parametrize("group", [2, 3, 12, 64])
+def test_equal_rewards_of_any_size_teach_nothing(group):
+    """An fp32 mean of equal numbers need not be that number: groups of -312.7613 got advantages of -0.23."""
+    rewards = torch.cat([torch.tensor([-312.7613]), 300 * torch.randn(200)]).repeat_interleave(group)
+    assert not losses.group_advantages(rewards, group).any()
+    close = 1e8 + torch.arange(4, dtype=torch.float64)
+    assert losses.group_advantages(close, 4, scale=False).tolist() == [-1.5, -0.5, 0.5, 1.5]
+
+
 def test_mean_weights_give_means_of_sequences():
     weights = losses.mean_weights(MASK)
     assert weights.sum(-1).tolist() == [1, 1, 0, 1, 1, 1]
@@ -46,6 +55,9 @@ def test_importance_weights_by_hand():
     torch.testing.assert_close(tis, torch.tensor([0.1, 0, 0.9, 1.5, 2, 2, 2]))
     assert losses.tis_weights(old, rollout, mask, low=0.8)[0] == pytest.approx(0.8)
     torch.testing.assert_close(losses.icepop_weights(old, rollout, mask), torch.tensor([0, 0, 0.9, 1.5, 2.5, 0, 0]))
+    unknown = rollout.masked_fill(torch.arange(7) == 3, math.nan)
+    for function in (losses.tis_weights, losses.icepop_weights):
+        assert function(old, unknown, mask).isnan().nonzero().tolist() == [[3]]
     given = old.clone().requires_grad_()
     assert not losses.tis_weights(given, rollout, mask).requires_grad
     for function in (losses.tis_weights, losses.icepop_weights):
