@@ -6,6 +6,8 @@ Every one takes ``weights``, non-negative, that multiply a token's term: 1 / len
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,8 @@ def ppo(
     Args:
         logprob, entropy, mask: ``[B, T]`` or ``[n]``; the entropy is read only for its bonus.
         old_logprobs, advantages: the same shape, constants.
-        weights: the same shape, non-negative; None for 1. They do not weigh the bonus.
+        weights: the same shape, non-negative; None for 1. They do not weigh the bonus: beside ``mean_weights`` it would
+            be a sum per sequence, so take :func:`entropy_bonus` with the same weights.
         normalizer: what the sum is divided by, such as the number of tokens of the whole batch.
 
     Returns:
@@ -99,7 +102,8 @@ def clipped(
     entropy_coef: float = 0.0,
     unit: str = "tokens",
 ) -> LossResult:
-    """``ppo_loss`` as a sum over a normalizer. The loss is linear in ``|A|``, so a weight goes to the advantage."""
+    """``ppo_loss`` as a sum over a normalizer. The loss is linear in ``|A|``, so a weight goes to the advantage; one of
+    0 takes its sign away, which tells what is clipped, and such tokens are counted apart."""
     check_clips(op, clip_low, clip_high, dual_clip)
     check_divisor(op, normalizer)
     lp, old, advantage, weight = tokens(op, logprob, mask, old_logprobs=old, advantages=advantages, weights=weights)
@@ -107,11 +111,18 @@ def clipped(
         raise ValueError(f"{op}: entropy_coef={entropy_coef} needs entropy; linear_loss gives it")
     if not isinstance(normalizer, Tensor) and normalizer == 0:
         normalizer = 1.0
-    loss, stats = ppo_loss(
-        lp, old.detach(), (advantage * weight).detach(), mask, entropy=entropy, clip_low=clip_low, clip_high=clip_high,
-        dual_clip=dual_clip, entropy_coef=entropy_coef, reduction="sum", normalizer=normalizer,
+    sums_of = partial(ppo_loss, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, reduction="sum")
+    loss, stats = sums_of(
+        lp, old.detach(), (advantage * weight).detach(), mask, entropy=entropy, entropy_coef=entropy_coef,
+        normalizer=normalizer,
     )  # fmt: skip
-    return loss, clip_statistics(stats, unit)
+    aux = clip_statistics(stats, unit)
+    if weights is not None:
+        weightless = mask & (weight == 0)
+        _, stats = sums_of(lp.detach(), old.detach(), advantage.detach(), weightless)
+        others = clip_statistics(stats, unit)
+        aux |= {name: aux[name] + others[name] for name in aux if name.startswith("clipped_")}
+    return loss, aux
 
 
 @level("token")
@@ -151,7 +162,7 @@ def dppo(
         ``(loss, aux)`` with sums ``tokens``, ``outside`` (M = 0) and ``capped`` (r > C).
 
     Source: arXiv 2602.04879 [paper's code]. That the KL form looks at the direction as the TV form does, and the
-    default C of 20, are readings of ours.
+    default C of 20, are readings of ours; verl's are the same.
     """
     require("dppo", old_logprobs=old_logprobs, advantages=advantages)
     check_choice("dppo", "divergence", divergence, ("tv", "kl"))
@@ -283,7 +294,10 @@ def kl_penalty(
     normalizer: float | Tensor,
     coef: float,
 ) -> LossResult:
-    """A penalty to add to another loss: ``coef w (exp(d) - d - 1)``, d = log pi_ref - log pi kept in [-20, 20] (k3).
+    """A penalty to add to another loss: ``coef w (exp(d) - d - 1)``, d = log pi_ref - log pi kept at 20 or below (k3).
+
+    verl, OpenRLHF, AReaL and slime cut the estimate to [-10, 10] instead, with no gradient beyond: at d = 8 that is 10
+    and 0, and here, as in TRL, 2972 and -2980.
 
     Args:
         logprob, mask, weights, normalizer: as in :func:`ppo`; ``entropy`` is not read.
@@ -297,7 +311,7 @@ def kl_penalty(
     """
     require("kl_penalty", ref_logprobs=ref_logprobs)
     lp, ref, weight = tokens("kl_penalty", logprob, mask, ref_logprobs=ref_logprobs, weights=weights)
-    d = (ref.detach() - lp).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    d = (ref.detach() - lp).clamp(max=LOG_RATIO_BOUND)
     kl = torch.expm1(d) - d
     return divided("kl_penalty", coef * weight.detach() * kl, normalizer), sums(tokens=mask, kl=kl)
 

@@ -113,8 +113,8 @@ def orpo(
 
     Args:
         logprob, mask: ``[2P, T]``; ``entropy`` is not read.
-        normalizer: the number of pairs of the whole batch. The NLL is a mean per sequence; implementations that average
-            it over the tokens of a batch agree where all chosen sequences are of one length.
+        normalizer: the number of pairs of the whole batch. The NLL is a mean per sequence, over the mask. TRL's and
+            SAPO's code average it over a batch's tokens, the prompts' included: add :func:`sft` on those.
         weight: of the odds ratio: 0.05 in SAPO, 0.1 by default in TRL and Liger.
 
     Returns:
@@ -123,7 +123,7 @@ def orpo(
     Raises:
         ValueError: rows that are no whole pairs, as in a chunk of ``linear_loss``.
 
-    Source: arXiv 2403.07691 as SAPO's code uses it [paper's code].
+    Source: arXiv 2403.07691; the odds ratio as in SAPO's code [paper's code].
     """
     whole("orpo", logprob, mask, what="pairs of sequences, [2P, T]")
     live = live_pairs("orpo", mask)

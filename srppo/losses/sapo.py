@@ -7,8 +7,12 @@ Self-Augmented Preference Optimization (arXiv 2405.20830) [paper's code], for a 
     3. The pair (A B C, A B' C) goes into a first-in first-out buffer of 2000.
     4. DPO or ORPO (``srppo.losses.dpo``, ``orpo`` with weight 0.05) on pairs drawn from the buffer.
 
-A reconstruction of ours: where B' ends in a stop token before the answer's end, the rejected answer ends there,
-instead of going on behind a stop token; and a pair whose B' equals B is left out, as its loss would have no gradient.
+Where B' ends in a stop token before the answer's end, the rejected answer ends there, instead of going on behind a
+stop token. Of ours: a pair whose B' equals B is left out, as its loss would have no gradient; a segment may lie
+anywhere, where the paper's code leaves the last tokens out; and :func:`writer` samples at temperature 1 from all
+tokens, where the paper's code takes 0.7, top-p 0.95 and top-k 50.
+
+Not the SAPO of TRL, verl, AReaL and Liger: that is a policy loss, Soft Adaptive Policy Optimization (arXiv 2511.20347).
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def dft(
     Returns:
         ``(loss, aux)`` with sums ``tokens`` and ``probability``.
 
-    Source: the g = 1 case of IDFT (arXiv 2602.12222) [paper's code].
+    Source: arXiv 2508.05629; here as the g = 1 case of IDFT (arXiv 2602.12222) [paper's code].
     """
     lp, weight = tokens("dft", logprob, mask, weights=weights)
     p = lp.detach().exp()

@@ -248,7 +248,7 @@ def gae(
             differentiated, and its values not looked at).
         bootstrap: `[B]`, the value after each row's last valid token (for truncated rows); None means 0.
         mask_mode: `"carry"` skips masked tokens (verl, AReaL), `"zero"` treats gaps as steps of value and reward 0
-            (TRL); `reference.py` writes both down.
+            (OpenRLHF); `reference.py` writes both down.
         cu_seqlens: `[B + 1]` int32 or int64, starts of the packed sequences: `0 = cu[0] <= ... <= cu[B] = total`.
         moments: return the advantages' moments as well, out of the same launch, for `whiten(advantages, mask,
             moments=moments)`.

@@ -8,20 +8,22 @@ a scan of affine maps from right to left. What "t + 1" means beside masked token
 
 - `"carry"` (verl, AReaL): masked tokens do not exist. The next value and the running advantage of a valid token are
   those of the next *valid* token, as if the row had been compacted first.
-- `"zero"` (TRL): a masked token between two valid ones is a time step with reward 0 and value 0: the running advantage
-  decays through it by `gamma lambda`, its own residual is `gamma V_{t+1}`, and a valid token before it sees next value
-  0.
+- `"zero"` (OpenRLHF): a masked token between two valid ones is a time step with reward 0 and value 0: the running
+  advantage decays through it by `gamma lambda`, its own residual is `gamma V_{t+1}`, and a valid token before it sees
+  next value 0.
 
 In both, `bootstrap` is the value of the state after the row's last valid token (0 if None: the sequence ended), and
 masked tokens after that last one are no time steps at all, so further padding changes no bit. Both outputs are 0 on
-masked tokens. Without gaps the two modes agree.
+masked tokens. Without gaps the two modes agree. TRL's PPO, while there was one, kept the value after the last token as
+a step of its own and paid the score there: a mask and rewards that are a token longer give the same.
 
 The op is linear in rewards, values and bootstrap; its adjoint is the same scan from left to right. With `g` the
 gradient of A plus that of R, and t- the previous valid token (carry mode): `G_t = g_t + gamma lambda G_{t-}`, then
 `dr_t = G_t`, `dV_t = gamma G_{t-} - G_t + dR_t`, `dbootstrap = gamma G_last`.
 
 Whitening: `(x - mean) / sqrt(var + 1e-8)` over valid tokens, var unbiased (n - 1), plus `mean` again without
-`shift_mean`; the formula of TRL's and verl's `masked_whiten`. With one valid token or none var counts as 0.
+`shift_mean`; the formula of verl's `masked_whiten`, and of TRL's when it had PPO. With one valid token or none var
+counts as 0.
 """
 
 import torch

@@ -142,7 +142,7 @@ def whiten(
     Raises:
         ValueError, TypeError: shapes, dtypes or combinations that do not fit, by the argument's name.
 
-    Source: `masked_whiten` as in TRL and verl, from moments that are merged exactly over the group.
+    Source: `masked_whiten` as in verl and in TRL's former PPO, from moments that are merged exactly over the group.
     """
     check_backend("whiten", backend, BACKENDS)
     check_mask("whiten", mask)

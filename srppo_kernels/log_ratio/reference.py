@@ -9,7 +9,8 @@ Coherent reward (arXiv 2510.21090): `r(x, y) = log pi_sft(y|x) - log pi_base(y|x
     then on every valid token   reward_t -= kl_coef kl_t
 
 With `d_t = log pi - log pi_ref` of the policy that sampled: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (Schulman,
-"Approximating KL divergence"); in k3's exponential `-d` is clamped to [-20, 20], with derivative 0 outside.
+"Approximating KL divergence"); in k3's exponential `-d` is clamped to [-20, 20], with derivative 0 outside. verl,
+OpenRLHF and AReaL cut the estimate itself to [-10, 10].
 
 The parts of it that a trainer logs: the row's `score` sum_t u_t as it is, its `shaped` score, which is the row's sum of
 rewards before the KL penalty, and every token's `penalty` -kl_coef kl_t.

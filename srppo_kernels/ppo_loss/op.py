@@ -430,7 +430,7 @@ def value_loss(
     Raises:
         ValueError, TypeError: shapes, dtypes or coefficients that do not fit, by the argument's name.
 
-    Source: the value clipping of PPO's reference implementation, with TRL's factor 0.5; see `reference.py`.
+    Source: the value clipping of PPO's reference implementation, with its factor of 0.5; see `reference.py`.
     """
     check_backend("value_loss", backend, BACKENDS)
     check_mask("value_loss", mask)

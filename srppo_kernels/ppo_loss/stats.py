@@ -40,7 +40,7 @@ class PPOStats(NamedTuple):
     """Of one `ppo_loss`, over valid tokens; float32 0-d tensors on the inputs' device, detached; 0 without tokens."""
 
     approx_kl: Tensor  # mean of k3 = r - 1 - log r, an estimate of KL(old || new) that is never negative
-    approx_kl_k1: Tensor  # mean of -log r
+    approx_kl_k1: Tensor  # mean of -log r, which is kept in [-20, 20]
     clipfrac_low: Tensor  # fraction with A < 0 and r < 1 - clip_low: no gradient
     clipfrac_high: Tensor  # fraction with A > 0 and r > 1 + clip_high: no gradient
     clipfrac_dual: Tensor  # fraction with A < 0 and r > dual_clip: no gradient

@@ -66,7 +66,8 @@ def evaluate(
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_gradient_and_metrics_are_verls(name: str, mode: str) -> None:
     inputs, config = problem(), actor(clip_ratio=0.15, clip_ratio_low=0.15, clip_ratio_high=0.15, clip_ratio_c=1.5)
-    for weights in (None, 0.5 + torch.rand_like(inputs["log_prob"])):
+    random = torch.rand_like(inputs["log_prob"])
+    for weights in (None, 0.5 + random, random.where(random > 0.5, 0)):
         options = {"loss_agg_mode": mode, "rollout_is_weights": weights}
         theirs, expected, their_metrics = evaluate(PEERS[name], config, inputs, **options)
         ours, gradient, metrics = evaluate(name, config, inputs, **options)

@@ -59,9 +59,8 @@ def apa_term(lp, h, init, a, w, *, lam):
 
 
 def kl_term(lp, h, ref, w, *, coef):
-    d = max(-20.0, min(20.0, ref - lp))
-    moves = abs(ref - lp) <= 20
-    return coef * w * (math.expm1(d) - d), coef * w * -math.expm1(d) if moves else 0.0, 0.0
+    d = min(20.0, ref - lp)
+    return coef * w * (math.expm1(d) - d), coef * w * -math.expm1(d) if ref - lp <= 20 else 0.0, 0.0
 
 
 def idft_term(lp, h, w, *, beta, low, high):
@@ -185,10 +184,23 @@ def test_statistics_are_sums_over_tokens():
     assert [aux[k].round().item() for k in ("tokens", "clipped_high", "clipped_low")] == [4, 1, 1]
     k3 = sum(r - 1 - math.log(r) for r in (2, 0.5 / 0.6, 0.5 / 0.9, 1))
     assert aux["approx_kl"].item() == pytest.approx(k3, rel=1e-5)
+    weights = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    _, weighted = losses.ppo(lp, None, mask, old, a, weights, normalizer=1)
+    assert weighted == aux  # what IcePop leaves out is clipped all the same
     _, aux = losses.dppo(lp, None, mask, old, a, normalizer=1, ratio_cap=1.5)
     assert [aux[k].item() for k in ("tokens", "outside", "capped")] == [4, 2, 1]
     _, aux = losses.cispo(lp, None, mask, old, a, normalizer=1, clip_low=0.3, clip_high=0.3)
     assert [aux[k].item() for k in ("tokens", "clipped_low", "clipped_high")] == [4, 1, 1]
+
+
+def test_kl_penalty_far_from_the_reference():
+    """Below the reference the exponential stops growing, and with it the gradient; above it the slope stays."""
+    lp = torch.tensor([-31.0, -1.0, -1.0], requires_grad=True)
+    ref = torch.tensor([-1.0, -31.0, -1.0])
+    loss, _ = losses.kl_penalty(lp, None, torch.ones(3).bool(), ref, normalizer=1, coef=1.0)
+    (grad,) = torch.autograd.grad(loss, [lp])
+    assert loss.item() == pytest.approx(math.expm1(20) - 20 + 29, rel=1e-6)
+    assert grad.tolist() == [0, 1, 0]
 
 
 def test_limits_of_idft():
