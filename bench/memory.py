@@ -165,7 +165,7 @@ def row_of(setting: Setting, told: dict[str, object]) -> Row:
     peaks: dict[str, int] = told["peaks"]  # type: ignore[assignment]
     sizes = {name: told[name] / MIB for name in ("before", "models", "estimate")}  # type: ignore[operator]
     peak = max(peaks.values()) / MIB
-    phases = {name: peaks[name] / MIB for name in PHASES}
+    phases = {name: peaks.get(name, NAN) / MIB for name in PHASES}
     metrics: dict[str, float] = told["metrics"]  # type: ignore[assignment]
     return Row(setting, peak=peak, beyond=peak - sizes["before"], phases=phases, metrics=metrics, **sizes)
 

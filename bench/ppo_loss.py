@@ -1,8 +1,8 @@
 """The clipped losses with their gradient and every statistic that a trainer logs, against plain torch.
 
 The plain versions compute what ours do, statistics included, and wait for nothing: a trainer that calls ``.item()`` on
-each of them is slower still. The floor is a copy of the bytes that must move: three inputs (policy) or three (value), a
-mask, and the gradient.
+each of them is slower still. The floor is a copy of the bytes that must move: three inputs, a mask, and the
+gradient.
 """
 
 from __future__ import annotations

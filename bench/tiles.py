@@ -46,7 +46,7 @@ def variants(tile: object, group: int, band: int) -> Iterator[tuple[str, object,
                 other = replace(tile, bn=bn, warps=warps, stages=stages, flat=flat)  # type: ignore[type-var]
                 if other != tile:
                     yield (
-                        f"128 x {bn} x 64, {warps} warps, {stages} stages{', flat' if flat else ''}",
+                        f"128 x {bn} x {other.bk}, {warps} warps, {stages} stages{', flat' if flat else ''}",
                         other,
                         group,
                         band,
