@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["check_backend", "check_choice", "check_mask", "check_same_shape", "compute_dtype"]
-
 
 def check_choice(op: str, name: str, value: str, known: Sequence[str]) -> None:
     """Refuse an unknown mode and list the known ones."""
@@ -99,12 +97,16 @@ def check_rows(op: str, name: str, tensor: Tensor, rows: int, device: torch.devi
         raise ValueError(f"{op}: {name} is on {tensor.device} but the other inputs on {device}")
 
 
-def number_or_tensor(scalar: Tensor, device: torch.device) -> tuple[float | None, Tensor | None]:
+def number_or_tensor(op: str, name: str, scalar: Tensor, device: torch.device) -> tuple[float | None, Tensor | None]:
     """A constant of one element: its value where it lies on the CPU beside inputs on a device, which waits for nothing
-    and which a kernel could not read there; else the tensor, 0-d."""
+    and which a kernel could not read there; else the tensor, 0-d, which must be on the inputs' device."""
     scalar = scalar.detach().reshape(())
     if scalar.device.type == "cpu" and device.type != "cpu":
         return float(scalar), None
+    if scalar.device != device:
+        raise ValueError(
+            f"{op}: {name} is on {scalar.device} but the other inputs on {device}; move it, or pass a number"
+        )
     return None, scalar
 
 

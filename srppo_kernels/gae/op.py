@@ -33,7 +33,7 @@ def _as_rows(tensors: tuple[Tensor, ...], cu_seqlens: Tensor) -> tuple[list[Tens
 
 
 def _check_starts(cu_seqlens: Tensor | None, total: int) -> None:
-    """Their values on the CPU only: a device's cannot be read without waiting for it."""
+    """Their values: with a message on the CPU; by an assertion on a device, which is not waited for."""
     if cu_seqlens is None:
         return
     if cu_seqlens.numel() < 2 and total:
@@ -42,6 +42,7 @@ def _check_starts(cu_seqlens: Tensor | None, total: int) -> None:
             f"last, {total}"
         )
     if cu_seqlens.device.type != "cpu":
+        torch._assert_async(_starts_fit(cu_seqlens, total), "srppo::gae: cu_seqlens is not 0 <= ... <= total")
         return
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
         raise ValueError(
@@ -50,6 +51,13 @@ def _check_starts(cu_seqlens: Tensor | None, total: int) -> None:
         )
     if bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"gae: cu_seqlens decreases after position {int((cu_seqlens.diff() < 0).nonzero()[0])}")
+
+
+def _starts_fit(cu_seqlens: Tensor, total: int) -> Tensor:
+    """0-d bool: from 0 to ``total``, and never down."""
+    if cu_seqlens.numel() < 2:
+        return torch.ones((), dtype=torch.bool, device=cu_seqlens.device)  # no sequence: nothing is read
+    return (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens.diff() >= 0).all()
 
 
 def _moments_of(advantages: Tensor, mask: Tensor, backend: str) -> Tensor:
@@ -259,7 +267,8 @@ def gae(
         With `moments` a third: float64 `[3]`, count, mean and sum of squared deviations over valid tokens; no gradient.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or modes that do not fit, by the argument's name.
+        ValueError, TypeError: shapes, dtypes or modes that do not fit, by the argument's name; starts that do not, on a
+            GPU by a device-side assertion.
 
     Source: Schulman et al. 2016 (arXiv 1506.02438), equations 11 to 16.
     """

@@ -70,7 +70,7 @@ def _run_whiten_apply(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool
     if chosen == "native":
         inputs = native_input(x), native_input(mask), moments.contiguous()
         return torch.ops.srppo_native.whiten_apply(*inputs, shift_mean, reference.WHITEN_EPS)
-    return reference.whiten_apply(x, mask, moments, shift_mean)
+    return reference.whiten_apply(x, mask, moments, shift_mean).contiguous()  # as the fake says
 
 
 _whiten_apply = Op("whiten_apply", _run_whiten_apply)

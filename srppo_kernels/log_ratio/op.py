@@ -64,7 +64,7 @@ def _run_log_ratio_reward(
         )  # fmt: skip
         if not parts:
             penalty, score, shaped = (reward.new_empty(0) for _ in range(3))
-        return reward, penalty, score, shaped
+        return reward.contiguous(), penalty.contiguous(), score, shaped  # as the fake says
     run: Any
     inputs: Any = (logprobs_sft, logprobs_base, mask, std_tensor, truncated, logprobs_policy, logprobs_ref)
     if chosen == "triton":
@@ -126,7 +126,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     d_ratio = torch.where(mask, d_score * factor, 0).to(dtype)
 
     d_policy = d_ref = None
-    if policy is not None and ref is not None:
+    if policy is not None and ref is not None and kl_coef != 0:
         d = torch.where(mask, policy.to(dtype), 0) - torch.where(mask, ref.to(dtype), 0)
         if estimator == "k1":
             slope = torch.ones_like(d)
@@ -256,7 +256,7 @@ def log_ratio_reward(
     if isinstance(running_std, Tensor):
         if running_std.numel() != 1:
             raise ValueError(f"{op}: running_std has shape {tuple(running_std.shape)}; pass a number or a 0-d tensor")
-        std, std_tensor = number_or_tensor(running_std, logprobs_sft.device)
+        std, std_tensor = number_or_tensor(op, "running_std", running_std, logprobs_sft.device)
         if std_tensor is not None:
             std_tensor = std_tensor.to(compute_dtype(logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref))
     elif running_std is not None:
@@ -270,6 +270,7 @@ def log_ratio_reward(
     if missing_eos_penalty is not None and truncated is None:
         raise ValueError(f"{op}: missing_eos_penalty={missing_eos_penalty} needs truncated, a bool tensor [B]")
     if truncated is not None:
+        check_tensor(op, "truncated", truncated)
         if truncated.dtype != torch.bool:
             raise TypeError(
                 f"{op}: truncated has dtype {truncated.dtype}; pass a bool tensor, True on rows without EOS"

@@ -74,10 +74,10 @@ def _run_ppo_loss(
                 return torch.ops.srppo_native.ppo_loss_cuda(*tokens, *bounds, finished)
         return (*torch.ops.srppo_native.ppo_loss(*tokens, *bounds), applied)
     weights = reference.weights_for(inputs, mask, reduction, divisor, divisor_tensor)
-    made = reference.ppo_loss_reference(
+    loss, d_logprobs, d_entropy, stats = reference.ppo_loss_reference(
         logprobs, old_logprobs, advantages, mask, entropy, clip_low, clip_high, dual_clip, entropy_coef, weights
     )  # fmt: skip
-    return (*made, applied)
+    return loss, d_logprobs.contiguous(), d_entropy.contiguous(), stats, applied  # as the fake says
 
 
 _ppo_loss = Op("ppo_loss", _run_ppo_loss)
@@ -175,7 +175,8 @@ def _run_value_loss(
                 return torch.ops.srppo_native.value_loss_cuda(*tokens, clip, divisor, total, finished)
         return (*torch.ops.srppo_native.value_loss(*tokens, clip, divisor, total), applied)
     weights = reference.weights_for((values, old_values, returns), mask, "token_mean", divisor, divisor_tensor)
-    return (*reference.value_loss_reference(values, old_values, returns, mask, clip, weights), applied)
+    loss, d_values, stats = reference.value_loss_reference(values, old_values, returns, mask, clip, weights)
+    return loss, d_values.contiguous(), stats, applied
 
 
 _value_loss = Op("value_loss", _run_value_loss)
@@ -228,7 +229,7 @@ def _split_normalizer(
 ) -> tuple[float | None, Tensor | None]:
     check_normalizer(op, normalizer)
     if isinstance(normalizer, Tensor):
-        number, divisor = number_or_tensor(normalizer, device)
+        number, divisor = number_or_tensor(op, "normalizer", normalizer, device)
         if divisor is None:
             return number or 1.0, None  # a count of 0 counts as 1
         return None, divisor if divisor.is_floating_point() else divisor.float()  # a count of tokens is whole

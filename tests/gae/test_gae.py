@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srppo_kernels.gae import gae
+from srppo_kernels.gae.op import _starts_fit
 
 
 def by_definition(rewards, values, mask, gamma, lam, bootstrap, mask_mode):
@@ -287,6 +288,15 @@ def test_bad_input(change, error, text):
     good = {"rewards": torch.ones(2, 3), "values": torch.ones(2, 3), "mask": torch.ones(2, 3, dtype=torch.bool)}
     with pytest.raises(error, match=text):
         gae(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("starts", "fit"),
+    [([0, 6], True), ([0, 0, 2, 2, 6], True), ([0], True), ([1, 6], False), ([0, 5], False), ([0, 7], False),
+     ([0, 4, 2, 6], False), ([0, -1, 6], False)],
+)  # fmt: skip
+def test_what_is_asserted_of_starts_on_a_device(starts, fit):
+    assert bool(_starts_fit(torch.tensor(starts), 6)) == fit
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -342,6 +342,12 @@ X, M = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
         ({"missing_eos_penalty": 1.0}, ValueError, "missing_eos_penalty=1.0 needs truncated"),
         ({"truncated": M}, ValueError, "truncated has shape"),
         ({"truncated": torch.ones(2)}, TypeError, "truncated has dtype torch.float32"),
+        ({"truncated": [True, False]}, TypeError, "truncated must be a tensor, got list"),
+        (
+            {"normalize": "running", "running_std": torch.ones((), device="meta")},
+            ValueError,
+            "running_std is on meta but the other inputs on cpu",
+        ),
         ({"kl_coef": 0.1}, ValueError, "kl_coef=0.1 needs logprobs_policy and logprobs_ref"),
         ({"logprobs_policy": X}, ValueError, "logprobs_ref is missing"),
         ({"logprobs_policy": X, "logprobs_ref": X[:1]}, ValueError, "logprobs_ref has shape"),
@@ -351,3 +357,14 @@ X, M = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
 def test_bad_input(change, error, text):
     with pytest.raises(error, match=text):
         log_ratio_reward(**{"logprobs_sft": X, "logprobs_base": X, "mask": M, **change})
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_penalty_of_weight_zero_is_not_read(estimator):
+    """Neither forward nor backward: a NaN there reaches nobody."""
+    policy, sft = (torch.full_like(X, value, requires_grad=True) for value in (math.nan, -1.0))
+    reward = log_ratio_reward(sft, X, M, logprobs_policy=policy, logprobs_ref=X, kl_coef=0.0, kl_estimator=estimator)
+    grad, none = torch.autograd.grad(reward.sum(), [sft, policy], allow_unused=True)
+    assert reward.isfinite().all()
+    assert grad.isfinite().all()
+    assert none is None

@@ -417,6 +417,11 @@ def test_compiles_to_one_graph():
         ({"reduction": "mean"}, ValueError, "reduction='mean' is unknown; choose one of 'token_mean', 'sequence_mean'"),
         ({"normalizer": 0}, ValueError, "normalizer=0 must be positive"),
         ({"normalizer": torch.ones(2)}, ValueError, "normalizer has shape"),
+        (
+            {"normalizer": torch.ones((), device="meta")},
+            ValueError,
+            "normalizer is on meta but the other inputs on cpu",
+        ),
         ({"backend": "gpu"}, ValueError, "backend='gpu' is unknown"),
     ],
 )
