@@ -272,9 +272,9 @@ def over_groups(
             if lift is not None and part is not None:
                 part /= lift
         if into.weight is not None and dweight is not None:
-            _write(into.weight[v], dweight, into.accumulate_weight)
+            native_gradients.write(into.weight[v], dweight, into.accumulate_weight)
         if into.bias is not None and dbias is not None:
-            _write(into.bias[v], dbias, into.accumulate_bias)
+            native_gradients.write(into.bias[v], dbias, into.accumulate_bias)
         del weight, bias, dweight, dbias
     return dhidden if dhidden is None or lift is None else dhidden.div_(lift)
 
@@ -287,13 +287,6 @@ def _lift(scalars: RowScalars) -> Tensor:
     parts = torch.stack([t for t in (scalars.b, scalars.h, scalars.at_target) if t is not None])
     _, exponent = torch.frexp(parts.abs().nan_to_num(0.0, posinf=0.0).amax())
     return torch.exp2((13 - exponent).clamp(max=126).to(parts.dtype))
-
-
-def _write(destination: Tensor, part: Tensor, accumulate: bool) -> None:
-    if accumulate:
-        destination.add_(part)
-    else:
-        destination.copy_(part)
 
 
 def context(

@@ -97,10 +97,11 @@ def check_head(
                 f"{op}: grad_weight_out is on {grad_weight_out.device} but {weight_name} on {weight.device}; "
                 f"move one of them"
             )
-        if grad_weight_out.shape != weight.shape or grad_weight_out.dtype not in (torch.float32, torch.float64):
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if grad_weight_out.shape != weight.shape or grad_weight_out.dtype != wide:
             raise ValueError(
                 f"{op}: grad_weight_out has shape {tuple(grad_weight_out.shape)} and dtype {grad_weight_out.dtype}; "
-                f"pass a float32 buffer of {weight_name}'s shape {tuple(weight.shape)}"
+                f"pass a {wide} buffer of {weight_name}'s shape {tuple(weight.shape)}"
             )
         if not weight.requires_grad:
             raise ValueError(f"{op}: grad_weight_out is given but {weight_name} needs no gradient; drop one of the two")

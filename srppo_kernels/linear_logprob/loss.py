@@ -110,7 +110,6 @@ class _ChunkLosses:
         self.args = list(args)  # those that need a gradient are None here and come in `differentiable`
         self.differentiable = [t.detach() for t in differentiable]
         self.gradients = [torch.zeros_like(t) for t in self.differentiable]
-        self.needs_grad = [t.requires_grad for t in differentiable]
         self.scalars: list[Tensor] = []
         self.rows: list[int] = []
         self.aux: dict[str, list[Tensor]] = {}

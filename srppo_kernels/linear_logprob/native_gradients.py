@@ -163,7 +163,7 @@ def over_vocabulary(
             dz = buffer[:n] if in_place else buffer[: shape[0] * shape[1]].view(shape)
             _form_dz(hidden, head, y, rows, row_scalars, temperature, residual, kept_rows, r, v, dz, share)
             if bias_out is not None:
-                _add(bias_out[v], _column_sums(dz, share), accumulate[1] or r.start > 0)
+                write(bias_out[v], _column_sums(dz, share), accumulate[1] or r.start > 0)
             if dhidden is not None:
                 _product(dhidden[r], dz, weight, transposed=False, add=entries < vocab, bound=share)
             if weight_out is None:
@@ -175,7 +175,7 @@ def over_vocabulary(
                 _product(weight_out[v], dz, x, transposed=True, add=accumulate[0], bound=share)
             del x  # before the next block's
         if weight_out is not None and sums is not None:
-            _add(weight_out[v], sums, accumulate[0])
+            write(weight_out[v], sums, accumulate[0])
             sums = None  # before the next chunk's
     return dhidden
 
@@ -217,7 +217,8 @@ def _form_dz(
     )  # fmt: skip
 
 
-def _add(destination: Tensor, part: Tensor, accumulate: bool) -> None:
+def write(destination: Tensor, part: Tensor, accumulate: bool) -> None:
+    """The part in its place, or added to what is there."""
     if accumulate:
         destination.add_(part)
     else:
@@ -248,4 +249,4 @@ def _product(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool, add: bool, 
     else:
         whole = torch.zeros(out.shape, dtype=torch.float32)
         _product(whole, a, b.contiguous(), transposed=transposed, add=False, bound=bound)
-        _add(out, whole, add)
+        write(out, whole, add)

@@ -263,7 +263,13 @@ _linear_logprob.register_autograd(_backward, setup_context=_setup)
 
 def group_name(group: Any) -> str:
     """A process group's name, which an op's schema can carry; "" for none."""
-    return "" if group is None else group.group_name
+    if group is None:
+        return ""
+    if not hasattr(group, "group_name"):
+        raise TypeError(
+            f"group={group!r} is a {type(group).__name__}; pass a process group of torch.distributed, or None"
+        )
+    return group.group_name
 
 
 def linear_logprob(
@@ -295,21 +301,23 @@ def linear_logprob(
         weight: ``[V, D]``, as ``lm_head.weight``; may differ from ``hidden`` in dtype (not for float64).
         targets: ``[...]`` int64 or int32 token ids.
         bias: ``[V]``. An entry of -inf takes that token out of the vocabulary, unless a softcap follows, which makes
-            -softcap of it.
+            -softcap of it. Such a token as a target has a log-prob below -1e38, and -inf with ``"reference"`` alone.
         mask: ``[...]`` bool, True on tokens that count. A masked token costs nothing, has outputs and gradients 0,
             and what its hidden state holds, NaN included, reaches nobody. So does one whose target is ``ignore_index``.
         temperature: a positive number, or one a token, ``[...]``; it gets no gradient.
         softcap: ``softcap * tanh(z / softcap)`` before the temperature (Gemma), or None.
         entropy, lse: whether to return them; their gradients are supported.
         plan: ``"auto"``, ``"score"`` (no gradient), ``"precompute"``, ``"cache"`` or ``"recompute"``: see plan.py.
-        workspace_bytes: bound on the exponentials that ``cache`` keeps, by default the size of an fp32 dweight; and on
-            what ``recompute`` and, on native code, ``score`` hold at a time, by default 64 MiB there, down to what one
-            thread's smallest blocks take.
+        workspace_bytes: bound on the exponentials that ``cache`` keeps, by default the size of an fp32 dweight; on
+            those of a chunk of ``precompute``, by default the same and on a CPU 64 MiB; and on what ``recompute`` and,
+            on native code, ``score`` hold at a time, by default 64 MiB there, down to what one thread's smallest
+            blocks take.
         backend: ``"auto"``, ``"native"`` (C++, CPU), ``"triton"`` (GPU), ``"sm90"`` (``"triton"`` with GEMM 1 in CUDA
             C++, for bf16 on Hopper, where ``"auto"`` takes it), ``"torch"``, or ``"reference"`` (all logits).
         group: process group over which the vocabulary is cut in rank order; ``weight`` and ``bias`` are then this
             rank's shard (sizes may differ), all else is the same on every rank, and so are the results and dhidden.
-        grad_weight_out: float32 ``[V, D]`` to which dweight is added in place of ``weight.grad``; not with
+        grad_weight_out: float32 ``[V, D]`` (float64 for a float64 head) to which dweight is added in place of
+            ``weight.grad``, in every backward, also that of ``torch.autograd.grad`` by other inputs; not with
             ``"reference"``.
 
     Returns:

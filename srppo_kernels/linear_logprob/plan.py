@@ -9,7 +9,8 @@ precompute   2      linear_logprob, frozen head, no entropy or lse wanted:    N 
                     forward has
 cache        3      linear_logprob, and exp(z) of all rows fits in            N x V, 2 bytes (4 for fp32 inputs)
                     workspace_bytes; 2 with a frozen head
-recompute    4      else; 3 with a frozen head                                blocks only, 32 MiB of dz or less
+recompute    4      else; 3 with a frozen head                                blocks only; of dz, native code at most
+                                                                              32 MiB, a GPU N x 16384 in 2 bytes
 
 On native code score and recompute keep within 64 MiB, or within workspace_bytes where that is given, for any number of
 threads: their blocks shrink until each thread has one, then fewer threads work. In any case they take what belongs to
@@ -34,7 +35,9 @@ OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
 PLANS = ("auto", "score", "precompute", "cache", "recompute")
 BACKENDS = ("auto", "reference", "torch", "native", "triton", "sm90")
 CALL_BYTES = 96  # of a chunked loss's vectors, for each row of the whole call
-CPU_CHUNK_BYTES = 64 << 20  # exponentials of a row chunk by default: hundreds of rows, which is enough for a CPU's GEMM
+CPU_CHUNK_BYTES = (
+    64 << 20
+)  # exponentials of a frozen head's chunk by default: hundreds of rows, enough for a CPU's GEMM
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,9 @@ def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend:
     """
     op = problem.op
     check_choice(op, "plan", plan, PLANS)
-    if isinstance(workspace_bytes, float):
-        raise TypeError(f"{op}: workspace_bytes={workspace_bytes} is a float; pass a whole number of bytes, int(...)")
+    if isinstance(workspace_bytes, (float, str)):
+        kind = type(workspace_bytes).__name__
+        raise TypeError(f"{op}: workspace_bytes={workspace_bytes} is a {kind}; pass a whole number of bytes, int(...)")
     if workspace_bytes is not None and workspace_bytes < 0:
         raise ValueError(f"{op}: workspace_bytes={workspace_bytes} is negative; pass a number of bytes, or None")
     workspace_bytes = None if workspace_bytes is None else min(workspace_bytes, 2**63 - 1)  # what an op can be told

@@ -255,6 +255,8 @@ def test_bad_target_is_named(call):
         ({"plan": "precompute"}, ValueError, "linear_loss"),
         ({"plan": "cache", "workspace_bytes": 0}, ValueError, "workspace_bytes=216"),
         ({"workspace_bytes": 1e6}, TypeError, "workspace_bytes=1000000.0 is a float"),
+        ({"workspace_bytes": "1"}, TypeError, "workspace_bytes=1 is a str"),
+        ({"grad_weight_out": torch.zeros(9, 4).double()}, ValueError, "pass a torch.float32 buffer of weight's shape"),
         ({"grad_weight_out": torch.zeros(9, 3)}, ValueError, "grad_weight_out has shape"),
         ({"grad_weight_out": [0.0]}, TypeError, "grad_weight_out must be a tensor"),
         ({"grad_weight_out": torch.zeros(9, 4, device="meta")}, ValueError, "grad_weight_out is on meta"),
