@@ -6,6 +6,7 @@
 
 #include "../common/blocks.h"
 #include "../common/tensors.h"
+#include "join.h"
 
 namespace srppo {
 namespace {
@@ -36,10 +37,6 @@ struct GaeAdjointArgs : GaeRows {
   float* d_rewards;
   float* d_values;
   float* d_bootstrap;
-};
-
-struct Moments {
-  double count, mean, squares;
 };
 
 struct WhitenScale {
@@ -126,14 +123,6 @@ std::tuple<Tensor, Tensor, Tensor> gae_backward(const Tensor& d_advantages, cons
   return {d_rewards, d_values, d_bootstrap};
 }
 
-// Chan's merge.
-Moments join(const Moments& a, const Moments& b) {
-  if (a.count == 0) return b;
-  if (b.count == 0) return a;
-  const double count = a.count + b.count, shift = b.mean - a.mean;
-  return {count, a.mean + shift * (b.count / count), a.squares + b.squares + shift * shift * (a.count * b.count / count)};
-}
-
 std::int64_t row_length(const Tensor& x) { return x.dim() == 0 ? 1 : x.size(x.dim() - 1); }
 
 Tensor whiten_moments(const Tensor& x, const Tensor& mask) {
@@ -146,7 +135,7 @@ Tensor whiten_moments(const Tensor& x, const Tensor& mask) {
   blocks.each([&](const Block& block, std::size_t i) {
     partial[i] = moments_of(px + block.begin, pm + block.begin, block.end - block.begin);
   });
-  Moments all{0, 0, 0};
+  Moments all;
   for (const Moments& part : partial) all = join(all, part);
   Tensor out = torch::stable::new_empty(x, {3}, ScalarType::Double);
   auto* p = static_cast<double*>(out.mutable_data_ptr());

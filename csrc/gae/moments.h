@@ -1,13 +1,10 @@
-// Count, mean and squared deviations of masked tokens on a GPU, for whitening: Chan's merge, in float64 and a fixed order.
+// Count, mean and squared deviations of masked tokens on a GPU, for whitening: in float64 and a fixed order.
 #pragma once
 
 #include "../common/cuda_reduce.h"
+#include "join.h"
 
 namespace srppo {
-
-struct Moments {
-  double count = 0.0, mean = 0.0, squares = 0.0;
-};
 
 // Of a thread's tokens and those of all others, two passes over registers. Every thread has the result.
 template <int kThreads, class Value, class Valid, int kEach>
@@ -28,14 +25,6 @@ __device__ Moments block_moments(const Value (&value)[kEach], const Valid (&vali
     squares += off * off;
   }
   return {count, mean, block_sum<kThreads>(squares)};
-}
-
-// A part without tokens changes nothing.
-__device__ inline Moments join(Moments all, Moments part) {
-  const double both = all.count + part.count > 0.0 ? all.count + part.count : 1.0;
-  const double shift = part.count > 0.0 ? part.mean - all.mean : 0.0;
-  return {all.count + part.count, all.mean + shift * (part.count / both),
-          all.squares + (part.squares + shift * shift * (all.count * part.count / both))};
 }
 
 struct MomentsOut {

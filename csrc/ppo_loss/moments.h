@@ -1,11 +1,7 @@
 // Variances from float64 sums, once for the CPU and the CUDA kernels.
 #pragma once
 
-#if defined(__CUDACC__)
-#define SRPPO_EITHER __host__ __device__ inline
-#else
-#define SRPPO_EITHER inline
-#endif
+#include "../common/either.h"
 
 namespace srppo {
 
@@ -21,5 +17,3 @@ SRPPO_EITHER double explained_variance(double of_targets, double of_errors) {
 }
 
 }  // namespace srppo
-
-#undef SRPPO_EITHER
