@@ -249,7 +249,7 @@ def linear_loss(
             ``"recompute"``, which call ``loss_fn`` once, on all rows.
         workspace_bytes: bound on a chunk's exponentials, which sets how many rows a chunk has; by default the size of
             an fp32 dweight (twice that on a CPU, where all rows of bf16 are then one chunk), and with a frozen head on
-            a CPU 64 MiB. For the other plans as in ``linear_logprob``.
+            a CPU that of the head, or 64 MiB. For the other plans as in ``linear_logprob``.
 
     Returns:
         ``(loss, aux)``: an aux tensor whose first dimension is the chunk's rows is joined to ``targets``' shape, any

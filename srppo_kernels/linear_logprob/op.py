@@ -309,9 +309,9 @@ def linear_logprob(
         entropy, lse: whether to return them; their gradients are supported.
         plan: ``"auto"``, ``"score"`` (no gradient), ``"precompute"``, ``"cache"`` or ``"recompute"``: see plan.py.
         workspace_bytes: bound on the exponentials that ``cache`` keeps, by default the size of an fp32 dweight; on
-            those of a chunk of ``precompute``, by default the same and on a CPU 64 MiB; and on what ``recompute`` and,
-            on native code, ``score`` hold at a time, by default 64 MiB there, down to what one thread's smallest
-            blocks take.
+            those of a chunk of ``precompute``, by default the same, on a CPU the size of the head or 64 MiB; and on
+            what ``recompute`` and, on native code, ``score`` hold at a time, by default 64 MiB there, down to what one
+            thread's smallest blocks take.
         backend: ``"auto"``, ``"native"`` (C++, CPU), ``"triton"`` (GPU), ``"sm90"`` (``"triton"`` with GEMM 1 in CUDA
             C++, for bf16 on Hopper, where ``"auto"`` takes it), ``"torch"``, or ``"reference"`` (all logits).
         group: process group over which the vocabulary is cut in rank order; ``weight`` and ``bias`` are then this

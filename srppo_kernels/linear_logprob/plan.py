@@ -35,9 +35,7 @@ OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
 PLANS = ("auto", "score", "precompute", "cache", "recompute")
 BACKENDS = ("auto", "reference", "torch", "native", "triton", "sm90")
 CALL_BYTES = 96  # of a chunked loss's vectors, for each row of the whole call
-CPU_CHUNK_BYTES = (
-    64 << 20
-)  # exponentials of a frozen head's chunk by default: hundreds of rows, enough for a CPU's GEMM
+FROZEN_CHUNK_BYTES = 64 << 20  # on a CPU, exponentials of a frozen head's chunk by default, or as many as the head has
 
 
 @dataclass(frozen=True)
@@ -199,15 +197,16 @@ def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str
 def _rows_per_chunk(problem: Problem, budget: int, default: bool, backend: str) -> int:
     """Rows whose exponentials fit in ``budget``: a multiple of the row block, at least one, no more than there are.
 
-    The default on a CPU is small where the head is frozen. Chunks of a trainable head are larger, as each reads and
-    writes all of dweight (README.md); in bf16 several need one in fp32 to add up in, so that one chunk of all rows is
-    no larger than two beside it, up to twice its size. Native code, which reads the head once a chunk and pads no
-    block, gets as many rows as fit, as even as can be.
+    The default on a CPU is as large as the head where that is frozen, or 64 MiB: a chunk reads it twice (README.md).
+    Chunks of a trainable head are larger, as each reads and writes all of dweight; in bf16 several need one in fp32 to
+    add up in, so that one chunk of all rows is no larger than two beside it, up to twice its size. Native code, which
+    reads the head once a chunk and pads no block, gets as many rows as fit, as even as can be.
     """
     if default and problem.device.type == "cpu":
         adds_up_apart = problem.weight_dtype == torch.bfloat16 and not problem.wide_weight
         if not problem.needs_weight:
-            budget = min(budget, CPU_CHUNK_BYTES)
+            head = problem.width * problem.vocab * problem.weight_dtype.itemsize
+            budget = min(budget, max(FROZEN_CHUNK_BYTES, head))
         elif adds_up_apart and problem.rows * problem.vocab * problem.kept_bytes <= 2 * budget:
             budget *= 2
     block = row_block(problem.device)

@@ -227,7 +227,6 @@ def test_explain_says_where_gradients_come_from():
     whole = explain(wide, head, targets, op="linear_loss")
     assert whole.rows_per_chunk == wide.shape[0]
     assert explain(wide, head, targets, op="linear_loss", workspace_bytes=64 << 20).rows_per_chunk < wide.shape[0]
-    assert explain(wide, head.detach(), targets, op="linear_loss").rows_per_chunk < wide.shape[0]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +252,21 @@ def test_a_trainable_head_s_chunks_are_as_large_as_its_dweight(dtype, wide, rows
         said = explain(hidden, head, targets, op="linear_loss", backend=backend, grad_weight_out=out)
         assert -(-rows // said.rows_per_chunk) == chunks, backend
         assert f"{chunks} chunk(s)" in said.reason
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "chunks"),
+    [(1024, 1024, 1), (1024, 1025, 2), (512, 838, 1), (512, 839, 2)],  # the size of the head; 64 MiB
+)
+def test_a_frozen_head_s_chunks_are_as_large_as_the_head(width, rows, chunks):
+    """Each reads all of it twice."""
+    hidden = torch.zeros(1, width, dtype=torch.bfloat16).expand(rows, -1).requires_grad_()
+    head, targets = torch.zeros(1, width, dtype=torch.bfloat16).expand(40000, -1), torch.zeros(rows, dtype=torch.long)
+    if native.obstacle(hidden.device, (torch.bfloat16, torch.bfloat16)):
+        pytest.skip("without the native scan chunks are multiples of 128 rows")
+    for op in ("linear_loss", "linear_logprob"):
+        said = explain(hidden, head, targets, op=op)
+        assert (said.plan, -(-rows // said.rows_per_chunk)) == ("precompute", chunks), op
 
 
 def test_explain_counts_a_chunk_of_a_loss():
