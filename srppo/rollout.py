@@ -216,7 +216,8 @@ def generate(
             for start in range(0, len(prompts), batch_size or len(prompts)):
                 chunk = prompts[start : start + (batch_size or len(prompts))]
                 shared = worth_sharing(chunk) if shareable else 0
-                ids, mask = padded_behind(chunk, shared, longest, pad_token_id)
+                width = max(map(len, chunk))
+                ids, mask = padded_behind(chunk, shared, width, pad_token_id)
                 processors = LogitsProcessorList()
                 if extrapolate is not None:
                     processors.append(ExtrapolatedLogits(*extrapolate, mask.to(role.device)))
@@ -227,7 +228,7 @@ def generate(
                     logits_processor=processors,
                     **cache_of(model, chunk[0][:shared], len(chunk)),
                 )
-                completions += [until_stop(row, stops) for row in output[:, longest:].cpu()]
+                completions += [until_stop(row, stops) for row in output[:, width:].cpu()]
                 if on_batch is not None:
                     on_batch(len(chunk))
         finally:

@@ -126,6 +126,14 @@ def test_temperature_zero_takes_the_most_likely_token_whatever_the_padding(kind,
     assert completions(drawn) == [greedy(model, prompt, 6) for prompt in MIXED]
 
 
+def test_a_long_prompt_makes_no_other_batch_wider(monkeypatch):
+    model, widths = tiny_model(), []
+    plain = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: widths.append(given["input_ids"].shape[1]) or plain(**given))
+    sample(model, MIXED, length=2, batch_size=2)
+    assert widths == [5, 3]
+
+
 def test_sampling_is_deterministic_by_seed():
     model = tiny_model()
     one, same, other = (sample(model, MIXED, length=8, seed=seed) for seed in (0, 0, 1))
