@@ -126,8 +126,14 @@ class VLLMEngine:
     def start(self, policy: Role) -> str:
         models = self.models(adapters=is_peft(policy.model))
         left = [str(model["id"]) for model in models if str(model.get("id")).startswith(ADAPTER)]
-        distributed.on_main(lambda: self.unload(left))  # of a run that was killed
+        distributed.on_main(lambda: self.clear(left))  # of a run that was killed
         return f"rollouts: vLLM at {self.url}, serving {models[0].get('id')}, with the policy's adapter"
+
+    def clear(self, names: Sequence[str]) -> None:
+        """Takes adapters of these names off the server, and all that there are off the disk."""
+        self.unload(names)
+        for folder in self.folder.glob(f"{ADAPTER}*"):
+            checkpoint.remove_folder(folder)
 
     def sample(self, policy: Role, prompts: Sequence[Sequence[int]], *, step: int) -> Rollout:
         self.loaded = distributed.on_main(lambda: self.synchronise(policy, f"{self.prefix}{step}"))

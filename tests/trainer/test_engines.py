@@ -83,8 +83,10 @@ def test_what_a_killed_run_left_on_the_server_is_taken_off_and_in_nobodys_way(ti
     first.engine.sample(first.roles.policy, PROMPTS, step=0)
     (left,) = server.models
     second = run_with(tiny_models, tmp_path / "b", server.url, max_steps=1)
+    (second.engine.folder / left).mkdir(parents=True)
     second.train()
     assert left not in server.models and list(server.models) == [f"{second.engine.prefix}0"]
+    assert [folder.name for folder in second.engine.folder.iterdir()] == [f"{second.engine.prefix}0"]
 
 
 def test_the_same_seed_asks_for_the_same_samples(tiny_models, tmp_path, server):
