@@ -4,11 +4,13 @@
 // write to each: 0.9 to 2.2 us a page. A block that comes back here keeps its pages but lets the system take them when it
 // is short of memory (MADV_FREE); until then a write to one costs a tenth of that.
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <vector>
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <torch/csrc/stable/ops.h>
@@ -42,13 +44,21 @@ struct Block {
   }
 };
 
+class Blocks;
+Blocks& blocks();
+
 class Blocks {
  public:
-  Blocks() { free_.reserve(kMostBlocks + 1); }
+  Blocks() {
+    free_.reserve(kMostBlocks + 1);
+    // A child must not get the lock as another thread of its parent held it.
+    pthread_atfork([] { blocks().mutex_.lock(); }, [] { blocks().mutex_.unlock(); }, [] { blocks().mutex_.unlock(); });
+  }
 
   // The smallest that is large enough, and at most half empty; or a new one.
   Block take(std::size_t bytes) {
-    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+    {
+      const std::lock_guard lock(mutex_);
       auto best = free_.end();
       for (auto block = free_.begin(); block != free_.end(); ++block) {
         const bool fits = block->bytes >= bytes && block->bytes / 2 <= bytes;
@@ -71,31 +81,33 @@ class Blocks {
 
   // The oldest go.
   void give_back(const Block& block) {
-    if (block.bytes <= kMostBytes && block.lend()) {
-      if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
-        free_.push_back(block);
-        std::size_t bytes = 0;
-        for (const Block& kept : free_) bytes += kept.bytes;
-        for (; free_.size() > kMostBlocks || bytes > kMostBytes; free_.erase(free_.begin())) {
-          bytes -= free_.front().bytes;
-          free_.front().unmap();
-        }
-        return;
-      }
-    }
-    block.unmap();
+    if (block.bytes <= kMostBytes && block.lend()) keep_newest(&block, kMostBlocks, kMostBytes);
+    else block.unmap();
   }
 
-  void drop() {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) return;
-    for (const Block& block : free_) block.unmap();
-    free_.clear();
-  }
+  void drop() { keep_newest(nullptr, 0, 0); }
 
  private:
-  std::mutex mutex_;  // only tried: a fork may have left it locked
-  std::vector<Block> free_;
+  // Of the free ones and `more`; what goes is unmapped without the lock, as that takes milliseconds.
+  void keep_newest(const Block* more, std::size_t most_blocks, std::size_t most_bytes) {
+    std::array<Block, kMostBlocks + 1> gone;
+    std::size_t count = 0;
+    {
+      const std::lock_guard lock(mutex_);
+      if (more) free_.push_back(*more);
+      std::size_t bytes = 0;
+      for (const Block& kept : free_) bytes += kept.bytes;
+      for (; free_.size() - count > most_blocks || bytes > most_bytes; ++count) {
+        gone[count] = free_[count];
+        bytes -= free_[count].bytes;
+      }
+      free_.erase(free_.begin(), free_.begin() + static_cast<std::ptrdiff_t>(count));
+    }
+    for (std::size_t i = 0; i < count; ++i) gone[i].unmap();
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> free_;  // the oldest first
 };
 
 // Never destroyed: a tensor may live longer than anything else of the process.

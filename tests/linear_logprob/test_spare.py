@@ -1,9 +1,12 @@
 """The memory that calls use again: who gets it, when it is free and whose it is then; results know nothing of it."""
 
 import copy
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,34 @@ def _nothing_kept():
 def block(mib: int) -> torch.Tensor:
     """So many MiB."""
     return spare.empty(LIKE, (mib, MIB // 4))
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_child_of_a_fork_can_use_and_drop_what_its_parent_kept():
+    """Whatever other threads did at that moment: a lock that one of them held would stay so in the child."""
+    ending = threading.Event()
+
+    def churn() -> None:
+        while not ending.is_set():
+            block(2)
+
+    threads = [threading.Thread(target=churn) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            child = os.fork()
+            if not child:
+                signal.alarm(20)  # ends a child that waits for ever
+                empty_cache()
+                place = block(3).data_ptr()
+                os._exit(0 if block(3).data_ptr() == place else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        ending.set()
+        for thread in threads:
+            thread.join()
 
 
 @needs_extension
