@@ -211,16 +211,54 @@ class VectorLogits {
   PanelReader reader_;
 };
 
+// Where exponentials go that the backward reads, and the maxima of groups that they are relative to.
+struct Kept {
+  char* data = nullptr;  // [rows, V], or null: none are kept
+  float* max = nullptr;  // [rows, groups]
+  bool bf16 = false;     // fp32 otherwise
+
+  Kept() = default;
+  Kept(const std::optional<Tensor>& kept, const std::optional<Tensor>& group_max, std::int64_t vocab, std::int64_t groups) {
+    if (!kept) return;
+    STD_TORCH_CHECK(group_max && kept->is_contiguous() && kept->size(1) == vocab && group_max->is_contiguous() &&
+                        group_max->size(1) == groups,
+                    "srppo_native: kept must be [rows, V] with group_max [rows, groups]");
+    data = static_cast<char*>(kept->mutable_data_ptr());
+    max = static_cast<float*>(group_max->mutable_data_ptr());
+    bf16 = kept->scalar_type() == ScalarType::BFloat16;
+  }
+
+  char* at(std::int64_t entry) const { return data ? data + entry * (bf16 ? 2 : 4) : nullptr; }
+};
+
+// A scan: what every way of multiplying needs.
+struct Scan {
+  const Matrix &x, &w;
+  const RowArgs& of;
+  const float* biases;  // or null
+  std::int64_t group;
+  ScanArgs args;
+  Kept kept;
+
+  std::int64_t vocab() const { return w.rows; }
+  std::int64_t groups() const { return (w.rows + group - 1) / group; }
+  bool in_pairs() const { return x.type == ScalarType::BFloat16 && w.type == ScalarType::BFloat16; }
+};
+
 #if defined(__x86_64__)
 constexpr std::int64_t kTileRowBytes = 16 << 20;  // of rows packed at once for AMX tiles, which all threads read
 
 // The scan of bf16 inputs on AMX tiles. Rows are packed once, kTileRowBytes of them at a time, by all threads for all.
 // A task is a vocabulary group and a block of them, blocks innermost, so that a group is in L3 for all but the first.
-void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const RowArgs& of, const float* biases,
-                   std::int64_t group, std::uint16_t* kept, float* kept_max, std::int64_t workspace,
-                   Partial* partials) {
-  const std::int64_t vocab = w.rows, width = x.width, groups = (vocab + group - 1) / group;
+void scan_on_tiles(const Scan& scan, std::int64_t workspace, Partial* partials) {
+  const Matrix &x = scan.x, &w = scan.w;
+  const RowArgs& of = scan.of;
+  const ScanArgs& args = scan.args;
+  const float* const biases = scan.biases;
+  const std::int64_t group = scan.group, vocab = scan.vocab(), width = x.width, groups = scan.groups();
   const auto* weight = reinterpret_cast<const std::uint16_t*>(w.data);
+  auto* const kept = reinterpret_cast<std::uint16_t*>(scan.kept.data);
+  float* const kept_max = scan.kept.max;
   const auto softmax = kept ? (args.entropy ? &tile_softmax<true, true> : &tile_softmax<false, true>)
                             : (args.entropy ? &tile_softmax<true, false> : &tile_softmax<false, false>);
   // Rows at once take half of the workspace at most, and leave what a thread needs.
@@ -288,6 +326,87 @@ void scan_on_tiles(const Matrix& x, const Matrix& w, const ScanArgs& args, const
 }
 #endif
 
+// The scan of all inputs on vector tiles. A task is a block of rows and a vocabulary group, groups innermost: a thread then
+// packs its rows once for many of them.
+void scan_on_vectors(const Scan& scan, std::int64_t workspace, Partial* partials) {
+  const Matrix &x = scan.x, &w = scan.w;
+  const RowArgs& of = scan.of;
+  const float* const biases = scan.biases;
+  const std::int64_t group = scan.group, vocab = scan.vocab(), groups = scan.groups(), n = of.n;
+  VectorTile tile{SRPPO_AT_LEVEL(tile_height), SRPPO_AT_LEVEL(multiply), SRPPO_AT_LEVEL(pack_panel),
+                  SRPPO_AT_LEVEL(panel_width)(), SRPPO_AT_LEVEL(fetched_bytes)()};
+  Packer packer{false, x.width, SRPPO_AT_LEVEL(widen_bf16), SRPPO_AT_LEVEL(widen_fp16)};
+#if defined(__x86_64__)
+  if (scan.in_pairs() && cpu_level() >= CpuLevel::avx512_bf16) {
+    packer.pairs = true;
+    packer.steps = (x.width + 1) / 2;
+    tile.fetched = 64;
+    tile.multiply = [](int rows, const float* a, const float* b, std::int64_t steps, float* z, std::int64_t ldz,
+                       const Ahead& lines) {
+      const auto bits = [](const float* packed) { return reinterpret_cast<const std::uint32_t*>(packed); };
+      bf16_multiply(rows, bits(a), bits(b), steps, z, ldz, false, lines);
+    };
+  }
+#endif
+  const auto softmax_row = SRPPO_AT_LEVEL(softmax_row);
+
+  // Not a multiple of 4096 bytes, where the rows of a tile would share the sets of L1.
+  const std::int64_t ldz = (std::min(group, vocab) + tile.panel - 1) / tile.panel * tile.panel + 16;
+  // A thread's: a panel packed and, where it is, widened; two rows; and rows packed, with their logits.
+  const std::int64_t panels = PanelReader::reads_directly(w, packer) ? 1 : 2;
+  const auto each = [&](std::int64_t rows) {
+    return 4 * ((panels * tile.panel + 2) * packer.steps + rows * (packer.steps + ldz));
+  };
+  const std::int64_t room = (workspace / threads_there() - each(0)) / (each(1) - each(0)) / kFewestRows * kFewestRows;
+  const std::int64_t most = std::clamp(room, kFewestRows, kRowBlock), row_blocks = (n + most - 1) / most;
+  const std::int64_t block = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
+  parallel_within(workspace, each(block), groups * row_blocks, [&](std::int64_t begin, std::int64_t end) {
+    VectorLogits logits(w, packer, tile, block);
+    Scratch<float> z(block * ldz);
+    std::int64_t packed_block = -1;
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t at = task / groups, g = task % groups;
+      const std::int64_t first = at * block, count = std::min(block, n - first);
+      if (packed_block != at) {
+        packed_block = at;
+        logits.set_rows(x, count, [&](std::int64_t r) { return of.row(first + r); });
+      }
+      const std::int64_t v0 = g * group, size = std::min(group, vocab - v0);
+      logits.multiply(count, v0, size, z.data(), ldz);
+      for (std::int64_t r = 0; r < count; ++r) {
+        const std::int64_t i = first + r, column = of.target[i] - v0, row = of.kept_row(i);
+        const Partial partial = softmax_row(scan.args, z.data() + r * ldz, size, biases ? biases + v0 : nullptr,
+                                            of.temperature_of(i), column >= 0 && column < size ? column : -1,
+                                            scan.kept.at(row * vocab + v0));
+        partials[g * n + i] = partial;
+        if (scan.kept.max) scan.kept.max[row * groups + g] = partial.m;
+      }
+    }
+  });
+}
+
+// A row's groups together, in their order: maximum, sum of exponentials, sum of exponential times logit, and z_y; [4, n].
+void merge(const Partial* partials, std::int64_t groups, std::int64_t n, float* out) {
+  torch::stable::parallel_for(0, n, 64, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      float m = std::numeric_limits<float>::lowest();
+      for (std::int64_t g = 0; g < groups; ++g) m = std::max(m, partials[g * n + i].m);
+      double s = 0, t = 0, zy = 0;
+      for (std::int64_t g = 0; g < groups; ++g) {
+        const Partial& part = partials[g * n + i];
+        const double shift = static_cast<double>(part.m) - static_cast<double>(m), factor = std::exp(shift);
+        s += static_cast<double>(part.s) * factor;
+        t += (static_cast<double>(part.t) + static_cast<double>(part.s) * shift) * factor;
+        zy += static_cast<double>(part.zy);
+      }
+      out[i] = m;
+      out[n + i] = static_cast<float>(s);
+      out[2 * n + i] = static_cast<float>(t);
+      out[3 * n + i] = static_cast<float>(zy);
+    }
+  });
+}
+
 Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                            const Tensor& targets, const std::optional<Tensor>& index,
                            const std::optional<Tensor>& row_temperature, double temperature, double logit_scale,
@@ -295,8 +414,7 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
                            const std::optional<Tensor>& group_max, const std::optional<Tensor>& kept_rows,
                            std::optional<std::int64_t> bound) {
   const Matrix x(hidden, "hidden"), w(weight, "weight");
-  const std::int64_t vocab = weight.size(0), groups = (vocab + group - 1) / group, width = x.width;
-  STD_TORCH_CHECK(width == w.width, "srppo_native: hidden and weight have different widths");
+  STD_TORCH_CHECK(x.width == w.width, "srppo_native: hidden and weight have different widths");
   check(targets, ScalarType::Long, -1, "targets");
   const std::int64_t n = targets.numel();
   const auto longs = [&](const std::optional<Tensor>& tensor, const char* name) -> const std::int64_t* {
@@ -310,110 +428,27 @@ Tensor linear_logprob_scan(const Tensor& hidden, const Tensor& weight, const std
                    longs(kept_rows, "kept_rows"),
                    floats(row_temperature, n, "row_temperature"),
                    static_cast<float>(temperature)};
-  const float* biases = floats(bias, vocab, "bias");
-  char* kept_data = nullptr;
-  float* kept_max = nullptr;
-  std::int64_t kept_item = 4;
-  if (kept) {
-    STD_TORCH_CHECK(group_max && kept->is_contiguous() && kept->size(1) == vocab && group_max->is_contiguous() &&
-                        group_max->size(1) == groups,
-                    "srppo_native: kept must be [rows, V] with group_max [rows, groups]");
-    kept_data = static_cast<char*>(kept->mutable_data_ptr());
-    kept_max = static_cast<float*>(group_max->mutable_data_ptr());
-    kept_item = kept->scalar_type() == ScalarType::BFloat16 ? 2 : 4;
-  }
-  ScanArgs args{};
-  args.logit_scale = static_cast<float>(logit_scale);
-  args.softcap = static_cast<float>(softcap);
-  args.entropy = entropy;
-  args.kept_is_bf16 = kept_item == 2;
+  Scan scan{x, w, of, floats(bias, w.rows, "bias"), group, {}, {}};
+  scan.kept = Kept(kept, group_max, scan.vocab(), scan.groups());
+  scan.args.logit_scale = static_cast<float>(logit_scale);
+  scan.args.softcap = static_cast<float>(softcap);
+  scan.args.entropy = entropy;
+  scan.args.kept_is_bf16 = scan.kept.bf16;
 
-  VectorTile tile{SRPPO_AT_LEVEL(tile_height), SRPPO_AT_LEVEL(multiply), SRPPO_AT_LEVEL(pack_panel),
-                  SRPPO_AT_LEVEL(panel_width)(), SRPPO_AT_LEVEL(fetched_bytes)()};
-  Packer packer{false, width, SRPPO_AT_LEVEL(widen_bf16), SRPPO_AT_LEVEL(widen_fp16)};
-  const bool pairs = x.type == ScalarType::BFloat16 && w.type == ScalarType::BFloat16;
-  const bool on_tiles = pairs && cpu_level() >= CpuLevel::amx && (!kept || kept_item == 2);
-#if defined(__x86_64__)
-  if (pairs && cpu_level() >= CpuLevel::avx512_bf16) {
-    packer.pairs = true;
-    packer.steps = (width + 1) / 2;
-    tile.fetched = 64;
-    tile.multiply = [](int rows, const float* a, const float* b, std::int64_t steps, float* z, std::int64_t ldz,
-                       const Ahead& lines) {
-      const auto bits = [](const float* packed) { return reinterpret_cast<const std::uint32_t*>(packed); };
-      bf16_multiply(rows, bits(a), bits(b), steps, z, ldz, false, lines);
-    };
-  }
-#endif
-  const auto softmax_row = SRPPO_AT_LEVEL(softmax_row);
-
-  // Not a multiple of 4096 bytes, where the rows of a tile would share the sets of L1.
-  const std::int64_t ldz = (std::min(group, vocab) + tile.panel - 1) / tile.panel * tile.panel + 16;
-  std::vector<Partial> partials(static_cast<std::size_t>(groups * n));
-  const std::int64_t held = static_cast<std::int64_t>(sizeof(Partial)) * (groups + 1) * n;  // these, and the result
+  std::vector<Partial> partials(static_cast<std::size_t>(scan.groups() * n));
+  const std::int64_t held = static_cast<std::int64_t>(sizeof(Partial)) * (scan.groups() + 1) * n;  // and the result
   const std::int64_t workspace = std::max<std::int64_t>(0, workspace_of(bound) - held);
-  // A thread's: a panel packed and, where it is, widened; two rows; and rows packed, with their logits.
-  const std::int64_t panels = PanelReader::reads_directly(w, packer) ? 1 : 2;
-  const auto each = [&](std::int64_t rows) {
-    return 4 * ((panels * tile.panel + 2) * packer.steps + rows * (packer.steps + ldz));
-  };
-  const std::int64_t room = (workspace / threads_there() - each(0)) / (each(1) - each(0)) / kFewestRows * kFewestRows;
-  const std::int64_t most = std::clamp(room, kFewestRows, kRowBlock), row_blocks = (n + most - 1) / most;
-  const std::int64_t block = row_blocks ? (n + row_blocks - 1) / row_blocks : 0;
-
-  const auto scan = [&](std::int64_t begin, std::int64_t end) {
-    VectorLogits logits(w, packer, tile, block);
-    Scratch<float> z(block * ldz);
-    std::int64_t packed_block = -1;
-    for (std::int64_t task = begin; task < end; ++task) {
-      // Row blocks outermost: a thread then packs its rows once for many groups.
-      const std::int64_t at = task / groups, g = task % groups;
-      const std::int64_t first = at * block, count = std::min(block, n - first);
-      if (packed_block != at) {
-        packed_block = at;
-        logits.set_rows(x, count, [&](std::int64_t r) { return of.row(first + r); });
-      }
-      const std::int64_t v0 = g * group, size = std::min(group, vocab - v0);
-      logits.multiply(count, v0, size, z.data(), ldz);
-      for (std::int64_t r = 0; r < count; ++r) {
-        const std::int64_t i = first + r, column = of.target[i] - v0, to = of.kept_row(i);
-        const Partial partial = softmax_row(args, z.data() + r * ldz, size, biases ? biases + v0 : nullptr,
-                                            of.temperature_of(i), column >= 0 && column < size ? column : -1,
-                                            kept_data ? kept_data + (to * vocab + v0) * kept_item : nullptr);
-        partials[static_cast<std::size_t>(g * n + i)] = partial;
-        if (kept_max) kept_max[to * groups + g] = partial.m;
-      }
-    }
-  };
-  if (on_tiles) {
+  const bool kept_in_pairs = !scan.kept.data || scan.kept.bf16;
+  if (scan.in_pairs() && kept_in_pairs && cpu_level() >= CpuLevel::amx) {
 #if defined(__x86_64__)
-    scan_on_tiles(x, w, args, of, biases, group, reinterpret_cast<std::uint16_t*>(kept_data), kept_max, workspace,
-                  partials.data());
+    scan_on_tiles(scan, workspace, partials.data());
 #endif
   } else {
-    parallel_within(workspace, each(block), groups * row_blocks, scan);
+    scan_on_vectors(scan, workspace, partials.data());
   }
 
   Tensor state = torch::stable::new_empty(targets, {4, n}, ScalarType::Float);
-  float* out = mutable_floats(state);
-  torch::stable::parallel_for(0, n, 64, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      float m = std::numeric_limits<float>::lowest();
-      for (std::int64_t g = 0; g < groups; ++g) m = std::max(m, partials[static_cast<std::size_t>(g * n + i)].m);
-      double s = 0, t = 0, zy = 0;
-      for (std::int64_t g = 0; g < groups; ++g) {
-        const Partial& part = partials[static_cast<std::size_t>(g * n + i)];
-        const double shift = static_cast<double>(part.m) - static_cast<double>(m), factor = std::exp(shift);
-        s += static_cast<double>(part.s) * factor;
-        t += (static_cast<double>(part.t) + static_cast<double>(part.s) * shift) * factor;
-        zy += static_cast<double>(part.zy);
-      }
-      out[i] = m;
-      out[n + i] = static_cast<float>(s);
-      out[2 * n + i] = static_cast<float>(t);
-      out[3 * n + i] = static_cast<float>(zy);
-    }
-  });
+  merge(partials.data(), scan.groups(), n, mutable_floats(state));
   return state;
 }
 
