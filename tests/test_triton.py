@@ -125,6 +125,8 @@ def test_a_counter_stays_out_of_the_memory_of_graphs(monkeypatch):
 
 def test_a_number_on_the_cpu_is_no_tensor_for_a_devices_kernel():
     count, meta = torch.tensor([3]), torch.device("meta")
-    assert _arguments.number_or_tensor(count, meta) == (3.0, None)
-    assert _arguments.number_or_tensor(count, count.device)[1].shape == ()
-    assert _arguments.number_or_tensor(count.to(meta), meta)[1].device == meta
+    assert _arguments.number_or_tensor("op", "count", count, meta) == (3.0, None)
+    assert _arguments.number_or_tensor("op", "count", count, count.device)[1].shape == ()
+    assert _arguments.number_or_tensor("op", "count", count.to(meta), meta)[1].device == meta
+    with pytest.raises(ValueError, match="op: count is on meta but the other inputs on cpu; move it, or pass a number"):
+        _arguments.number_or_tensor("op", "count", count.to(meta), count.device)
