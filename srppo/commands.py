@@ -21,7 +21,7 @@ from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
 from srppo.data import Example, as_examples, filler_token, load_rows, stop_tokens
 from srppo.errors import UserError
-from srppo.models import check_positions, check_tokens, config_of, tokenizer_for
+from srppo.models import check_positions, check_prompts, check_tokens, config_of, tokenizer_for
 from srppo.roles import frozen_roles, policy_to_judge
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
             # What would stop PPO and can be known now. Without demonstrations SFT does not begin.
             demonstrated = any(example.completion_ids is not None for example in train_examples)
             if demonstrated and (config := config_of(args.base_model_name_or_path, args)) is not None:
-                longest = max(len(example.prompt_ids) for example in [*train_examples, *held_out])
-                check_positions(config, longest + args.max_completion_length)
+                check_prompts(config, [*train_examples, *held_out], args)
             if isinstance(engine, VLLMEngine) and args.from_rollouts is None:
                 distributed.on_main(lambda: engine.models(adapters=args.use_peft))
             run_sft(args, train_dataset=train_examples, eval_dataset=held_out, output_dir=model,
@@ -250,7 +249,7 @@ def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
     policy = sft_model
     if options.model_name_or_path is not None:
         base, sft_model, policy = policy_to_judge(args, base, sft_model, options.model_name_or_path)
-    check_positions(policy.causal_lm.config, max(len(row.prompt_ids) for row in rows) + args.max_completion_length)
+    check_prompts(policy.causal_lm.config, rows, args)
     stops = stop_tokens(tokenizer, args.stop_token_ids)
     check_tokens(policy.causal_lm, rows, [*stops, filler_token(tokenizer, stops)])
     with console.progress("sampling", len(distributed.even_share(rows))) as progress:

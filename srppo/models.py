@@ -202,6 +202,11 @@ def check_positions(config: PretrainedConfig, longest: int) -> None:
         )
 
 
+def check_prompts(config: PretrainedConfig, examples: Sequence[Example], args: SRPPOConfig) -> None:
+    """:func:`check_positions` of what may be sampled after these prompts."""
+    check_positions(config, max(len(example.prompt_ids) for example in examples) + args.max_completion_length)
+
+
 def require_there(what: str, path: str | Path, args: SRPPOConfig | None = None) -> None:
     """Stops at a folder that is not there, where the name is none that a hub has: one out of reach would be asked
     for half a minute."""

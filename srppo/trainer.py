@@ -29,7 +29,7 @@ from srppo.evaluation import completion_rows, evaluate_policy, table_rows, write
 from srppo.guard import Guard, HeldOut, KLController, look_at
 from srppo.metrics import MetricsWriter, iteration_metrics, peak_memory_gib
 from srppo.model_card import model_card
-from srppo.models import check_positions, check_tokens, path_as_text, tokenizer_for, vocabulary_size
+from srppo.models import check_prompts, check_tokens, path_as_text, tokenizer_for, vocabulary_size
 from srppo.plots import plot_history
 from srppo.roles import Roles, build_roles
 from srppo.rollout import Rollout, gather
@@ -119,11 +119,9 @@ class SRPPOTrainer:
             self.console.note(
                 f"  memory: of weights, gradients and optimizer each process keeps 1/{distributed.size()}"
             )
-        longest = max(len(example.prompt_ids) for example in [*self.train_dataset, *self.eval_dataset])
-        check_positions(self.roles.policy.causal_lm.config, longest + args.max_completion_length)
-        check_tokens(
-            self.roles.policy.causal_lm, [*self.train_dataset, *self.eval_dataset], [*self.stop_token_ids, pad]
-        )
+        examples = [*self.train_dataset, *self.eval_dataset]
+        check_prompts(self.roles.policy.causal_lm.config, examples, args)
+        check_tokens(self.roles.policy.causal_lm, examples, [*self.stop_token_ids, pad])
         self.policy = ppo.Learner.create(self.roles.policy, args, args.learning_rate, args.max_steps)
         value_rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         self.critic = ppo.Learner.create(self.roles.critic, args, value_rate, args.max_steps)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from srppo_kernels._arguments import check_mask, check_number, check_same_shape, compute_dtype
+from srppo_kernels.ppo_loss.op import check_normalizer
 
 __all__ = ["Aux", "LossFn", "LossResult", "level_of"]
 
@@ -175,19 +176,9 @@ def live_pairs(op: str, mask: Tensor) -> Tensor:
 # -- sums -------------------------------------------------------------------------------------------------------------
 
 
-def check_divisor(op: str, normalizer: float | Tensor) -> None:
-    """One number, and not a negative one; 0 is that of a batch without tokens."""
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(f"{op}: normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
-        return
-    wanted = "be positive; it is what the sum is divided by"
-    check_number(op, "normalizer", normalizer, lambda x: x >= 0, wanted)
-
-
 def divided(op: str, terms: Tensor, normalizer: float | Tensor) -> Tensor:
     """``sum of terms / normalizer``, added in float64; a normalizer of 0, of a batch without tokens, counts as 1."""
-    check_divisor(op, normalizer)
+    check_normalizer(op, normalizer, zero=True)
     total = terms.sum(dtype=torch.float64)
     if isinstance(normalizer, Tensor):
         divisor = normalizer.detach().reshape(()).to(total)

@@ -14,7 +14,6 @@ from torch import Tensor
 from srppo.losses.contract import (
     LOG_RATIO_BOUND,
     LossResult,
-    check_divisor,
     check_positive,
     divided,
     level,
@@ -25,7 +24,7 @@ from srppo.losses.contract import (
 )
 from srppo_kernels import PPOStats, ppo_loss
 from srppo_kernels._arguments import check_choice, check_mask, check_same_shape
-from srppo_kernels.ppo_loss.op import check_clips
+from srppo_kernels.ppo_loss.op import check_clips, check_normalizer
 
 __all__ = ["apa", "cispo", "dppo", "entropy_bonus", "kl_penalty", "ppo", "reinforce"]
 
@@ -105,7 +104,7 @@ def clipped(
     """``ppo_loss`` as a sum over a normalizer. The loss is linear in ``|A|``, so a weight goes to the advantage; one of
     0 takes its sign away, which tells what is clipped, and such tokens are counted apart."""
     check_clips(op, clip_low, clip_high, dual_clip)
-    check_divisor(op, normalizer)
+    check_normalizer(op, normalizer, zero=True)
     lp, old, advantage, weight = tokens(op, logprob, mask, old_logprobs=old, advantages=advantages, weights=weights)
     if entropy_coef and entropy is None:
         raise ValueError(f"{op}: entropy_coef={entropy_coef} needs entropy; linear_loss gives it")

@@ -60,8 +60,8 @@ class _LinearLoss(torch.autograd.Function):
         chunks = _ChunkLosses(call.loss_fn, call.args, differentiable, targets.shape, live, call.grad_mode)
         formed = fused.run(
             x, head, y, live, chunks, wanted,
-            chunk=call.plan.rows_per_chunk or x.shape[0], backend=call.plan.backend, group=call.group,
-            dense=mask is None, bound=call.plan.bound,
+            chunk=call.plan.rows_per_chunk or x.shape[0], backend=backend, group=group, dense=mask is None,
+            bound=call.plan.bound,
         )  # fmt: skip
         call.names = list(chunks.aux)
         ctx.save_for_backward(*formed, *chunks.argument_gradients())

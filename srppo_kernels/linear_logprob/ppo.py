@@ -191,7 +191,8 @@ def linear_ppo_loss(
             )
         if values.device != hidden.device:
             raise ValueError(f"{op}: {name} is on {values.device} but hidden on {hidden.device}; move one of them")
-    check_normalizer(op, normalizer)
+    if normalizer is not None:
+        check_normalizer(op, normalizer)
     problem = problem_of(
         op, hidden, weight, bias, entropy=True, mask=mask, softcap=softcap, group=group, grad_weight_out=grad_weight_out
     )

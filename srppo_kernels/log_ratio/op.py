@@ -267,8 +267,8 @@ def log_ratio_reward(
         check_number(op, "clip", clip, lambda x: x > 0, "be positive; pass None to switch it off")
     if missing_eos_penalty is not None:
         check_finite(op, missing_eos_penalty=missing_eos_penalty)
-    if missing_eos_penalty is not None and truncated is None:
-        raise ValueError(f"{op}: missing_eos_penalty={missing_eos_penalty} needs truncated, a bool tensor [B]")
+        if truncated is None:
+            raise ValueError(f"{op}: missing_eos_penalty={missing_eos_penalty} needs truncated, a bool tensor [B]")
     if truncated is not None:
         check_tensor(op, "truncated", truncated)
         if truncated.dtype != torch.bool:

@@ -214,26 +214,28 @@ def _value_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 _value_loss.register_autograd(_value_autograd, setup_context=_value_setup)
 
 
-def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
-    """A divisor that makes sense, for every op that takes one."""
+def check_normalizer(op: str, normalizer: float | Tensor, *, zero: bool = False) -> None:
+    """A divisor that makes sense, for every op that takes one; `zero`: so does 0, of a batch without tokens."""
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"{op}: normalizer has shape {tuple(normalizer.shape)}; pass a number or a 0-d tensor")
-    elif normalizer is not None:
-        wanted = "be positive; it is what the sum is divided by"
-        check_number(op, "normalizer", normalizer, lambda x: x > 0, wanted)
+        return
+    wanted = "be positive; it is what the sum is divided by"
+    check_number(op, "normalizer", normalizer, lambda x: x > 0 or (zero and x == 0), wanted)
 
 
 def _split_normalizer(
     op: str, normalizer: float | Tensor | None, device: torch.device
 ) -> tuple[float | None, Tensor | None]:
+    if normalizer is None:
+        return None, None
     check_normalizer(op, normalizer)
     if isinstance(normalizer, Tensor):
         number, divisor = number_or_tensor(op, "normalizer", normalizer, device)
         if divisor is None:
             return number or 1.0, None  # a count of 0 counts as 1
         return None, divisor if divisor.is_floating_point() else divisor.float()  # a count of tokens is whole
-    return None if normalizer is None else float(normalizer), None
+    return float(normalizer), None
 
 
 def check_clips(op: str, clip_low: float, clip_high: float, dual_clip: float | None) -> None:
