@@ -72,8 +72,9 @@ SRPPO_BF16 inline void interleave_panel(const std::uint16_t* first, const std::u
 constexpr std::int64_t kPairStride = kPairs + 16;  // of a row of A: an odd number of cache lines
 constexpr std::int64_t kTileGap = 16;              // between tiles of A^T, which else share the sets of L1
 
-// Words that `rows` rows of A take, however they are packed: tiles are of 14 rows, then of 4, 2 and 1.
-constexpr std::int64_t packed_words(std::int64_t rows) { return rows * kPairStride + 5 * kTileGap; }
+// Words that `rows` rows of A take, however they are packed.
+constexpr std::int64_t packed_words(std::int64_t rows) { return rows * kPairStride; }
+static_assert(kPairStride >= kPairs + kTileGap, "a tile of one row has a gap too");
 
 // Brings elements [from, from + count) of row k of A to L2, if it has that row. The rows of A^T lie a vocabulary apart,
 // where the hardware does not run ahead.
@@ -152,14 +153,8 @@ class PanelPacker {
 template <class End>
 void multiply_tile(bool transposed, int rows, const std::uint32_t* x, const std::uint32_t* panel, std::int64_t pairs,
                    const End& end, const Ahead& ahead) {
-  using ByRows = Bf16Layout<kPairStride, 1>;
-  if (rows == 14 && transposed) bf16_tile<14, Bf16Layout<1, 14>>(x, panel, pairs, end, ahead);
-  else if (rows == 14) bf16_tile<14, ByRows>(x, panel, pairs, end, ahead);
-  else if (rows == 4 && transposed) bf16_tile<4, Bf16Layout<1, 4>>(x, panel, pairs, end, ahead);
-  else if (rows == 4) bf16_tile<4, ByRows>(x, panel, pairs, end, ahead);
-  else if (rows == 2 && transposed) bf16_tile<2, Bf16Layout<1, 2>>(x, panel, pairs, end, ahead);
-  else if (rows == 2) bf16_tile<2, ByRows>(x, panel, pairs, end, ahead);
-  else bf16_tile<1, Bf16Layout<1, 1>>(x, panel, pairs, end, ahead);
+  if (transposed) bf16_tile<InTiles>(rows, x, panel, pairs, end, ahead);
+  else bf16_tile<ByRows<kPairStride>>(rows, x, panel, pairs, end, ahead);
 }
 
 // What the tasks of a thread pack into: a block of A, two panels of B, and the sums that a bf16 result is rounded from
@@ -182,7 +177,7 @@ struct VectorScratch {
 inline void product_task(const Bf16Matrix& a, const Bf16Matrix& b, bool transposed, bool add, std::int64_t r0,
                          std::int64_t count, std::int64_t c0, std::int64_t width, float* out, std::uint16_t* rounded,
                          std::int64_t ldo, VectorScratch& scratch) {
-  const std::int64_t all = (b.rows + 1) / 2, tiles = (count + 13) / 14, lds = out ? ldo : scratch.lds;
+  const std::int64_t all = (b.rows + 1) / 2, tiles = (count + kBf16Rows - 1) / kBf16Rows, lds = out ? ldo : scratch.lds;
   float* const sums = out ? out + r0 * ldo + c0 : scratch.sums.data();
   std::uint32_t *panel = scratch.panels.data(), *other = panel + kPairs * kBf16Panel;
   const auto packer = [&](std::int64_t p0, std::int64_t c, std::int64_t shares, std::uint32_t* to) {

@@ -1,7 +1,7 @@
 // A tile of z = x y^T in fp32 with AVX-512 BF16: K goes in pairs (vdpbf16ps), 14 rows x 32 columns in registers.
 //
 // The panel of columns is packed as [pairs][32], each element two consecutive steps of K in 32 bits, and x as the scan or
-// the product packs it (Bf16Layout). In the scan a sum is one accumulator over kDepth steps, and blocks of that many are
+// the product packs it (InTiles, ByRows). In the scan a sum is one accumulator over kDepth steps, and blocks of that many are
 // added up in memory, in order, which keeps the error of a long sum down.
 #pragma once
 
@@ -19,15 +19,31 @@ namespace srppo {
 constexpr std::int64_t kBf16Panel = 32;  // columns a panel
 constexpr std::int64_t kDepth = 128;     // steps of K (a pair counts as one) that one accumulator takes
 
+// Rows of the next tile, of at most `most`: the last two share what is left. A low tile has too few sums to keep the
+// multipliers busy, so that 13 rows as tiles of 4, 4, 4 and 1 take as long as 24.
+inline int tile_rows(std::int64_t rows, int most) {
+  return static_cast<int>(rows >= 2 * most ? most : rows > most ? (rows + 1) / 2 : rows);
+}
+
 #if defined(__x86_64__)
 namespace {
 
 #define SRPPO_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 
-// Where x has the pair of a tile's row i and step k: at i * row + k * step.
-template <std::int64_t kRow, std::int64_t kStep>
-struct Bf16Layout {
-  static constexpr std::int64_t row = kRow, step = kStep;
+constexpr int kBf16Rows = 14;  // a tile: 28 accumulators, two vectors of the panel and a pair leave one register
+
+inline int bf16_tile_height(std::int64_t rows) { return tile_rows(rows, kBf16Rows); }
+
+// Where x has the pair of a tile's row i and step k.
+struct InTiles {
+  template <int kRows>
+  static constexpr std::int64_t at(std::int64_t i, std::int64_t k) { return k * kRows + i; }
+};
+
+template <std::int64_t kStride>
+struct ByRows {
+  template <int kRows>
+  static constexpr std::int64_t at(std::int64_t i, std::int64_t k) { return i * kStride + k; }
 };
 
 // What becomes of 32 sums of row i. All of a panel's columns, in fp32, written or added to.
@@ -102,7 +118,7 @@ SRPPO_BF16 void bf16_tile(const std::uint32_t* x, const std::uint32_t* panel, st
       const __m512bh b = (__m512bh)_mm512_loadu_si512(panel + k * 32 + 16);
 #pragma GCC unroll 14
       for (int i = 0; i < kRows; ++i) {
-        const auto pair = static_cast<int>(x[i * Layout::row + k * Layout::step]);
+        const auto pair = static_cast<int>(x[Layout::template at<kRows>(i, k)]);
         const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
         low[i] = _mm512_dpbf16_ps(low[i], value, a);
         high[i] = _mm512_dpbf16_ps(high[i], value, b);
@@ -113,25 +129,26 @@ SRPPO_BF16 void bf16_tile(const std::uint32_t* x, const std::uint32_t* panel, st
   for (int i = 0; i < kRows; ++i) end.row(i, low[i], high[i]);
 }
 
-// z[rows][32] of `pairs` steps, for a height that a tile has; added to what is there if `add`. x is [pairs][rows].
+// The same for a number of rows known when it runs.
+template <class Layout, class End, int kRows = kBf16Rows>
+SRPPO_BF16 void bf16_tile(int rows, const std::uint32_t* x, const std::uint32_t* panel, std::int64_t pairs, const End& end,
+                          const Ahead& lines) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return bf16_tile<Layout, End, kRows - 1>(rows, x, panel, pairs, end, lines);
+  }
+  bf16_tile<kRows, Layout>(x, panel, pairs, end, lines);
+}
+
+// z[rows][32] of `pairs` steps, for a tile's rows; added to what is there if `add`. x is [pairs][rows].
 inline void bf16_multiply(int rows, const std::uint32_t* x, const std::uint32_t* panel, std::int64_t pairs, float* z,
                           std::int64_t ldz, bool add, const Ahead& lines) {
   std::int64_t k = 0;
   do {
     const std::int64_t depth = std::min(pairs - k, kDepth);
-    const std::uint32_t *a = x + k * rows, *b = panel + k * kBf16Panel;
-    const Bf16Sums sums{z, ldz, add || k > 0};
-    const Ahead rest = lines.after(k);
-    if (rows == 14) bf16_tile<14, Bf16Layout<1, 14>>(a, b, depth, sums, rest);
-    else if (rows == 4) bf16_tile<4, Bf16Layout<1, 4>>(a, b, depth, sums, rest);
-    else if (rows == 2) bf16_tile<2, Bf16Layout<1, 2>>(a, b, depth, sums, rest);
-    else bf16_tile<1, Bf16Layout<1, 1>>(a, b, depth, sums, rest);
+    bf16_tile<InTiles>(rows, x + k * rows, panel + k * kBf16Panel, depth, Bf16Sums{z, ldz, add || k > 0}, lines.after(k));
     k += depth;
   } while (k < pairs);
 }
-
-// Largest tile that the remaining rows fill.
-inline int bf16_tile_height(std::int64_t rows) { return rows >= 14 ? 14 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
 
 }  // namespace
 #endif

@@ -157,7 +157,7 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
   const auto even = [](std::int64_t size, std::int64_t blocks, std::int64_t unit) {
     return whole_tiles((size + blocks - 1) / blocks, unit);
   };
-  std::int64_t rows = even(m, row_blocks, on_tiles ? kTileRows : 14), columns = even(n, column_blocks, kBf16Panel);
+  std::int64_t rows = even(m, row_blocks, on_tiles ? kTileRows : kBf16Rows), columns = even(n, column_blocks, kBf16Panel);
   const bool whole_panels = b.rows <= 2 * kPairs, keeps_sums = rounds && !whole_panels;
   const bool by_columns = on_tiles ? whole_panels || rounds : keeps_sums;
   const auto each = [&] {
@@ -169,7 +169,7 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
     if (by_columns && columns > rows)
       columns = even(n, column_blocks *= 2, kBf16Panel);
     else
-      rows = even(m, row_blocks *= 2, on_tiles ? kTileRows : 14);
+      rows = even(m, row_blocks *= 2, on_tiles ? kTileRows : kBf16Rows);
   }
   const auto tasks = [&](std::int64_t begin, std::int64_t end, const auto& task) {
     for (std::int64_t i = begin; i < end; ++i) {

@@ -9,8 +9,7 @@ constexpr int kTile = W >= 16 ? 14 : 6;  // rows a tile: 2 kTile accumulators an
 
 static int panel_width() { return kPanel; }
 
-// Largest tile that the remaining rows fill.
-static int tile_height(std::int64_t rows) { return rows >= kTile ? kTile : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+static int tile_height(std::int64_t rows) { return tile_rows(rows, kTile); }
 
 // z[rows][2 W], written or (a later block of K) added to. x is [steps][rows], panel [steps][2 W].
 SRPPO_INLINE void tile(const int rows, const float* x, const float* panel, std::int64_t steps, float* z,
@@ -54,10 +53,28 @@ static void multiply_or_add(int rows, const float* x, const float* panel, std::i
   do {
     const std::int64_t depth = steps - k < kDepth ? steps - k : kDepth;
     const float *a = x + k * rows, *b = panel + k * kPanel;
-    if (rows == kTile) tile(kTile, a, b, depth, z, ldz, add || k > 0, line, left, lines);
-    else if (rows == 4) tile(4, a, b, depth, z, ldz, add || k > 0, line, left, lines);
-    else if (rows == 2) tile(2, a, b, depth, z, ldz, add || k > 0, line, left, lines);
-    else tile(1, a, b, depth, z, ldz, add || k > 0, line, left, lines);
+    const bool sum = add || k > 0;
+#define SRPPO_TILE_OF(height) \
+  case height:                \
+    if (height <= kTile) tile(height, a, b, depth, z, ldz, sum, line, left, lines); \
+    break
+    switch (rows) {
+      SRPPO_TILE_OF(1);
+      SRPPO_TILE_OF(2);
+      SRPPO_TILE_OF(3);
+      SRPPO_TILE_OF(4);
+      SRPPO_TILE_OF(5);
+      SRPPO_TILE_OF(6);
+      SRPPO_TILE_OF(7);
+      SRPPO_TILE_OF(8);
+      SRPPO_TILE_OF(9);
+      SRPPO_TILE_OF(10);
+      SRPPO_TILE_OF(11);
+      SRPPO_TILE_OF(12);
+      SRPPO_TILE_OF(13);
+      SRPPO_TILE_OF(14);
+    }
+#undef SRPPO_TILE_OF
     k += depth;
   } while (k < steps);
 }

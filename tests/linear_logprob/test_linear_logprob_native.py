@@ -82,6 +82,9 @@ def test_bits_over_threads_and_rows(level, dtype):
                     assert torch.equal(a, b)
         shuffled = linear_logprob(p.hidden[order], p.weight, p.targets[order], plan="score", backend="native").logprob
         assert torch.equal(shuffled, want.logprob[order])
+        for count in range(1, 30):  # tiles of every height
+            few = linear_logprob(p.hidden[:count], p.weight, p.targets[:count], plan="score", backend="native").logprob
+            assert torch.equal(few, want.logprob[:count])
         for row in (0, 13, 335, 336, 699):
             alone = linear_logprob(p.hidden[row], p.weight, p.targets[row], plan="score", backend="native").logprob
             assert torch.equal(alone, want.logprob[row])

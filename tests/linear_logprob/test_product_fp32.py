@@ -62,9 +62,10 @@ def test_bits_over_threads_and_rows(transposed):
     for count, bound in ((1, None), (2, None), (3, None), (2, 0), (16, 4 << 20)):
         with threads(count):
             assert torch.equal(product(a, b, torch.empty_like(want), transposed=transposed, bound=bound), want)
-    few = torch.tensor([698, 13, 2])
-    some = a[:, few] if transposed else a[few]
-    assert torch.equal(product(some, b, torch.empty(3, 1100), transposed=transposed), want[few])
+    for few in ([698, 13, 2], *(range(600, 600 + count) for count in range(1, 30))):  # tiles of every height
+        rows = torch.tensor(list(few))
+        some = a[:, rows] if transposed else a[rows]
+        assert torch.equal(product(some, b, torch.empty(len(rows), 1100), transposed=transposed), want[rows])
 
 
 @pytest.mark.parametrize("native_product", [False, True])
