@@ -35,6 +35,7 @@ OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
 PLANS = ("auto", "score", "precompute", "cache", "recompute")
 BACKENDS = ("auto", "reference", "torch", "native", "triton", "sm90")
 CALL_BYTES = 96  # of a chunked loss's vectors, for each row of the whole call
+ROW_PANEL = 32  # rows that AMX tiles take at a time, and pad to
 FROZEN_CHUNK_BYTES = 64 << 20  # on a CPU, exponentials of a frozen head's chunk by default, or as many as the head has
 
 
@@ -200,7 +201,7 @@ def _rows_per_chunk(problem: Problem, budget: int, default: bool, backend: str) 
     The default on a CPU is as large as the head where that is frozen, or 64 MiB: a chunk reads it twice (README.md).
     Chunks of a trainable head are larger, as each reads and writes all of dweight; in bf16 several need one in fp32 to
     add up in, so that one chunk of all rows is no larger than two beside it, up to twice its size. Native code, which
-    reads the head once a chunk and pads no block, gets as many rows as fit, as even as can be.
+    reads the head once a chunk and pads no more than a panel, gets as many rows as fit, as even as can be.
     """
     if default and problem.device.type == "cpu":
         adds_up_apart = problem.weight_dtype == torch.bfloat16 and not problem.wide_weight
@@ -212,8 +213,8 @@ def _rows_per_chunk(problem: Problem, budget: int, default: bool, backend: str) 
     block = row_block(problem.device)
     fitting = budget // max(1, problem.vocab * problem.kept_bytes)
     if backend == "native" and block < fitting < problem.rows:
-        chunks = -(-problem.rows // (fitting // 16 * 16))
-        return max(block, -(-problem.rows // (16 * chunks)) * 16)
+        chunks = -(-problem.rows // (fitting // ROW_PANEL * ROW_PANEL))
+        return max(block, -(-problem.rows // (ROW_PANEL * chunks)) * ROW_PANEL)
     if fitting >= problem.rows:
         return max(block, -(-problem.rows // block) * block)
     return max(block, fitting // block * block)
