@@ -82,7 +82,8 @@ def token_weights(
         total = float(mask.numel())
     else:
         total = 1.0
-    total = torch.as_tensor(total, dtype=dtype, device=mask.device)
+    if not isinstance(total, Tensor):
+        total = torch.full((), total, dtype=dtype, device=mask.device)  # a copy of a host's tensor would be waited for
     weights = torch.ones_like(lengths) / torch.where(total == 0, 1, total)
     return weights / lengths.clamp(min=1) if reduction == "sequence_mean" else weights
 

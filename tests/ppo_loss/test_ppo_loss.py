@@ -10,8 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loss_rounding import absolute_errors
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from srppo_kernels.ppo_loss import PPOStats, ppo_loss, ppo_terms
+from srppo_kernels.ppo_loss.reference import token_weights
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "constant_length")
 
@@ -437,3 +439,22 @@ def test_packed_tokens_have_no_sequences():
     assert ppo_loss(flat, flat, flat, flat.bool())[0] == -1
     with pytest.raises(ValueError, match="needs \\[B, T\\]"):
         ppo_loss(flat, flat, flat, flat.bool(), reduction="sequence_mean")
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuses what makes a tensor on the host and copies it to a device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.as_tensor, torch.tensor)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("divisor", [None, 7.0])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_divisor_of_the_reference_is_no_copy_of_the_host_s(reduction, divisor):
+    """On a GPU it would be waited for, and a graph could not be captured."""
+    with NothingFromTheHost():
+        weights = token_weights(torch.ones(2, 3, dtype=torch.bool), reduction, divisor, None, torch.float64)
+    per_token = {"token_mean": 6.0, "sequence_mean": 2.0, "sum": 1.0, "constant_length": 6.0}[reduction]
+    by_row = 3.0 if reduction == "sequence_mean" else 1.0
+    assert weights.flatten().tolist() == pytest.approx([1 / ((divisor or per_token) * by_row)] * 2)
