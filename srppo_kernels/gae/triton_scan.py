@@ -260,14 +260,14 @@ def tile_maps(
     maps,  # [B, tiles, 2] float32: a and b of every tile; those beyond the row are the identity
     CARRY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+    tile = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
     begin, _ = row_of(starts, row, steps)
     _, _, _, _, a, b, _ = _lone_tile(
         rewards + begin, values + begin, mask + begin, gamma, lam, gamma_rows, lam_rows, bootstrap, ends, row, tile,
         CARRY, TILE,
     )  # fmt: skip
-    place = maps + (row * tl.num_programs(1) + tile) * 2
+    place = maps + (row * tl.num_programs(0) + tile) * 2
     tl.store(place, leftmost(a, TILE))
     tl.store(place + 1, leftmost(b, TILE))
 
@@ -292,14 +292,14 @@ def tile_outputs(
     tile_moments,  # [B, tiles, 3] float64, or None
     CARRY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+    tile = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
     begin, _ = row_of(starts, row, steps)
     at, inside, valid, value, a, b, _ = _lone_tile(
         rewards + begin, values + begin, mask + begin, gamma, lam, gamma_rows, lam_rows, bootstrap, ends, row, tile,
         CARRY, TILE,
     )  # fmt: skip
-    place = row * tl.num_programs(1) + tile
+    place = row * tl.num_programs(0) + tile
     carried = tl.load(carries + place)
     _, advantage = _store_tile(advantages + begin, returns + begin, at, inside, valid, value, a, b, carried)
     if tile_moments is not None:
@@ -354,10 +354,11 @@ def gae_triton(
         carries = torch.empty((rows, tiles), dtype=torch.float64, device=rewards.device)
         parts = torch.empty((rows, tiles, 3), dtype=torch.float64, device=rewards.device) if with_moments else None
         row_ends[(rows,)](mask, starts, steps, advantages, returns, ends, TILE=tile, **OPTIONS)
-        tile_maps[(rows, tiles)](*inputs, ends, maps, CARRY=carry, TILE=tile, **OPTIONS)
+        # Tiles come first: a device's grid ends at 65535 in its second dimension.
+        tile_maps[(tiles, rows)](*inputs, ends, maps, CARRY=carry, TILE=tile, **OPTIONS)
         fold_tiles[(rows,)](maps, bootstrap, ends, carries, tiles, TILE=tile, num_warps=1, enable_fp_fusion=False)
         outputs = (carries, advantages, returns, parts)
-        tile_outputs[(rows, tiles)](*inputs, ends, *outputs, CARRY=carry, TILE=tile, **OPTIONS)
+        tile_outputs[(tiles, rows)](*inputs, ends, *outputs, CARRY=carry, TILE=tile, **OPTIONS)
         if with_moments:
             row_moments[(rows,)](parts, ends, tiles, *sums, TILE=tile, **OPTIONS)
     return advantages, returns, moments

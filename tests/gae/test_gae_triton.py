@@ -107,3 +107,22 @@ def test_opcheck():
     leaves = rewards.requires_grad_(), values.requires_grad_(), end.requires_grad_()
     tail = (1.0, 0.95, None, None, leaves[2], "carry", None, True, "triton")
     torch.library.opcheck(torch.ops.srppo.gae, (leaves[0], leaves[1], mask, *tail))
+
+
+def test_tiles_of_the_longest_rows_fit_in_a_device_s_grid(monkeypatch):
+    """Which ends at 65535 in its second dimension: 67 million tokens."""
+    from srppo_kernels.gae import triton_scan
+
+    grids = []
+
+    class Launched:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    for kernel in ("row_ends", "tile_maps", "fold_tiles", "tile_outputs"):
+        monkeypatch.setattr(triton_scan, kernel, Launched())
+    x = torch.empty(2, 70_000_000, device="meta")
+    triton_scan.gae_triton(x, x, x.bool(), 1.0, 0.95, None, None, None, True, None, tile=triton_scan.TILE)
+    assert len(grids) == 4
+    assert all(size <= 65535 for grid in grids for size in grid[1:])
