@@ -135,6 +135,23 @@ def test_the_gradients_bits_of_packed_and_padded_rows(backend):
     assert same_bits(whole, gradients(*wide, pad(mask, (0, 900), value=False))[:, :3000].contiguous())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_rows_wait_for_nothing_and_fit_in_a_graph(backend):
+    """Their starts are looked at on the device."""
+    rewards, values, mask, end = inputs(3, 600)
+    flat, starts = [x.flatten() for x in (rewards, values, mask)], torch.arange(0, 1801, 600, device="cuda")
+
+    def call():
+        return gae(*flat, bootstrap=end, cu_seqlens=starts, backend=backend)
+
+    whole = call()
+    with no_waiting():
+        again = call()
+    assert all(same_bits(a, b) for a, b in zip(whole, again, strict=True))
+    graph = replayed(call, lambda: flat[0].mul_(2))
+    assert all(same_bits(a, b) for a, b in zip(graph, call(), strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_native_bits_of_packed_padded_and_spread_rows(backend):
     rewards, values, mask, end = inputs(3, 33000)  # few and long: spread over blocks
