@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srppo_kernels import _triton
 from srppo_kernels.linear_logprob import backward as grads
-from srppo_kernels.linear_logprob import gpu, spare
+from srppo_kernels.linear_logprob import gpu, spare, vocab_parallel
 from srppo_kernels.linear_logprob.chunked import Head, accumulation_dtype, forward
 from srppo_kernels.linear_logprob.op import new_residual
 from srppo_kernels.linear_logprob.rows import Rows
@@ -84,13 +84,15 @@ def run(
     dense: bool = False,
     bound: int | None = None,
 ) -> Formed:
-    """Calls ``loss`` on chunk after chunk, in row order, and returns the gradients; ``bound`` as in ``forward``."""
+    """Calls ``loss`` on chunk after chunk, in row order, and returns the gradients; ``bound`` as in ``forward``, to a
+    score."""
     acc = accumulation_dtype(hidden)
     rows = Rows.of(live, backend=backend, dense=dense)
     formed = formed_like(hidden, head.weight, head.bias, wanted)
     if backend not in gpu.FAMILY:  # whose dhidden has every row
         formed.hidden.zero_()
-    parts = chunks_of(rows, hidden.shape[0], max(1, chunk))
+    chunk = vocab_parallel.fewest_rows(max(1, chunk), bound, group, hidden.device)
+    parts = chunks_of(rows, hidden.shape[0], chunk)
     residual = new_residual(hidden, head.weight, max(p.count for _, _, p in parts), backend) if wanted.any else None
     # Chunks add up in the accumulation dtype; one chunk is written once, in whatever dtype it is wanted.
     several = len(parts) > 1
@@ -98,8 +100,9 @@ def run(
     with torch.autocast(hidden.device.type, enabled=False):
         for number, (start, stop, part) in enumerate(parts):
             out = forward(
-                hidden, head, targets, part, entropy=True, backend=backend, residual=residual, group=group, bound=bound
-            )
+                hidden, head, targets, part, entropy=True, backend=backend, residual=residual, group=group,
+                bound=None if wanted.any else bound,
+            )  # fmt: skip
             whole = [part.whole(values, hidden.shape[0]) for values in out]
             g, h = loss(start, stop, whole[0][start:stop], whole[1][start:stop])
             if not wanted.any:

@@ -90,7 +90,7 @@ def _linear_logprob(
     plan: str,
     backend: str,
     chunk: int,  # rows at a time (plan precompute), or bytes of dz (recompute; 0: the default)
-    bound: int | None,  # bytes of workspace (score and recompute on native code; None: the default)
+    bound: int | None,  # bytes of workspace (None: the default), kept to by score and recompute on native code
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, live = prepare(hidden, targets, mask, row_temperature, ignore_index, weight.shape[0], group, backend)
@@ -101,6 +101,7 @@ def _linear_logprob(
     with torch.autocast(hidden.device.type, enabled=False):
         if plan == "precompute":
             outputs = [x.new_zeros(x.shape[0], dtype=acc) for _ in RowOutputs._fields]
+            chunk = vocab_parallel.fewest_rows(chunk, bound, group, hidden.device)
             residual = new_residual(hidden, weight, min(chunk, rows.count), backend)
             for a in range(0, rows.count, chunk):
                 part = rows.part(a, a + chunk)

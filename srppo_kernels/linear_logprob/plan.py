@@ -94,7 +94,7 @@ class Plan:
     reason: str
     rows_per_chunk: int = 0
     dz_bytes: int = 0  # of plan recompute, where workspace_bytes asks for less than the default
-    bound: int | None = None  # workspace_bytes, where it bounds all of it: plans score and recompute
+    bound: int | None = None  # workspace_bytes as it was given: on all of it in plans score and recompute
 
     def __str__(self) -> str:
         chunk = f", {self.rows_per_chunk} rows a chunk" if self.rows_per_chunk else ""
@@ -160,7 +160,8 @@ def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend:
             )
         size = problem.rows * problem.vocab * problem.hidden_dtype.itemsize
         return Plan("reference", "autograd", 1 + problem.needs_hidden + problem.needs_weight, 3 * size, why)
-    budget = problem.width * problem.vocab * 4 if workspace_bytes is None else workspace_bytes
+    # An empty shard counts as one entry: as many rows fit by default as on the other ranks.
+    budget = problem.width * max(1, problem.vocab) * 4 if workspace_bytes is None else workspace_bytes
     if plan in ("auto", "score") and not problem.needs_any:
         return _score(problem, workspace_bytes, chosen, f"no input needs a gradient; {why}")
     if plan == "score":
@@ -192,7 +193,7 @@ def _precomputed_loss(problem: Problem, budget: int, default: bool, backend: str
     gemms = 1 + problem.needs_hidden + problem.needs_weight
     reason = f"{asked}the loss is known, so its gradients are formed in the forward, {chunks} chunk(s) of rows"
     reason += _how(problem, backend)
-    return Plan(backend, "precompute", gemms, size, reason, chunk)
+    return Plan(backend, "precompute", gemms, size, reason, chunk, bound=None if default else budget)
 
 
 def _rows_per_chunk(problem: Problem, budget: int, default: bool, backend: str) -> int:
@@ -235,7 +236,7 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
         what = "" if problem.lse else " and neither entropy nor lse is wanted"
         reason = f"{asked}the head is frozen{what}: dhidden is formed in the forward up to a row's scalar"
         reason += _how(problem, backend)
-        return Plan(backend, "precompute", 2, size, reason, chunk)
+        return Plan(backend, "precompute", 2, size, reason, chunk, bound=None if default else budget)
     kept = problem.rows * problem.vocab * problem.kept_bytes
     fits = kept <= budget
     if plan == "cache" and not fits:

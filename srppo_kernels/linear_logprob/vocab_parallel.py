@@ -60,6 +60,18 @@ def merge_ranks(state: Tensor, group: str) -> Tensor:
     return merged
 
 
+def fewest_rows(chunk: int, bound: int | None, group: str, device: torch.device) -> int:
+    """Rows at a time that fit on every rank: each chunk is a collective, and how many rows fit depends on the shard.
+
+    On a GPU it waits, but only for a caller's ``bound``: by default the same number fits there whatever the shard.
+    """
+    if not group or (bound is None and device.type != "cpu"):
+        return chunk
+    fewest = torch.full((1,), chunk, dtype=torch.int64, device=device)
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=_resolve(group))
+    return int(fewest)
+
+
 def sum_over_ranks(values: Tensor, group: str) -> Tensor:
     """``values`` summed over the group, in place."""
     if group:

@@ -14,7 +14,7 @@ from srppo_kernels.parallel import full_head, vocab_parallel_head
 
 def run(rank: int, size: int) -> None:
     """All checks in one process group, as starting a process costs more than a check."""
-    for check in (uneven, no_target, empty_shard, frozen, losses, dtensor):
+    for check in (uneven, no_target, empty_shard, frozen, losses, chunks, dtensor):
         torch.manual_seed(0)
         check(rank, size)
 
@@ -106,6 +106,25 @@ def losses(rank: int, size: int) -> None:
     p.targets[5] = 2500
     with pytest.raises(ValueError, match=r"targets\[5\] is 2500, outside the vocabulary \[0, 2500\)"):
         linear_logprob(p.hidden, weight, p.targets, group=dist.group.WORLD)
+
+
+def chunks(rank: int, size: int) -> None:
+    """As many rows at a time on all ranks, though more of them fit beside a smaller shard, or an empty one."""
+    p = make("random", n=300, d=400, v=900)
+    whole = p.run().logprob
+    want = torch.autograd.grad(whole.sum(), p.inputs())
+    for cut, more in ((600, {"workspace_bytes": 600_000}), (900, {"workspace_bytes": 600_000}), (900, {})):
+        weight = _shard(p.weight, cuts := [0, cut, 900], rank)
+        options = {**more, "group": dist.group.WORLD}
+        loss, _ = linear_loss(p.hidden, weight, p.targets, lambda lp, h: (lp.sum(), {}), **options)
+        assert abs(loss - whole.sum()) < 1e-2
+        dhidden, dweight = torch.autograd.grad(loss, [p.hidden, weight])
+        assert relative(dhidden, want[0].double()) < 1e-5
+        assert torch.allclose(dweight, want[1][cuts[rank] : cuts[rank + 1]], rtol=0, atol=1e-4)
+        logprob = linear_logprob(p.hidden, weight.detach(), p.targets, **options).logprob
+        assert (logprob - whole).abs().max() < 1e-4
+        (dhidden,) = torch.autograd.grad(logprob.sum(), [p.hidden])
+        assert relative(dhidden, want[0].double()) < 1e-5
 
 
 def dtensor(rank: int, size: int) -> None:

@@ -9,7 +9,7 @@ from srppo_kernels import linear_logprob
 
 
 def test_two_ranks(tmp_path):
-    """Uneven shards, a rank without targets, one without vocabulary, a frozen head, the losses, DTensor heads."""
+    """Uneven shards, a rank without targets, one without vocabulary, a frozen head, losses, chunks, DTensor heads."""
     on_ranks(ranks.run, tmp_path)
 
 
