@@ -57,6 +57,16 @@ def test_each_level_on_hard_rows(level, kind):
         assert (a.double() - b).abs().max() <= value_bound(p)
 
 
+@pytest.mark.parametrize("softcap", [30.0, 1e4, 1e30])
+@pytest.mark.parametrize("level", ALL_LEVELS)
+def test_a_softcap_far_above_the_logits_costs_no_digits(level, softcap):
+    p = make("random", n=60, v=300, softcap=softcap)
+    with _extension.cpu_level(level):
+        got = p.run(entropy=True, lse=True, plan="score", backend="native")
+    for a, b in zip(got, p.double().oracle(), strict=True):
+        assert (a.double() - b).abs().max() < 2.5e-6
+
+
 @pytest.mark.parametrize("level", ALL_LEVELS)
 def test_each_level_on_wide_rows(level):
     """K of several blocks, whose sums are added up in memory."""
