@@ -30,9 +30,11 @@ def check_mask(op: str, mask: Tensor) -> None:
 
 def check_number(op: str, name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> None:
     """Refuse what is no number, or one that does not fit, as NaN does not; `wanted` says what it "must" be."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{op}: {name} requires a gradient, which the op does not give; pass {name}.detach()")
     try:
-        fitting = fits(value)
-    except TypeError:
+        fitting = bool(fits(value))
+    except (TypeError, ValueError, RuntimeError):  # the last two of an array and a tensor of several numbers
         raise TypeError(f"{op}: {name}={value!r} must be a number, got {type(value).__name__}") from None
     if not fitting:
         raise ValueError(f"{op}: {name}={value} must {wanted}")

@@ -246,6 +246,8 @@ def test_bad_target_is_named(call):
         ({"temperature": torch.ones(6, requires_grad=True)}, ValueError, "temperature.detach"),
         ({"logit_scale": float("nan")}, ValueError, "logit_scale"),
         ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"softcap": torch.ones(2)}, TypeError, "softcap=.* must be a number, got Tensor"),
+        ({"logit_scale": torch.ones((), requires_grad=True)}, ValueError, "pass logit_scale.detach"),
         ({"temperature": "1"}, TypeError, "temperature='1' must be a number, got str"),
         ({"logit_scale": None}, TypeError, "logit_scale=None must be a number, got NoneType"),
         ({"hidden": torch.zeros(6, 4).to_sparse()}, TypeError, r"hidden is laid out as .*; pass hidden.to_dense"),

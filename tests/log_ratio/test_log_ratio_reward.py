@@ -336,6 +336,8 @@ X, M = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
             "running_std=inf must be positive and finite",
         ),
         ({"scale": float("nan")}, ValueError, "scale=nan must be finite"),
+        ({"scale": torch.ones((), requires_grad=True)}, ValueError, "scale requires a gradient"),
+        ({"scale": torch.ones(2)}, TypeError, "must be a number, got Tensor"),
         ({"kl_coef": float("inf")}, ValueError, "kl_coef=inf must be finite"),
         ({"missing_eos_penalty": float("nan")}, ValueError, "missing_eos_penalty=nan must be finite"),
         ({"clip": 0.0}, ValueError, "clip=0.0 must be positive; pass None"),

@@ -413,6 +413,7 @@ def test_compiles_to_one_graph():
         ({"entropy": torch.ones(3)}, ValueError, "entropy has shape"),
         ({"entropy_coef": 0.1}, ValueError, "entropy_coef=0.1 needs entropy"),
         ({"entropy_coef": float("nan"), "entropy": torch.ones(2, 3)}, ValueError, "entropy_coef=nan must be finite"),
+        ({"entropy_coef": torch.ones((), requires_grad=True)}, ValueError, "pass entropy_coef.detach"),
         ({"clip_low": 1.5}, ValueError, r"clip_low=1.5 must lie in \[0, 1\]"),
         ({"clip_high": -0.1}, ValueError, "clip_high=-0.1 must not be negative"),
         ({"dual_clip": 0.9}, ValueError, "dual_clip=0.9 must be above 1"),
