@@ -107,6 +107,8 @@ class _ChunkLosses:
         grad_mode: bool,
     ) -> None:
         self.loss_fn, self.shape, self.live, self.grad_mode = loss_fn, shape, live, grad_mode
+        kind = live.device.type  # the caller's autocast, too: the head's is off
+        self.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
         self.args = list(args)  # those that need a gradient are None here and come in `differentiable`
         self.differentiable = [t.detach() for t in differentiable]
         self.gradients = [torch.zeros_like(t) for t in self.differentiable]
@@ -125,7 +127,7 @@ class _ChunkLosses:
         # This graph is not the caller's: torch.utils.checkpoint's hooks on it would run the caller's region again, for
         # each chunk. Under no_grad there is none, and nothing to refuse of what loss_fn closes over.
         hooks = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved)
-        with torch.set_grad_enabled(self.grad_mode), hooks:
+        with torch.set_grad_enabled(self.grad_mode), self.autocast, hooks:
             logprob = logprob.detach().requires_grad_()
             entropy = entropy.detach().requires_grad_()
             leaves = [t.detach().requires_grad_() for t in self.differentiable]

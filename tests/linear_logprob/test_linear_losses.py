@@ -125,6 +125,23 @@ def test_any_loss(frozen, more):
         assert torch.equal(a, b)
 
 
+def test_a_loss_runs_under_the_callers_autocast():
+    """On chunks as on all rows."""
+    p = make("random", n=300, v=500)
+
+    def loss_fn(logprob, entropy):
+        squares = torch.mm(logprob[None], logprob[:, None])
+        return squares.float().sum(), {"squares": squares}
+
+    for plan in ("precompute", "score", "recompute"):
+        options = {"plan": plan, "workspace_bytes": 0}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            _, aux = linear_loss(p.hidden, p.weight, p.targets, loss_fn, **options)
+        assert aux["squares"].dtype == torch.bfloat16
+        _, aux = linear_loss(p.hidden, p.weight, p.targets, loss_fn, **options)
+        assert aux["squares"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("op", ["linear_loss", "linear_ppo_loss"])
 def test_gradients_of_a_freed_graph_are_not_copied_and_those_of_a_kept_one_are(op, monkeypatch):
     """What a retained graph has handed out may be written to, as clipping does, before the next backward."""
