@@ -59,7 +59,12 @@ def vocab_parallel_head(
     mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
     placements: Any = weight.placements  # type: ignore[attr-defined]
     cut = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    wanted = mesh.mesh_dim_names.index(mesh_dim) if isinstance(mesh_dim, str) else mesh_dim
+    names = mesh.mesh_dim_names or ()
+    if isinstance(mesh_dim, str) and mesh_dim not in names:
+        raise ValueError(f"vocab_parallel_head: mesh_dim={mesh_dim!r} is no dimension of the mesh, which has {names}")
+    wanted = names.index(mesh_dim) if isinstance(mesh_dim, str) else mesh_dim
+    if wanted is not None and -mesh.ndim <= wanted < 0:
+        wanted += mesh.ndim
     if len(cut) != 1 or type(placements[cut[0]]).__name__ != "Shard" or placements[cut[0]].dim != 0:
         raise ValueError(
             f"vocab_parallel_head: weight has placements {tuple(placements)}; it takes Shard(0) on one mesh dimension "

@@ -147,6 +147,10 @@ def dtensor(rank: int, size: int) -> None:
         assert isinstance(dweight, DTensor)
         assert relative(dweight.full_tensor(), want[1].double()) < 1e-6
     assert full_head(p.weight) == (p.weight, None)
+    assert vocab_parallel_head(weight, mesh_dim=-1).group == head.group
+    for other, said in (("dp", "is no dimension of the mesh, which has"), (1, "cut over mesh dimension 0")):
+        with pytest.raises(ValueError, match=f"mesh_dim={other!r}.* {said}"):
+            vocab_parallel_head(weight, mesh_dim=other)
     for bad, error, text in (
         (p.weight, TypeError, "plain tensor"),
         (distribute_tensor(p.weight.detach(), mesh, [Shard(1)]), ValueError, r"takes Shard\(0\)"),
