@@ -267,10 +267,7 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
                 f"the base model {under} is an adapter: give the model that it stands on, or merge the two first"
             )
         warn_of_another_base(path, under)
-        model = load_model(under, args)
-        adapted = attach_adapter(model, path, "default")
-        untie_adapted(model)
-        return adapted.merge_and_unload()
+        return merged(attach_adapter(load_model(under, args), path, "default"))
     require_there("causal language model", path, args)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -330,6 +327,13 @@ def check_adapter(what: str, config: Any) -> None:
                 f"{what} has {option}={value!r}: only LoRA on whole layers is supported that leaves the base as it is; "
                 f"make one with {option}={supported[0]!r}, or merge it and give the full model"
             )
+
+
+def merged(adapted: Any) -> PreTrainedModel:
+    """The transformers model in a peft model, with its adapter added to the weights."""
+    untie_adapted(adapted.get_base_model())
+    model: PreTrainedModel = adapted.merge_and_unload()
+    return model
 
 
 def untie_adapted(model: PreTrainedModel) -> None:

@@ -41,6 +41,7 @@ from srppo.models import (
     is_peft,
     load_model,
     lora_config,
+    merged,
     require_full_precision,
     require_no_float64,
     trunk_of,
@@ -302,7 +303,8 @@ def frozen_roles(
     """Base and SFT: over one model where SFT is an adapter folder and ``share``, else a model each."""
     base_path = base if isinstance(base, str) else None
     sft_path = sft if isinstance(sft, str) else None
-    shares = sft_path is not None and share and is_adapter_folder(sft_path)
+    adapter = sft_path is not None and is_adapter_folder(sft_path)
+    shares = adapter and share
     for name, model in (("base", base), ("SFT model", sft)):
         if isinstance(model, str):
             continue
@@ -317,13 +319,17 @@ def frozen_roles(
         model.eval()  # what trained it may have left it in training mode, where a router's noise is no dropout
     base_model = load_model(base, args) if isinstance(base, str) else base
     freeze(base_model)
+    if sft_path is not None and adapter:
+        warn_of_another_base(sft_path, base_path)
     if sft_path is not None and shares:
         check_same_vocabulary(args, base_model, base_model, base_path, sft_path)
-        warn_of_another_base(sft_path, base_path)
         shared = attach_adapter(base_model, sft_path, "sft")
         roles = Role("base", shared), Role("sft", shared, "sft")
     else:
-        sft_model = load_model(sft, args) if isinstance(sft, str) else sft
+        if sft_path is not None and adapter:  # onto the base that is given, which need not be where it was made
+            sft_model = merged(attach_adapter(copy.deepcopy(base_model), sft_path, "default"))
+        else:
+            sft_model = load_model(sft, args) if isinstance(sft, str) else sft
         freeze(sft_model)
         check_same_vocabulary(args, base_model, sft_model, base_path, sft_path)
         roles = Role("base", base_model), Role("sft", sft_model)
@@ -399,7 +405,8 @@ def build_roles(
     else:
         names = ["policy", "value"] if value_model == "adapter" else ["policy"]
         if value_model == "separate":
-            own = load_model(sft, args) if isinstance(sft, str) else copy.deepcopy(sft)
+            own = copy.deepcopy(sft_role.model)
+            own = own if sft_role.adapter is None else merged(own)
             trunk = Role("critic", thawed(own.float()), trainable=True)
         if sft_role.adapter is not None:
             if peft_config is not None:

@@ -595,6 +595,20 @@ def test_an_adapter_of_another_folders_model_is_warned_of(tiny_models, tmp_path)
         load_model(tiny_models.adapter, config(tmp_path, base_model_name_or_path=str(copy)))
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize(("use_peft", "name"), [(False, "sft"), (True, "critic")])
+def test_an_sft_adapter_is_merged_onto_the_base_that_is_given(tiny_models, tmp_path, use_peft, name, in_memory):
+    """And not onto the one that its folder names, which other weights are than those of the reward's base."""
+    moved = tiny_model(seed=5)
+    base = moved if in_memory else save(moved, tmp_path / "moved")
+    with nullcontext() if in_memory else pytest.warns(UserWarning, match="and is loaded onto the base"):
+        roles = build(tmp_path, base, tiny_models.adapter, use_peft=use_peft, value_model="separate")
+    expected = PeftModel.from_pretrained(tiny_model(seed=5), tiny_models.adapter).merge_and_unload().state_dict()
+    got = getattr(roles, name).causal_lm.state_dict()
+    assert all(torch.allclose(got[key], value, atol=1e-6) for key, value in expected.items())
+    assert roles.base.causal_lm is not getattr(roles, name).causal_lm
+
+
 def test_peft_config_beside_an_sft_adapter_is_refused_as_it_would_be_ignored(tiny_models, tmp_path):
     with pytest.raises(UserError, match="peft_config is for a full SFT model"):
         build(tmp_path, tiny_models.base, tiny_models.adapter, LoraConfig(target_modules=["q_proj"]), use_peft=True)
