@@ -87,10 +87,12 @@ class VLLMEngine:
     model that the adapter stands on, on a machine that sees the same file system::
 
         VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank R
-            --logprobs-mode processed_logprobs
+            --logprobs-mode processed_logprobs --generation-config vllm
 
-    ``processed_logprobs`` are those after temperature and top-p, which are what was sampled from. Each sequence has a
-    seed of its own, drawn from torch's generator, so that a resumed run asks for the same samples.
+    ``processed_logprobs`` are those after temperature and top-p, which are what was sampled from. What the checkpoint's
+    generation_config would add to a request is off in each of them, but for its ``max_new_tokens``, which bounds every
+    request of a server without that last option. Each sequence has a seed of its own, drawn from torch's generator, so
+    that a resumed run asks for the same samples.
 
     Args:
         url: of the server.
@@ -177,6 +179,11 @@ class VLLMEngine:
                 "temperature": how.temperature,
                 "top_p": how.top_p,
                 "stop_token_ids": list(how.stop_token_ids),
+                "ignore_eos": True,  # what else the checkpoint stops at ends nothing here
+                # what a request leaves out, the server takes from the checkpoint's generation_config
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
                 "seed": seed,
                 "logprobs": 0,  # of the token taken, and of no other
                 "return_token_ids": True,

@@ -18,10 +18,14 @@ class FakeVLLM:
 
     Args:
         alter: changes the answer to ``/v1/completions`` before it is sent.
+
+    ``generation_config`` is the checkpoint's: what vLLM takes a request's ``top_k`` from where it names none, and
+    further tokens to stop at.
     """
 
     def __init__(self, base: str, alter: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> None:
         self.base, self.alter = base, alter
+        self.generation_config: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
         self.requests: list[tuple[str, Any]] = []
         self.lock = Lock()
@@ -76,12 +80,16 @@ class FakeVLLM:
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         model, generator = self.models[body["model"]], torch.Generator().manual_seed(body["seed"])
         ids, logprobs, reason = list(body["prompt"]), [], "length"
+        top_k = {"top_k": 0, **self.generation_config, **body}["top_k"]
+        own_stops = [] if body.get("ignore_eos") else self.generation_config.get("eos_token_id", [])
         while len(ids) < len(body["prompt"]) + body["max_tokens"]:
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float() / body["temperature"]
+            if top_k > 0:
+                logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
             token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
             logprobs.append(logits.log_softmax(-1)[token].item())
             ids.append(token)
-            if token in body["stop_token_ids"]:
+            if token in (*body["stop_token_ids"], *own_stops):
                 reason = "stop"
                 break
         choice = {"token_ids": ids[len(body["prompt"]) :], "finish_reason": reason, "text": ""}

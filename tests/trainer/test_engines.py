@@ -100,6 +100,19 @@ def test_the_same_seed_asks_for_the_same_samples(tiny_models, tmp_path, server):
     assert other.input_ids.shape != samples[0].input_ids.shape or not torch.equal(other.input_ids, samples[0].input_ids)
 
 
+@pytest.mark.parametrize("given", [{"top_k": 1}, {"eos_token_id": [t for t in range(260) if t not in STOPS]}])
+def test_what_a_checkpoint_asks_for_in_its_generation_config_does_not_reach_the_server(
+    tiny_models, tmp_path, server, given
+):
+    run, samples = run_with(tiny_models, tmp_path, server.url), []
+    for server.generation_config in ({}, given):
+        torch.manual_seed(5)
+        samples.append(run.engine.sample(run.roles.policy, PROMPTS, step=0))
+    assert torch.equal(samples[0].input_ids, samples[1].input_ids)
+    _, asked = server.requests[-1]
+    assert (asked["top_k"], asked["min_p"], asked["repetition_penalty"]) == (0, 0.0, 1.0)
+
+
 def change(**changes):
     return lambda answer: {"choices": [answer["choices"][0] | changes]}
 
