@@ -122,7 +122,8 @@ class Guard:
             self.start = seen
         for name in ("reward", "objective", "kl", "length"):
             value = getattr(seen, name)
-            self.mean[name] = self.mean.get(name, value) + SMOOTHING * (value - self.mean.get(name, value))
+            if math.isfinite(value):
+                self.mean[name] = self.mean.get(name, value) + SMOOTHING * (value - self.mean.get(name, value))
         turned = self.turned(seen)
         no_worse = seen.gain is None or seen.gain >= -min(seen.gain_error, NO_WORSE)
         best = (
@@ -220,7 +221,8 @@ class KLController:
         beta  = beta * (1 + 0.2 * error)
 
     It is an integral controller of log beta: at rest only where the KL is at its target, and slower than the policy, so
-    the KL swings around the target before it settles. A KL of exactly 0 is a policy that has not moved yet: no lesson.
+    the KL swings around the target before it settles. A KL of exactly 0 is a policy that has not moved yet: no lesson,
+    and neither is one that is not finite.
     """
 
     RATE = 0.2
@@ -230,7 +232,7 @@ class KLController:
 
     def update(self, kl: float) -> None:
         """Adapts beta to the KL (nats per sequence) that the last rollout showed."""
-        if self.target is not None and kl != 0:
+        if self.target is not None and kl != 0 and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -1.0), 1.0)
             self.beta *= 1 + self.RATE * error
 

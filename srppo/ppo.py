@@ -69,13 +69,16 @@ class Advantages:
 
 
 class RunningMoments:
-    """Mean and variance of all scores so far (Chan's update), for ``reward_normalization=running``."""
+    """Mean and variance of all finite scores so far (Chan's update), for ``reward_normalization=running``."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.m2 = 0, 0.0, 0.0
 
     def update(self, values: Tensor) -> None:
         batch = values.double()
+        batch = batch[batch.isfinite()]
+        if not len(batch):
+            return
         count, mean = batch.numel(), batch.mean().item()
         delta, total = mean - self.mean, self.count + count
         self.m2 += (batch - mean).square().sum().item() + delta**2 * self.count * count / total

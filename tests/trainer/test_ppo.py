@@ -394,6 +394,28 @@ def test_gradient_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_on(
     assert all(value.isfinite().all() for value in weights[2].values())
 
 
+def test_a_log_prob_that_is_no_number_spoils_its_own_iteration_and_no_running_figure(
+    tiny_models, tmp_path, monkeypatch
+):
+    """beta, the deviation of scores and the guard's means would be NaN from there on."""
+    run = trainer(tiny_models, tmp_path, max_steps=3, kl_target=0.1, reward_normalization="running")
+    score = ppo.score
+
+    def poisoned(*arguments):
+        scores = score(*arguments)
+        if run.step == 1:
+            scores.sft[0, 0] = scores.reference[0, 0] = math.nan
+        return scores
+
+    monkeypatch.setattr(ppo, "score", poisoned)
+    run.train()
+    kept, skipped = ([entry[name] for entry in run.history] for name in ("objective/kl_coef", "skipped_steps"))
+    assert kept[0] == kept[1] == kept[2] and skipped == [0, 4, 0]
+    assert run.controller.beta != kept[2], "the last iteration's KL is a number, and followed"
+    assert run.moments.count == 11 and math.isfinite(run.moments.m2)
+    assert all(map(math.isfinite, run.guard.mean.values()))
+
+
 def test_the_critic_goes_on_where_the_policys_gradient_is_not_finite(tmp_path, monkeypatch):
     args = config(tmp_path, num_ppo_epochs=1)
     roles = full_roles(args)
