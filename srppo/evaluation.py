@@ -225,10 +225,11 @@ def capped_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
 def answers_match(completion: str, answer: str) -> bool:
     """Whether a completion gives the answer: numbers are compared with the completion's last number, text as a
-    whole."""
-    number = r"-?\d+(?:\.\d+)?"
-    wanted = re.fullmatch(number, answer.strip().replace(",", ""))
+    whole. A comma before three digits groups them, and a hyphen behind a digit is no sign."""
+    number = r"(?:(?<!\d)-)?\d+(?:\.\d+)?"
+    answer, completion = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) for text in (answer, completion))
+    wanted = re.fullmatch(number, answer.strip())
     if wanted:
-        found = re.findall(number, completion.replace(",", ""))
+        found = re.findall(number, completion)
         return bool(found) and float(found[-1]) == float(wanted.group())
     return completion.strip().casefold() == answer.strip().casefold()
