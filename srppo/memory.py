@@ -113,7 +113,9 @@ def estimate(
     hidden, layers = config.hidden_size, config.num_hidden_layers
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
     length = longest_prompt + args.max_completion_length
-    tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * length
+    limit, sequences = args.max_tokens_per_micro_batch, args.per_device_train_batch_size
+    # a sequence beyond the limit goes alone, and no micro-batch is more than its mini-batch
+    tokens = sequences * length if limit is None else min(max(limit, length), args.mini_batch_size * length)
     layer = (10 * hidden + 4 * mlp) * size + 4 * (6 * hidden + mlp) * (args.use_peft and size < 4)
     saved = layers * hidden * size + layer if args.gradient_checkpointing else layers * layer
     heads = getattr(config, "num_attention_heads", 0)  # none in a state-space model, which keeps no cache of tokens
@@ -140,9 +142,10 @@ def expectation(
     if choose_device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         if told.peak > free:
-            return (
-                f"{told}; only {gib(free)} are free: lower per_device_train_batch_size, or gradient_checkpointing=true"
-            )
+            name = "per_device_train_batch_size" if args.max_tokens_per_micro_batch is None else (
+                "max_tokens_per_micro_batch"
+            )  # fmt: skip
+            return f"{told}; only {gib(free)} are free: lower {name}, or gradient_checkpointing=true"
     return str(told)
 
 

@@ -70,6 +70,17 @@ def test_more_tokens_and_less_checkpointing_take_more(tiny_models, tmp_path):
     assert peak(per_device_train_batch_size=8) > peak(per_device_train_batch_size=4) > peak(gradient_checkpointing=True)
 
 
+def test_a_token_limit_is_no_more_than_a_mini_batch_and_no_less_than_a_sequence(tiny_models, tmp_path):
+    def activations(limit: int | None, sequences: int) -> int:
+        args = config(tmp_path, max_tokens_per_micro_batch=limit, per_device_train_batch_size=sequences)
+        assert args.mini_batch_size == 2 * sequences
+        return memory.estimate(args, tiny_models.base, tiny_models.sft, longest_prompt=100).activations
+
+    assert activations(10**6, 4) == activations(None, 8)
+    assert activations(1, 4) == activations(None, 1)
+    assert activations(210, 4) == activations(None, 2)
+
+
 def test_adapters_in_float32_keep_inputs_of_their_own_beside_16_bit_weights(tiny_models, tmp_path):
     def activations(dtype: str, sft: str, **settings) -> int:
         args = config(tmp_path, dtype=dtype, **settings)
