@@ -37,7 +37,7 @@ from srppo.models import choose_device, choose_dtype, is_adapter_folder, lora_co
 from srppo_kernels import explain
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 GIB = 2**30
 FOUR_BIT = 0.5 + 4 / 64  # bytes of an NF4 weight, with its share of an fp32 scale for each 64
@@ -111,16 +111,16 @@ def estimate(
             weights["critic float32"] = 4 * total
     config = sft_model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
+    mlp = widest(config, "intermediate_size") or 4 * hidden
     length = longest_prompt + args.max_completion_length
     limit, sequences = args.max_tokens_per_micro_batch, args.per_device_train_batch_size
     # a sequence beyond the limit goes alone, and no micro-batch is more than its mini-batch
     tokens = sequences * length if limit is None else min(max(limit, length), args.mini_batch_size * length)
     layer = (10 * hidden + 4 * mlp) * size + 4 * (6 * hidden + mlp) * (args.use_peft and size < 4)
     saved = layers * hidden * size + layer if args.gradient_checkpointing else layers * layer
-    heads = getattr(config, "num_attention_heads", 0)  # none in a state-space model, which keeps no cache of tokens
-    head_size = getattr(config, "head_dim", None) or hidden // max(heads, 1)
-    cache = 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size * size * length
+    heads = widest(config, "num_attention_heads")  # none in a state-space model, which keeps no cache of tokens
+    head_size = widest(config, "head_dim") or hidden // max(heads, 1)
+    cache = 2 * layers * (widest(config, "num_key_value_heads") or heads) * head_size * size * length
     logits = 3 * 4 * config.vocab_size  # of the last position: logits, their softmax, and what sampling makes of it
     rows = max(1, tokens * args.max_completion_length // length)
     return Estimate(
@@ -166,6 +166,13 @@ def skeleton(model: str | PreTrainedModel, args: SRPPOConfig) -> PreTrainedModel
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     made.tie_weights()
     return made
+
+
+def widest(config: PretrainedConfig, name: str) -> int:
+    """A size of a model's layers, the largest where they differ: Gemma 3n has a list of them, Gemma 4 a configuration
+    for each layer. 0 where there is none."""
+    sizes = [getattr(layer, name, None) or 0 for layer in getattr(config, "per_layer_config", ()) or (config,)]
+    return max(max(size) if isinstance(size, list) else size for size in sizes)
 
 
 def count(model: nn.Module) -> int:

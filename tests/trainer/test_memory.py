@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console as RichConsole
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import QUIET, ROWS, config, examples
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 import srppo
 from srppo import SRPPOTrainer, memory
@@ -127,6 +128,26 @@ def test_a_state_space_model_has_no_cache_of_tokens(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of another system is measured otherwise")
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_layers_of_several_sizes_count_as_the_largest(tmp_path, kind):
+    """A list of sizes, and sizes that the model's own configuration does not tell, ended the run before its start."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    sizes = {
+        "vocab_size": 264, "vocab_size_per_layer_input": 264, "hidden_size": 32, "hidden_size_per_layer_input": 8,
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_kv_shared_layers": 0, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"],
+        **({"global_head_dim": 16} if kind == "gemma4_text" else {"activation_sparsity_pattern": None}),
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes))
+    args = config(tmp_path)
+    told = memory.estimate(args, model, model, longest_prompt=100)
+    tokens, head_dim = 100 + args.max_completion_length, {"gemma3n_text": 8, "gemma4_text": 16}[kind]
+    assert told.activations == args.per_device_train_batch_size * tokens * 2 * (10 * 32 + 4 * 64) * 4
+    assert told.sampling == args.batch_size * (2 * 2 * 2 * head_dim * 4 * tokens + 3 * 4 * 264)
+
+
 def test_a_process_is_not_charged_with_the_memory_of_the_one_that_started_it():
     held = bytearray(b"x") * (400 * 2**20)
     code = "from srppo.metrics import peak_memory_gib; print(peak_memory_gib())"
