@@ -125,7 +125,10 @@ def publish(folder: Path, target: Path) -> None:
     """Moves a model's files into ``target``, configuration last: what is not complete does not load."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.iterdir(), key=lambda p: p.name in ("config.json", "adapter_config.json")):
-        sync(path)
+        for inner in (*path.rglob("*"), path):
+            sync(inner)
+        if path.is_dir():  # a tokenizer's further chat templates: no folder is renamed to one with files in it
+            shutil.rmtree(target / path.name, ignore_errors=True)
         os.replace(path, target / path.name)
     sync(target)
 

@@ -526,6 +526,16 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name_and_a_models_configuratio
     assert events == [*((how, name) for name in order for how in ("sync", "rename")), ("sync", "model")]
 
 
+def test_a_tokenizer_with_several_chat_templates_is_written_again(tiny_models, tmp_path):
+    """They lie in a folder of their own, and a resumed run could not put its model where the last one's was."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models.base)
+    run = trainer(tiny_models, tmp_path)
+    run.tokenizer = tokenizer
+    for template in ("first", "second"):
+        tokenizer.chat_template = {"default": template, "tool_use": template}
+        assert AutoTokenizer.from_pretrained(run.save_model()).chat_template == tokenizer.chat_template
+
+
 def test_a_text_file_is_replaced_all_at_once(tmp_path, monkeypatch):
     path = tmp_path / "state.json"
     checkpoint.write_text(path, "old")
