@@ -11,6 +11,7 @@ import torch
 
 from srppo import distributed
 from srppo.checkpoint import (
+    checkpoints,
     current_checkpoints,
     require_checkpoint,
     require_file,
@@ -132,7 +133,8 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     engine = make_engine(args, Sampling.of(args, stops, filler_token(tokenizer, stops)), url=args.vllm_url)
     if model is None:
         model = str(made)
-        if resume is None or (resume == "latest" and distributed.on_main(lambda: not made.exists())):
+        begins = resume == "latest" and distributed.on_main(lambda: not made.exists() and not checkpoints(output))
+        if resume is None or begins:
             # What would stop PPO and can be known now. Without demonstrations SFT does not begin.
             demonstrated = any(example.completion_ids is not None for example in train_examples)
             if demonstrated and (config := config_of(args.base_model_name_or_path, args)) is not None:

@@ -374,7 +374,12 @@ def test_a_checkpoint_or_its_sft_model_that_is_not_there_is_no_name_for_a_hub(
     assert error.count("\n") == 1
     (tmp_path / "checkpoint-1").mkdir()
     assert main([*arguments, "--resume_from_checkpoint", "checkpoint-1"]) == 2
-    assert "there is no SFT model in sft: give the run's own with --sft_model_name_or_path" in capfd.readouterr().err
+    told = "there is no SFT model in {}: give the run's own with --sft_model_name_or_path"
+    assert told.format("sft") in capfd.readouterr().err
+    made = tmp_path / "run" / "sft"
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    assert main([*arguments, "--resume_from_checkpoint", "latest"]) == 2
+    assert told.format(made) in capfd.readouterr().err and not made.exists()
 
 
 @pytest.mark.parametrize(
