@@ -133,10 +133,20 @@ class MetricsWriter:
     The configuration and all files are written with the first entry: a run that is refused at its start leaves nothing.
     One that is resumed has entries already.
     Without a folder, as on every rank but the first, it keeps the history alone.
+
+    Args:
+        place: where ``folder`` will be in the end, if it has another name until then.
     """
 
-    def __init__(self, folder: Path | None, args: SRPPOConfig, history: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.folder, self.args = folder, args
+    def __init__(
+        self,
+        folder: Path | None,
+        args: SRPPOConfig,
+        history: Sequence[Mapping[str, Any]] = (),
+        *,
+        place: Path | None = None,
+    ) -> None:
+        self.folder, self.args, self.place = folder, args, place or folder
         self.history: list[dict[str, Any]] = [dict(entry) for entry in history]
         self.file: IO[str] | None = None
         self.trackers: list[Tracker] = []
@@ -144,7 +154,7 @@ class MetricsWriter:
     def open(self, folder: Path) -> IO[str]:
         write_text(folder / "srppo_config.yaml", self.args.to_yaml())
         step = self.history[-1]["step"] if self.history else 0
-        self.trackers = start_trackers(folder, self.args, step)
+        self.trackers = start_trackers(folder, self.args, step, self.place or folder)
         return self.rewrite(folder)
 
     def rewrite(self, folder: Path) -> IO[str]:

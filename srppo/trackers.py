@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -50,13 +51,18 @@ class TensorBoard:
 
 
 class Service:
-    """wandb or trackio, with the settings of the run as its configuration."""
+    """wandb or trackio, with the settings of the run as its configuration.
 
-    def __init__(self, name: str, folder: Path, args: SRPPOConfig) -> None:
+    Args:
+        place: where the run's files are in the end, which names it; ``folder`` is where they are now.
+    """
+
+    def __init__(self, name: str, folder: Path, args: SRPPOConfig, place: Path) -> None:
         self.module = importlib.import_module(name)
-        place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-        run = f"{folder.resolve().name}-{place}"
-        options: dict[str, Any] = {"id": run, "dir": str(folder)} if name == "wandb" else {}
+        digest = hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:8]
+        run = f"{place.resolve().name}-{digest}"
+        known = re.sub(r"[:;,#?/'\s]", "-", run)  # what wandb refuses in an id, or only at its ends
+        options: dict[str, Any] = {"id": known, "dir": str(folder)} if name == "wandb" else {}
         self.module.init(project="srppo", name=run, config=dataclasses.asdict(args), resume="allow", **options)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -76,11 +82,12 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"report_to={name} needs a package that is not installed: pip install {name}")
 
 
-def start_trackers(folder: Path, args: SRPPOConfig, step: int) -> list[Tracker]:
+def start_trackers(folder: Path, args: SRPPOConfig, step: int, place: Path) -> list[Tracker]:
     """Those that ``args.report_to`` names.
 
     Args:
         step: the last one that a resumed run has done; 0 where it begins, or begins again.
+        place: see :class:`Service`.
     """
     trackers: list[Tracker] = [TensorBoard(folder, step)] if "tensorboard" in args.report_to else []
-    return trackers + [Service(name, folder, args) for name in args.report_to if name in SERVICES]
+    return trackers + [Service(name, folder, args, place) for name in args.report_to if name in SERVICES]

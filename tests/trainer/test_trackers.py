@@ -7,9 +7,9 @@ import sys
 import types
 
 import pytest
-from tiny_runs import config, trainer
+from tiny_runs import QUIET, ROWS, config, examples, trainer
 
-from srppo import UserError
+from srppo import UserError, run_sft
 from srppo.metrics import MetricsWriter
 
 
@@ -41,6 +41,25 @@ def test_a_run_logs_its_settings_and_every_metric_and_ends(tiny_models, tmp_path
     again.train()
     assert service.calls[0][1]["name"] == options["name"] and service.calls[0][1]["resume"] == "allow"
     assert [call[1] for call in service.calls if call[0] == "log"] == [3]
+
+
+def test_an_sft_run_is_known_by_the_folder_that_its_model_gets(tiny_models, tmp_path, service):
+    """And not by the one that it is written to until then, whose name is drawn anew each time."""
+    args = config(tmp_path, base_model_name_or_path=tiny_models.base, report_to=[service.__name__])
+    run_sft(args, train_dataset=examples(ROWS), output_dir=tmp_path / "sft", console=QUIET)
+    with MetricsWriter(tmp_path / "sft", args) as writer:
+        writer.write(1, {"x": 1.0})
+    first, second = (call[1]["name"] for call in service.calls if call[0] == "init")
+    assert first == second and first.startswith("sft-")
+
+
+@pytest.mark.parametrize("service", ["wandb"], indirect=True)
+def test_a_folder_of_any_name_gives_an_id_that_wandb_takes(tmp_path, service):
+    """Which raised after the first iteration was computed."""
+    with MetricsWriter(tmp_path / " lr:3e-6,b#1? ", config(tmp_path, report_to=["wandb"])) as writer:
+        writer.write(1, {"x": 1.0})
+    options = service.calls[0][1]
+    assert options["name"].startswith(" lr:3e-6,b#1? -") and options["id"].startswith("-lr-3e-6-b-1---")
 
 
 def test_another_folder_is_another_run(tmp_path, service):
