@@ -158,12 +158,14 @@ def over_vocabulary(
         weight = head.weight[v]
         several = weight_out is not None and len(blocks) > 1
         sums = spare.empty(hidden, weight.shape, torch.float32) if several else None
+        bias_sums: Tensor | None = None  # of blocks, in fp32: a 16-bit sum stops growing
         for r in blocks:
             shape = r.stop - r.start, v.stop - v.start
             dz = buffer[:n] if in_place else buffer[: shape[0] * shape[1]].view(shape)
             _form_dz(hidden, head, y, rows, row_scalars, temperature, residual, kept_rows, r, v, dz, share)
             if bias_out is not None:
-                write(bias_out[v], _column_sums(dz, share), accumulate[1] or r.start > 0)
+                part = _column_sums(dz, share)
+                bias_sums = part if bias_sums is None else bias_sums.add_(part)
             if dhidden is not None:
                 _product(dhidden[r], dz, weight, transposed=False, add=entries < vocab, bound=share)
             if weight_out is None:
@@ -174,6 +176,8 @@ def over_vocabulary(
             else:
                 _product(weight_out[v], dz, x, transposed=True, add=accumulate[0], bound=share)
             del x  # before the next block's
+        if bias_out is not None and bias_sums is not None:
+            write(bias_out[v], bias_sums, accumulate[1])
         if weight_out is not None and sums is not None:
             write(weight_out[v], sums, accumulate[0])
             sums = None  # before the next chunk's

@@ -305,6 +305,17 @@ def test_recompute_obeys_a_small_workspace(dtype):
             assert relative(b, a.double()) < bound
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dbias_of_many_blocks_of_rows(dtype):
+    """Hundreds of them have the target in common: a 16-bit sum stops growing at 256 of its parts."""
+    p = make("random", n=20000, d=4, v=70, dtype=dtype, bias=True, grad=(False, True))
+    p.targets[:] = 3
+    (got,) = torch.autograd.grad(p.run(plan="recompute", workspace_bytes=0).logprob.sum(), p.options["bias"])
+    twin = p.double()
+    (want,) = torch.autograd.grad(twin.oracle()[0].sum(), twin.options["bias"])
+    assert relative(got, want) < (1e-5 if dtype == torch.float32 else 3e-3)
+
+
 def test_no_gradient_is_too_small_for_the_fp16_products_of_a_gpu(monkeypatch):
     """They read dz in fp16, which ends at 6e-8: more than p of most entries over the number of tokens."""
     monkeypatch.setattr(backward, "operand_dtype", lambda hidden, weight: hidden.dtype)
