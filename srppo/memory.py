@@ -142,9 +142,8 @@ def expectation(
     if choose_device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         if told.peak > free:
-            name = "per_device_train_batch_size" if args.max_tokens_per_micro_batch is None else (
-                "max_tokens_per_micro_batch"
-            )  # fmt: skip
+            limited = args.max_tokens_per_micro_batch is not None
+            name = "max_tokens_per_micro_batch" if limited else "per_device_train_batch_size"
             return f"{told}; only {gib(free)} are free: lower {name}, or gradient_checkpointing=true"
     return str(told)
 
