@@ -17,6 +17,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -133,12 +135,26 @@ def fuse(model: PreTrainedModel) -> FusedForward:
     if fused is None or getattr(model.forward, "__func__", None) is type(model).forward:
         if is_sharded(model):
             raise UserError(f"{type(model).__name__} is cut over ranks already: make this call before fully_shard")
-        with evaluating(model):
+        with evaluating(model), outside_autocast(model):
             read_head(model)
             check_head(Role("model", model))
         fused = vars(model)["_srppo_fused"] = FusedForward(model.forward)
         model.forward = types.MethodType(forward_of(type(model)), model)
     return fused
+
+
+@contextmanager
+def outside_autocast(model: PreTrainedModel) -> Iterator[None]:
+    """With the forward below the autocast that Accelerate's ``prepare`` put around it: its parts do without it, too."""
+    outer, inner = model.forward, vars(model).get("_original_forward")
+    if inner is None:
+        yield
+        return
+    model.forward = inner
+    try:
+        yield
+    finally:
+        model.forward = outer
 
 
 @torch.no_grad()

@@ -101,11 +101,13 @@ def step(trainer: Any, inputs: dict[str, Tensor]) -> tuple[float, dict[str, Tens
     return loss.item(), grads, dict(trainer._metrics["train"])
 
 
-def logprobs_and_entropies(trainer: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
+def logprobs_and_entropies(
+    trainer: Any, inputs: dict[str, Tensor], *, model: Any = None, **options: Any
+) -> tuple[Tensor, ...]:
     ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     keep = inputs["completion_ids"].shape[1]
     with torch.no_grad():
-        return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep, **options)
+        return trainer._get_per_token_logps_and_entropies(model or trainer.model, ids, mask, keep, **options)
 
 
 def assert_same_step(plain: Any, fused: Any, inputs: dict[str, Tensor]) -> None:
@@ -166,6 +168,18 @@ def test_an_adapter_learns_the_same(tmp_path: Path, checkpointing: bool) -> None
     plain, fused = peft_trainer(), peft_trainer()
     use_fused_logprobs(fused)
     assert_same_step(plain, fused, rollout())
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_a_reference_model_in_mixed_precision(tmp_path: Path, algorithm: str) -> None:
+    """Accelerate has put its autocast around the reference model, and not yet around the policy."""
+    plain, fused = (make(tmp_path, algorithm=algorithm, bf16=True) for _ in range(2))
+    use_fused_logprobs(fused)
+    data = rollout()
+    live = data["completion_mask"].bool()
+    for name in ("model", "ref_model"):
+        theirs, ours = (logprobs_and_entropies(t, data, model=getattr(t, name))[0] for t in (plain, fused))
+        torch.testing.assert_close(ours[live], theirs[live], atol=5e-2, rtol=0)
 
 
 def test_chunks_of_sequences_and_padding(tmp_path: Path) -> None:
