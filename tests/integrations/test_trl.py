@@ -182,6 +182,16 @@ def test_a_reference_model_in_mixed_precision(tmp_path: Path, algorithm: str) ->
         torch.testing.assert_close(ours[live], theirs[live], atol=5e-2, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_head_in_32_bit_on_a_model_in_16(tmp_path: Path, kind: str) -> None:
+    if "cast_lm_head_to_fp32" not in GRPOConfig.__dataclass_fields__:
+        pytest.skip("this version of TRL has no cast_lm_head_to_fp32")
+    settings = {"kind": kind, "cast_lm_head_to_fp32": True, "model_init_kwargs": {"dtype": "bfloat16"}}
+    plain, fused = (make(tmp_path, **settings) for _ in range(2))
+    use_fused_logprobs(fused)
+    assert_same_step(plain, fused, rollout())
+
+
 def test_chunks_of_sequences_and_padding(tmp_path: Path) -> None:
     plain, fused = (make(tmp_path) for _ in range(2))
     use_fused_logprobs(fused)
