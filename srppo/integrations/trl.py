@@ -171,11 +171,12 @@ def use_fused_cross_entropy(trainer: Any, *, workspace_bytes: int | None = None)
     hf.use_fused_cross_entropy(trainer.model, workspace_bytes=workspace_bytes)
 
     def compute_loss(self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.model.training:
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
             mask = inputs.get("attention_mask")  # absent where sequences are packed: every token counts
             local = torch.tensor(inputs["input_ids"].numel(), device=self.args.device) if mask is None else mask.sum()
             self._total_train_tokens += self.accelerator.gather_for_metrics(local).sum().item()
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
 
     trainer.compute_loss = types.MethodType(compute_loss, trainer)

@@ -308,7 +308,8 @@ def test_sft_has_the_losses_that_trl_computes(tmp_path: Path, settings: dict[str
             use_fused_cross_entropy(trainer)
         trainer.train()
         runs.append([h for h in trainer.state.log_history if "loss" in h])
-        evaluations.append(trainer.evaluate()["eval_loss"])
+        evaluation = trainer.evaluate()
+        evaluations.append([evaluation[key] for key in ("eval_loss", "eval_num_tokens")])
     assert len(runs[0]) == 3
     for a, b in zip(*runs, strict=True):
         for key in ("loss", "grad_norm", "num_tokens"):
