@@ -65,18 +65,22 @@ def level(name: str) -> Callable[[_F], _F]:
     return mark
 
 
+def unbound(loss: LossFn) -> LossFn:
+    """The function itself, below ``functools.partial``."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss
+
+
 def level_of(loss: LossFn) -> str:
     """``"token"``, ``"sequence"`` or ``"pair"``; seen through ``functools.partial``. A function without the mark is
     taken for a token-level one, which is what ``linear_loss`` expects."""
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    return getattr(loss, "level", "token")
+    return getattr(unbound(loss), "level", "token")
 
 
 def name_of(loss: LossFn) -> str:
     """What messages call it."""
-    while isinstance(loss, functools.partial):
-        loss = loss.func
+    loss = unbound(loss)
     return getattr(loss, "__name__", type(loss).__name__)
 
 

@@ -11,13 +11,14 @@ on the per-token op: two GEMMs with a frozen head, else three where the exponent
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from srppo.losses.contract import LossFn, LossResult, level_of, name_of
+from srppo.losses.contract import LossFn, LossResult, level_of, name_of, unbound
 from srppo_kernels import linear_logprob, linear_loss
 
 __all__ = ["linear", "whole_sequences"]
@@ -52,6 +53,7 @@ def linear(
     if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == targets.shape:
         mask = mask & (targets != head.get("ignore_index", -100))
     if level_of(loss) == "token":
+        refuse_other_shapes(loss, targets, tensors)
         return linear_loss(hidden, weight, targets, loss, mask, *tensors, mask=mask, **head)
     if targets.dim() != 2:
         raise ValueError(
@@ -59,6 +61,21 @@ def linear(
         )
     out = linear_logprob(hidden, weight, targets, mask=mask, **head)
     return loss(out.logprob, None, mask, *tensors)
+
+
+def refuse_other_shapes(loss: LossFn, targets: Tensor, tensors: tuple[Tensor | None, ...]) -> None:
+    """What is not of ``targets``' shape is not cut into chunks: one number a sequence would pass for one a row in
+    chunks of as many rows as there are sequences. Functions of others may take what they like."""
+    function = unbound(loss)
+    if not hasattr(function, "level"):
+        return
+    names = list(inspect.signature(function).parameters)[3:]
+    for name, value in zip(names, tensors, strict=False):
+        if isinstance(value, Tensor) and value.shape != targets.shape:
+            raise ValueError(
+                f"{name_of(loss)}: {name} has shape {tuple(value.shape)} but targets has {tuple(targets.shape)}; where "
+                f"a number belongs to a whole sequence, spread it: {name}[:, None].expand_as(mask)"
+            )
 
 
 def whole_sequences(loss: LossFn, shape: torch.Size | tuple[int, int]) -> LossFn:

@@ -233,6 +233,18 @@ def test_a_chunk_that_cuts_sequences_is_refused(name):
         losses.linear(bound, *flat, *given)
 
 
+def test_a_number_a_sequence_does_not_pass_for_one_a_row():
+    """With as many sequences as a chunk has rows, each chunk would take the sequences' numbers for its rows'."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(128, 3, D), torch.randn(V, D, requires_grad=True), torch.randint(V, (128, 3))
+    mask, advantages = torch.ones(128, 3).bool(), torch.randn(128)
+    loss = partial(losses.reinforce, normalizer=384)
+    assert explain(hidden, weight, targets, op="linear_loss").rows_per_chunk == 128
+    with pytest.raises(ValueError, match=r"advantages has shape \(128,\) but targets.*advantages\[:, None\].expand_as"):
+        losses.linear(loss, hidden, weight, targets, mask, advantages)
+    losses.linear(loss, hidden, weight, targets, mask, advantages[:, None].expand_as(mask))
+
+
 def test_sequences_of_one_token():
     """Then a value a sequence has the shape of a value a row, and both still find their place."""
     torch.manual_seed(0)
