@@ -364,11 +364,12 @@ def find_checkpoint(
 
 
 def require_checkpoint(folder: Path) -> None:
-    """Stops if a checkpoint that was named is not there."""
-    if not folder.is_dir():
-        names = ", ".join(path.name for path in checkpoints(folder.parent))
+    """Stops if a checkpoint that was named is not there, or is another folder, such as that of the run."""
+    if not folder.is_dir() or (step_of(folder) < 0 and not (folder / STATE_FILE).is_file()):
+        place = folder if checkpoints(folder) else folder.parent
+        names = ", ".join(path.name for path in checkpoints(place))
         raise UserError(
-            f"resume_from_checkpoint: there is no checkpoint {folder}; in {folder.parent.absolute()} are: "
+            f"resume_from_checkpoint: there is no checkpoint {folder}; in {place.absolute()} are: "
             f"{names or 'none'}; 'latest' is the newest in output_dir"
         )
 

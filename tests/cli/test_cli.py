@@ -373,6 +373,8 @@ def test_a_checkpoint_or_its_sft_model_that_is_not_there_is_no_name_for_a_hub(
     assert error.startswith("srppo: resume_from_checkpoint: there is no checkpoint nothere; in ")
     assert error.count("\n") == 1
     (tmp_path / "checkpoint-1").mkdir()
+    assert main([*arguments, "--resume_from_checkpoint", str(tmp_path)]) == 2  # the run's folder instead of one in it
+    assert f"there is no checkpoint {tmp_path}; in {tmp_path} are: checkpoint-1; " in capfd.readouterr().err
     assert main([*arguments, "--resume_from_checkpoint", "checkpoint-1"]) == 2
     told = "there is no SFT model in {}: give the run's own with --sft_model_name_or_path"
     assert told.format("sft") in capfd.readouterr().err
