@@ -133,7 +133,11 @@ def config_from(options: argparse.Namespace) -> PipelineConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     try:
-        options = build_parser().parse_args(arguments)
+        options, unknown = build_parser().parse_known_args(arguments)
+        if unknown:
+            raise UserError(
+                f"unrecognized arguments: {' '.join(unknown)}; 'srppo {options.command} --help' lists the options"
+            )
         from srppo import commands
 
         run = getattr(commands, options.command)

@@ -274,6 +274,7 @@ def test_env_names_versions_and_says_why_each_backend_is_on_or_off(capfd):
     [
         (["train", "--learning_rte", "1"], "unrecognized arguments: --learning_rte"),
         (["train", "--learning", "1"], "unrecognized arguments: --learning"),
+        (["train", "--learning-rate", "1"], "; 'srppo train --help' lists the options"),
         (["score", "--learning_rate", "1"], "unrecognized arguments"),
         (["score", "--dataset_test_split", "x"], "unrecognized arguments"),
         (["sft", "--sft_model_name_or_path", "x"], "unrecognized arguments"),
