@@ -236,6 +236,8 @@ def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
     console = shared_console()
     require(args, "base_model_name_or_path", "sft_model_name_or_path", "dataset_name")
     require_file(options.output_file)
+    if options.extrapolate is not None and not options.extrapolate > 0:
+        raise UserError(f"--extrapolate must be above 0; got {options.extrapolate}")
     assert args.base_model_name_or_path and args.sft_model_name_or_path and args.dataset_name
     tokenizer = tokenizer_for(args.sft_model_name_or_path, args.base_model_name_or_path, args)
     rows = examples(args, tokenizer, args.dataset_name, args.dataset_test_split, missing_split_ok=True)

@@ -268,6 +268,8 @@ def test_env_names_versions_and_says_why_each_backend_is_on_or_off(capfd):
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
+JUDGED = ["--base_model_name_or_path", "x", "--sft_model_name_or_path", "x", "--dataset_name", "x"]
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -283,6 +285,7 @@ def test_env_names_versions_and_says_why_each_backend_is_on_or_off(capfd):
         (["train"], "--base_model_name_or_path is needed: pretrained base model"),
         (["train", "--base_model_name_or_path", "x"], "--dataset_name is needed"),
         (["score", "--base_model_name_or_path", "x"], "--sft_model_name_or_path is needed"),
+        (["eval", *JUDGED, "--extrapolate", "0"], "--extrapolate must be above 0; got 0.0"),
         (["train", "--lora_r", "0"], "lora_r must be at least 1; got 0"),
         (["train", "--lora_r", "two"], "lora_r must be a whole number; got 'two'"),
         (["train", "--config", "no-such.yaml"], "cannot read the configuration file no-such.yaml"),
