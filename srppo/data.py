@@ -372,6 +372,7 @@ def tokenize_chat(
     for part in (prompt, completion):
         if part is not None:
             check_messages(where, part)
+    prompt, completion = without_nulls(prompt), without_nulls(completion)
     try:
         rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         whole = None if completion is None else tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
@@ -389,6 +390,14 @@ def tokenize_chat(
     return prompt_ids, end_with_stop(
         tokenizer(whole[len(rendered) :], add_special_tokens=False)["input_ids"], stop_token_ids
     )
+
+
+def without_nulls(value: Any) -> Any:
+    """A message without the names that have no value. A table gives every object the names of all in its column, such
+    as the arguments of other tools, and a template would write them as null."""
+    if isinstance(value, dict):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def end_with_stop(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:

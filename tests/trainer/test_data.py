@@ -91,6 +91,20 @@ def test_a_damaged_file_of_a_saved_data_set_is_an_error_that_names_the_folder(tm
         load_rows(str(folder), "train")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_tool_calls_in_a_table_are_rendered_as_in_lines(tmp_path, kind):
+    """A table gives each call the arguments of all tools, and the template wrote those of others as null."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if 'calls' in m %}{{ m.calls | tojson }}{% endif %}{% endfor %}"
+    )
+    calls = [{"name": "add", "arguments": {"a": 1}}, {"name": "show", "arguments": {"b": 2}}]
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "calls": calls}]
+    rows = [{"messages": [*turns, {"role": "user", "content": "y"}, {"role": "assistant", "content": "z"}]}]
+    example = tokenised(load_rows(str(write(kind, tmp_path, rows)), "train"), tokenizer=tokenizer, longest=(128, 8))[0]
+    assert tokenizer.decode(example.prompt_ids) == f"x{json.dumps(calls)}y"
+
+
 def test_places_are_lines_for_text_and_rows_for_tables(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
     assert [e.where.rpartition(", ")[2] for e in tokenised(load_rows(str(tmp_path / "a.jsonl"), "train"))] == [
