@@ -2,7 +2,8 @@
 
 `torch.library.custom_op` does the same with more in between on every call: it checks that no output aliases an input
 (opcheck asserts that once, in the tests) and asks the schema for the default of each argument, 40 us for an op of 13
-arguments on a CPU, where the kernel itself takes 70. Ops here have no defaults: their public fronts have.
+arguments on a CPU, where the kernel itself takes 70, and more than twice that for one of 26. Ops here have no defaults:
+their public fronts have.
 """
 
 import functools
@@ -40,20 +41,31 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Op:
-    """A functional op `srppo::name` with the signature of `kernel`, which runs on every device.
+    """An op `srppo::name` with the signature of `kernel`, which runs on every device.
 
     Args:
         name: in namespace `srppo`.
         kernel: the implementation, fully annotated; every argument positional and without default. It returns fresh
             tensors: never an input or a view of one.
+        writes: the one tensor that it writes to, if any: an argument's name.
     """
 
-    def __init__(self, name: str, kernel: Callable[..., Any]) -> None:
+    def __init__(self, name: str, kernel: Callable[..., Any], *, writes: str | None = None) -> None:
         self.name = f"srppo::{name}"
-        schema = torch.library.infer_schema(kernel, mutates_args=())
+        schema = torch.library.infer_schema(kernel, mutates_args=() if writes is None else (writes,))
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        self._call: Any = getattr(torch.ops.srppo, name).default
+        call = self._call = getattr(torch.ops.srppo, name).default
+        if writes is None:
+            return
+        position = [argument.name for argument in call._schema.arguments].index(writes)
+
+        def noting_the_write(keyset: Any, *inputs: Any) -> Any:
+            if inputs[position] is not None:
+                torch.autograd.graph.increment_version(inputs[position])
+            return call.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *inputs)
+
+        _LIBRARY.impl(name, noting_the_write, "ADInplaceOrView", with_keyset=True)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: shapes and dtypes of the outputs."""
@@ -65,22 +77,23 @@ class Op:
 
         class Node(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+            def forward(ctx: Any, *inputs_and_keyset: Any) -> Any:
+                *inputs, keyset = inputs_and_keyset
                 with torch._C._AutoDispatchBelowAutograd():
                     output = call.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-                setup_context(ctx, inputs, output)
+                setup_context(ctx, tuple(inputs), output)
                 return output
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor | None) -> Any:
-                return (None, *backward(ctx, *grads))
+                return (*backward(ctx, *grads), None)
 
         Node.__name__ = Node.__qualname__ = f"{self.name.replace('::', '_')}_backward"
 
         def autograd_kernel(keyset: Any, *inputs: Any) -> Any:
             refuse_tangents(self.name, *inputs)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-                return Node.apply(keyset, *inputs)
+                return Node.apply(*inputs, keyset)
             with torch._C._AutoDispatchBelowAutograd():
                 return call.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from srppo_kernels._library import Op
 from srppo_kernels.linear_logprob import backward as grads
 from srppo_kernels.linear_logprob import gpu, spare, vocab_parallel
 from srppo_kernels.linear_logprob.checks import assert_targets, check_head, check_targets, check_temperatures
@@ -73,8 +73,7 @@ def prepare(
     return x, flat - start if group else flat, live
 
 
-@custom_op("srppo::linear_logprob", mutates_args=())
-def _linear_logprob(
+def _run_linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -149,6 +148,9 @@ def new_residual(hidden: Tensor, weight: Tensor, rows: int, backend: str) -> Res
     )
 
 
+_linear_logprob = Op("linear_logprob", _run_linear_logprob)
+
+
 @_linear_logprob.register_fake
 def _(hidden, weight, targets, bias, mask, row_temperature, grad_weight_out, *options):  # type: ignore[no-untyped-def]
     plan, backend = options[5:7]
@@ -157,8 +159,7 @@ def _(hidden, weight, targets, bias, mask, row_temperature, grad_weight_out, *op
     return (*outputs, norm, *_kept_like(hidden, weight, plan, backend))
 
 
-@custom_op("srppo::linear_logprob_backward", mutates_args={"grad_weight_out"})
-def _linear_logprob_backward(
+def _run_linear_logprob_backward(
     g: Tensor | None,
     h: Tensor | None,
     dlse: Tensor | None,
@@ -219,6 +220,9 @@ def _linear_logprob_backward(
     return dhidden.view(hidden.shape), dweight, dbias
 
 
+_linear_logprob_backward = Op("linear_logprob_backward", _run_linear_logprob_backward, writes="grad_weight_out")
+
+
 @_linear_logprob_backward.register_fake
 def _(g, h, dlse, logprob, entropy, norm, kept, group_max, hidden, weight, targets, bias, *options):  # type: ignore[no-untyped-def]
     need_hidden, need_weight, need_bias = options[-3:]
@@ -227,6 +231,13 @@ def _(g, h, dlse, logprob, entropy, norm, kept, group_max, hidden, weight, targe
         weight.new_empty(weight.shape if need_weight else 0),
         bias.new_empty(bias.shape) if bias is not None and need_bias else weight.new_empty(0),
     )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    raise RuntimeError("linear_logprob is differentiable once: its gradient has no gradient of its own")
+
+
+_linear_logprob_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

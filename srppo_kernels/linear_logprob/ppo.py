@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from srppo_kernels._arguments import check_finite, check_floating, check_tensor
-from srppo_kernels._library import differentiable_once
+from srppo_kernels._library import Op, differentiable_once
 from srppo_kernels.linear_logprob import fused
 from srppo_kernels.linear_logprob.checks import check_head
 from srppo_kernels.linear_logprob.chunked import Head
@@ -25,8 +24,7 @@ from srppo_kernels.ppo_loss.op import check_clips, check_normalizer
 __all__ = ["linear_ppo_loss"]
 
 
-@custom_op("srppo::linear_ppo_loss", mutates_args=())
-def _linear_ppo_loss(
+def _run_linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -83,6 +81,9 @@ def _linear_ppo_loss(
     vector = torch.stack([field for field in merged if field is not None])
     dhidden = formed.hidden.view(hidden.shape) if need_hidden else formed.hidden
     return total, vector, dhidden, formed.weight, formed.bias
+
+
+_linear_ppo_loss = Op("linear_ppo_loss", _run_linear_ppo_loss)
 
 
 @_linear_ppo_loss.register_fake

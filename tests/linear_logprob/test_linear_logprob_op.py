@@ -176,7 +176,7 @@ def test_a_score_has_no_gradient(backend):
 def test_differentiable_once():
     p = make("random", n=5, d=4, v=9)
     (g,) = torch.autograd.grad(p.run().logprob.sum(), [p.hidden], create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="linear_logprob is differentiable once"):
         torch.autograd.grad(g.sum(), [p.hidden])
     zero, mask = torch.zeros(5), torch.ones(5, dtype=torch.bool)
     for loss, _ in (

@@ -327,7 +327,9 @@ def test_grad_weight_out_accumulates():
             else:
                 losses.append(linear_loss(h, p.weight, y, total, plan="recompute", grad_weight_out=buffer)[0])
         for loss in losses:
+            before = buffer._version
             assert torch.autograd.grad(loss, [p.weight], allow_unused=True) == (None,)
+            assert buffer._version > before  # autograd knows of the write
         want = torch.zeros_like(buffer)
         for s in (a, b):
             h, y = p.hidden[s], p.targets[s]
