@@ -6,7 +6,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "../common/ahead.h"
 
@@ -129,14 +132,17 @@ SRPPO_BF16 void bf16_tile(const std::uint32_t* x, const std::uint32_t* panel, st
   for (int i = 0; i < kRows; ++i) end.row(i, low[i], high[i]);
 }
 
+template <class Layout, class End, int... kLess>
+constexpr auto bf16_tiles(std::integer_sequence<int, kLess...>) {
+  return std::array{&bf16_tile<kLess + 1, Layout, End>...};
+}
+
 // The same for a number of rows known when it runs.
-template <class Layout, class End, int kRows = kBf16Rows>
-SRPPO_BF16 void bf16_tile(int rows, const std::uint32_t* x, const std::uint32_t* panel, std::int64_t pairs, const End& end,
-                          const Ahead& lines) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return bf16_tile<Layout, End, kRows - 1>(rows, x, panel, pairs, end, lines);
-  }
-  bf16_tile<kRows, Layout>(x, panel, pairs, end, lines);
+template <class Layout, class End>
+void bf16_tile(int rows, const std::uint32_t* x, const std::uint32_t* panel, std::int64_t pairs, const End& end,
+               const Ahead& lines) {
+  static constexpr auto of = bf16_tiles<Layout, End>(std::make_integer_sequence<int, kBf16Rows>{});
+  of[static_cast<std::size_t>(rows - 1)](x, panel, pairs, end, lines);
 }
 
 // z[rows][32] of `pairs` steps, for a tile's rows; added to what is there if `add`. x is [pairs][rows].
