@@ -16,9 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from srppo_kernels._arguments import refuse_tangents
 
-__all__ = ["Op", "differentiable_once"]
+__all__ = ["OPS", "Op", "differentiable_once"]
 
 _LIBRARY = torch.library.Library("srppo", "FRAGMENT")
+OPS: dict[str, "Op"] = {}  # by their names
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +52,8 @@ class Op:
     """
 
     def __init__(self, name: str, kernel: Callable[..., Any], *, writes: str | None = None) -> None:
-        self.name = f"srppo::{name}"
+        self.name, self.kernel = f"srppo::{name}", kernel
+        OPS[self.name] = self
         schema = torch.library.infer_schema(kernel, mutates_args=() if writes is None else (writes,))
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from srppo_kernels import empty_cache
+from srppo_kernels._library import OPS
 
 
 class LargestTensor(TorchDispatchMode):
     """``numel`` is that of the largest storage of any operator's output inside the block, backward passes included.
 
-    A mode is off while it handles a call, so a custom op would hide what its Python code allocates; that code is
+    A mode is off while it handles a call, so an op of ours would hide what its Python code allocates; that code is
     therefore run with the mode on, in place of the op. Memory that an earlier call left for the next one is dropped, as
     it may be larger than what this block needs.
     """
@@ -23,17 +23,17 @@ class LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         empty_cache()
-        self.numel, self.by, self.custom_ops = 0, "", set[str]()
+        self.numel, self.by, self.ops = 0, "", set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        op = OPDEFS.get(func._schema.name)
+        op = OPS.get(func._schema.name)
         if op is None:
             result = func(*args, **kwargs)
         else:
-            self.custom_ops.add(func._schema.name)
+            self.ops.add(func._schema.name)
             with self:
-                result = op._init_fn(*args, **kwargs)
+                result = op.kernel(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):  # the storage, as a view or an expanded scalar takes no memory of its own
                 stored = tensor.untyped_storage().nbytes() // tensor.element_size()

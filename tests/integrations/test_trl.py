@@ -237,7 +237,7 @@ def test_no_tensor_of_the_logits_size(tmp_path: Path) -> None:
     with LargestTensor() as ours:
         step(trainer, inputs)
     assert ours.numel < size, ours.by
-    assert {"srppo::linear_logprob", "srppo::linear_logprob_backward"} <= ours.custom_ops
+    assert {"srppo::linear_logprob", "srppo::linear_logprob_backward"} <= ours.ops
     with LargestTensor() as naive:  # the check sees logits where there are some
         trainer.model(input_ids=inputs["completion_ids"])
     assert naive.numel >= size
