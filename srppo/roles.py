@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -281,7 +280,9 @@ def check_head(role: Role) -> None:
                 f"{type(model).__name__} has a layer under its head that changes the width: not supported yet"
             )
         largest = (hidden @ head.weight.T).abs().max().item() * abs(head.logit_scale)
-        factor = 2.0 ** max(0, math.ceil(math.log2(16 / max(largest, 1e-3))))  # exact in 16 bit, beside a head in 32
+        factor = 1.0  # a power of two, which is exact in 16 bit beside a head in 32
+        while factor * max(largest, 1e-3) < 16:
+            factor *= 2
         hook = module.register_forward_pre_hook(lambda _, rows: (rows[0] * factor,))
         try:
             logits = model(input_ids=ids, use_cache=False).logits.float()

@@ -389,6 +389,14 @@ def test_a_model_for_images_too_has_the_cap_of_its_text_configuration():
     assert role(model).head.softcap == 5.0
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_head_of_no_numbers_is_refused_in_words(weight):
+    model = tiny_model()
+    model.lm_head.weight.data[0, 0] = weight
+    with pytest.raises(UserError, match=r"differ by nan"):
+        check_head(role(model))
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 def test_training_runs_with_tied_heads_and_other_module_names(tmp_path, kind):
     for use_peft in (False, True):
