@@ -135,9 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, unknown = build_parser().parse_known_args(arguments)
         if unknown:
-            raise UserError(
-                f"unrecognized arguments: {' '.join(unknown)}; 'srppo {options.command} --help' lists the options"
-            )
+            Parser(prog=f"srppo {options.command}").error(f"unrecognized arguments: {' '.join(unknown)}")
         from srppo import commands
 
         run = getattr(commands, options.command)

@@ -305,8 +305,8 @@ def frozen_roles(
     """Base and SFT: over one model where SFT is an adapter folder and ``share``, else a model each."""
     base_path = base if isinstance(base, str) else None
     sft_path = sft if isinstance(sft, str) else None
-    adapter = sft_path is not None and is_adapter_folder(sft_path)
-    shares = adapter and share
+    adapter = sft_path if sft_path is not None and is_adapter_folder(sft_path) else None
+    shares = adapter is not None and share
     for name, model in (("base", base), ("SFT model", sft)):
         if isinstance(model, str):
             continue
@@ -321,15 +321,15 @@ def frozen_roles(
         model.eval()  # what trained it may have left it in training mode, where a router's noise is no dropout
     base_model = load_model(base, args) if isinstance(base, str) else base
     freeze(base_model)
-    if sft_path is not None and adapter:
-        warn_of_another_base(sft_path, base_path)
-    if sft_path is not None and shares:
+    if adapter is not None:
+        warn_of_another_base(adapter, base_path)
+    if adapter is not None and share:
         check_same_vocabulary(args, base_model, base_model, base_path, sft_path)
-        shared = attach_adapter(base_model, sft_path, "sft")
+        shared = attach_adapter(base_model, adapter, "sft")
         roles = Role("base", shared), Role("sft", shared, "sft")
     else:
-        if sft_path is not None and adapter:  # onto the base that is given, which need not be where it was made
-            sft_model = merged(attach_adapter(copy.deepcopy(base_model), sft_path, "default"))
+        if adapter is not None:  # onto the base that is given, which need not be where it was made
+            sft_model = merged(attach_adapter(copy.deepcopy(base_model), adapter, "default"))
         else:
             sft_model = load_model(sft, args) if isinstance(sft, str) else sft
         freeze(sft_model)

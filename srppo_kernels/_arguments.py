@@ -28,10 +28,15 @@ def check_mask(op: str, mask: Tensor) -> None:
         raise TypeError(f"{op}: mask has dtype {mask.dtype}; pass a bool tensor (mask.bool()), True on valid tokens")
 
 
-def check_number(op: str, name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> None:
-    """Refuse what is no number, or one that does not fit, as NaN does not; `wanted` says what it "must" be."""
+def refuse_gradient(op: str, name: str, value: Any) -> None:
+    """Refuse a tensor that would get no gradient, silently."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{op}: {name} requires a gradient, which the op does not give; pass {name}.detach()")
+
+
+def check_number(op: str, name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> None:
+    """Refuse what is no number, or one that does not fit, as NaN does not; `wanted` says what it "must" be."""
+    refuse_gradient(op, name, value)
     try:
         fitting = bool(fits(value))
     except (TypeError, ValueError, RuntimeError):  # the last two of an array and a tensor of several numbers

@@ -73,6 +73,14 @@ class Op:
         """Decorator: shapes and dtypes of the outputs."""
         return torch.library.register_fake(self.name, fake, lib=_LIBRARY)
 
+    def differentiate_no_further(self, of: str) -> None:
+        """For an op that is the gradient of ``of``."""
+
+        def refuse(ctx: Any, *grads: Tensor | None) -> Any:
+            raise NotImplementedError(f"{of} is differentiable once: its gradient has no gradient of its own")
+
+        self.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
+
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """As `torch.library.register_autograd`: `setup_context(ctx, inputs, output)`, `backward(ctx, *grads)`."""
         call = self._call

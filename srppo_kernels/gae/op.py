@@ -173,11 +173,7 @@ def _(grad_advantages, grad_returns, mask, gamma, lam, gamma_rows, lam_rows, mas
     return tuple(mask.new_empty(shape, dtype=dtype) for shape in (mask.shape, mask.shape, (rows,)))
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    raise NotImplementedError("gae is differentiable once: its gradient has no gradient of its own")
-
-
-_gae_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+_gae_backward.differentiate_no_further("gae")
 
 
 def _gae_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -5,7 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import check_finite, check_mask, check_number, check_tensor, refuse_tangents
+from srppo_kernels._arguments import (
+    check_finite,
+    check_mask,
+    check_number,
+    check_tensor,
+    refuse_gradient,
+    refuse_tangents,
+)
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,10 +88,7 @@ def check_head(
         _check_like_targets(op, "mask", mask, targets, hidden)
     if isinstance(temperature, Tensor):
         _check_like_targets(op, "temperature", temperature, targets, hidden)
-        if temperature.requires_grad:
-            raise ValueError(
-                f"{op}: temperature requires a gradient, which the op does not give; pass temperature.detach()"
-            )
+        refuse_gradient(op, "temperature", temperature)
     else:
         check_number(op, "temperature", temperature, lambda x: 0 < x < math.inf, "be positive and finite")
     check_finite(op, logit_scale=logit_scale)

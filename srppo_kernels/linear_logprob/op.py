@@ -233,11 +233,7 @@ def _(g, h, dlse, logprob, entropy, norm, kept, group_max, hidden, weight, targe
     )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    raise RuntimeError("linear_logprob is differentiable once: its gradient has no gradient of its own")
-
-
-_linear_logprob_backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+_linear_logprob_backward.differentiate_no_further("linear_logprob")
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
