@@ -255,7 +255,7 @@ class PipelineConfig(SRPPOConfig):
     sft_num_train_epochs: int = option(3, "passes over the demonstrations", minimum=1)
     vllm_url: str = option("http://127.0.0.1:8000", "the vLLM server of rollout_engine=vllm")
     importance_cap: float | None = option(
-        None, "C of importance weights min(pi_old / mu, C) where another engine samples; absent: none", above=0
+        None, "C of importance weights min(pi_old / mu, C), mu being what sampled; absent: none", above=0
     )
     save_rollouts: str | None = option(None, "a folder to write every rollout to")
     from_rollouts: str | None = option(None, "a folder of saved rollouts to train on in place of sampling")

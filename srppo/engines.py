@@ -4,9 +4,9 @@ An engine takes prompts as token ids and gives a :class:`srppo.rollout.Rollout`:
 the log-probs of its own sampler. Text is never involved. ``hf`` is transformers' ``generate`` in this process; ``vllm``
 a server beside it, that is brought up to date with the policy's adapter before each rollout.
 
-Another engine's kernels and dtype give other log-probs than the training forward: log mu where PPO has log pi_old.
-Sampling from mu biases the gradient; ``sampling/logp_difference/*`` tells how far the two are apart, and truncated
-importance weights ``min(pi_old / mu, C)`` on the advantages take the bias out of what is below C.
+A sampler's kernels, dtype, top-p or key-value cache give other log-probs than the training forward: log mu where PPO
+has log pi_old. Sampling from mu biases the gradient; ``sampling/logp_difference/*`` tells how far the two are apart,
+and truncated importance weights ``min(pi_old / mu, C)`` on the advantages take the bias out of what is below C.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class HFEngine:
-    """transformers' ``generate``, in this process. Its log-probs are not asked for: scoring has them exactly."""
+    """transformers' ``generate``, in this process. Its log-probs tell whether the cache that it samples with gives what
+    the forward does: a ``sliding_window`` that the layers ignore and the cache does not cost 0.3 nats a token in small
+    random models."""
 
     sampling: Sampling
 
@@ -75,7 +77,7 @@ class HFEngine:
         how = self.sampling
         return generate(
             policy, prompts, max_completion_length=how.max_completion_length, pad_token_id=how.pad_token_id,
-            stop_token_ids=how.stop_token_ids, temperature=how.temperature, top_p=how.top_p,
+            stop_token_ids=how.stop_token_ids, temperature=how.temperature, top_p=how.top_p, sampler_logprobs=True,
         )  # fmt: skip
 
 

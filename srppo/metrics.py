@@ -56,6 +56,8 @@ METRICS = {
     "ppo_epochs": "epochs done before target_kl ended them, count",
     "guard/demonstrations_logp": "log pi of held-out demonstrations under the policy that sampled, mean over their "
     "tokens (at most as many demonstrations as an iteration has prompts)",
+    "sampling/logp_difference/mean": "|log pi_old - log mu|, mu being what sampled, mean over tokens",
+    "sampling/logp_difference/max": "the same, largest",
     "lr": "learning rate of the policy in this iteration",
     "episode": "completions sampled so far",
     "num_tokens": "completion tokens sampled so far",
@@ -65,13 +67,6 @@ METRICS = {
     "time/update": "seconds for the updates",
     "perf/tokens_per_second": "completion tokens of the iteration divided by its seconds",
     "perf/peak_memory_gib": "largest memory so far: of the GPU, or on a CPU of the process",
-}
-
-
-SAMPLING_METRICS = {
-    "sampling/logp_difference/mean": "|log pi_old - log mu|, mu being the log-probs of another engine's sampler, mean "
-    "over tokens",
-    "sampling/logp_difference/max": "the same, largest",
 }
 
 

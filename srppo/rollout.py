@@ -38,7 +38,7 @@ class Rollout:
     completion_mask: Tensor  # [B, T] bool, true up to and including the stop token
     truncated: Tensor  # [B] bool, true where no stop token came
     prompt_length: int  # P
-    sampler_logprobs: Tensor | None = None  # [B, T] fp32, of another engine's sampler, 0 where masked; if it gave them
+    sampler_logprobs: Tensor | None = None  # [B, T] fp32, of what sampled, 0 where masked; if it gave them
 
     @property
     def completions(self) -> Tensor:
@@ -174,6 +174,7 @@ def generate(
     top_p: float = 1.0,
     batch_size: int | None = None,
     extrapolate: tuple[Role, float] | None = None,
+    sampler_logprobs: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Samples one completion per prompt with transformers' ``generate``.
@@ -188,6 +189,7 @@ def generate(
         temperature: 0 takes the most likely token.
         batch_size: prompts at a time; all at once if absent.
         extrapolate: ``(base, beta)`` samples from ``(1 + 1/beta) log pi_role - 1/beta log pi_base`` instead.
+        sampler_logprobs: keep the log-probs of what was sampled from, behind temperature and top-p.
         on_batch: called with the number of sequences done, for progress bars.
 
     Returns:
@@ -195,9 +197,10 @@ def generate(
 
     What all prompts of a batch begin with is computed once, in a role whose layout is :attr:`Layout.SHARED`.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    # Temperature and top-p are processors of our own: generate's would come behind what notes the log-probs.
+    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0} if temperature > 0 else {}
     config = GenerationConfig(
         max_new_tokens=max_completion_length,
         pad_token_id=pad_token_id,
@@ -208,6 +211,7 @@ def generate(
     longest = max(map(len, prompts))
     shareable = role.layout == Layout.SHARED and longest + max_completion_length <= widest_tree(role.causal_lm.config)
     completions: list[list[int]] = []
+    sampled = SampledLogprobs()
     stops = torch.tensor(list(stop_token_ids))
     with role.active() as model, sharding.whole(model), contiguous_rows_into_head(model), evaluating(model):
         own_config = model.generation_config
@@ -221,6 +225,12 @@ def generate(
                 processors = LogitsProcessorList()
                 if extrapolate is not None:
                     processors.append(ExtrapolatedLogits(*extrapolate, mask.to(role.device)))
+                if temperature > 0 and temperature != 1:
+                    processors.append(TemperatureLogitsWarper(float(temperature)))
+                if temperature > 0 and top_p < 1:
+                    processors.append(TopPLogitsWarper(float(top_p)))
+                if sampler_logprobs:
+                    processors.append(sampled)
                 output = model.generate(
                     input_ids=ids.to(role.device),
                     attention_mask=mask.to(role.device),
@@ -229,11 +239,16 @@ def generate(
                     **cache_of(model, chunk[0][:shared], len(chunk)),
                 )
                 completions += [until_stop(row, stops) for row in output[:, width:].cpu()]
+                if sampler_logprobs:
+                    sampled.end_batch(output[:, -1], list(map(len, completions[-len(chunk) :])))
                 if on_batch is not None:
                     on_batch(len(chunk))
         finally:
             model.generation_config = own_config
-    return collate(prompts, completions, pad_token_id=pad_token_id, stop_token_ids=stop_token_ids, device=role.device)
+    rollout = collate(
+        prompts, completions, pad_token_id=pad_token_id, stop_token_ids=stop_token_ids, device=role.device
+    )
+    return rollout.with_sampler_logprobs(rollout.in_place(torch.cat(sampled.rows))) if sampler_logprobs else rollout
 
 
 def worth_sharing(prompts: Sequence[Sequence[int]]) -> int:
@@ -300,6 +315,30 @@ def cache_name(model: PreTrainedModel) -> str:
     """What a model's forward calls its key-value cache: ``past_key_values`` in older transformers, ``cache`` since."""
     names = inspect.signature(model.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
+
+
+class SampledLogprobs:
+    """A logits processor behind all others, which changes nothing and notes the log-probs of the tokens taken."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []  # of each completion so far, [length] fp32
+        self.scores: Tensor | None = None  # of the step before, [B, V]: its tokens come with the next
+        self.steps: list[Tensor] = []  # [B] each
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.note(input_ids[:, -1])
+        self.scores = scores
+        return scores
+
+    def note(self, tokens: Tensor) -> None:
+        if self.scores is not None:
+            self.steps.append(self.scores.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+
+    def end_batch(self, last: Tensor, lengths: Sequence[int]) -> None:
+        """``last``: the tokens that the last step took; ``lengths``: of the completions without their filler."""
+        self.note(last)
+        self.rows += [row[:n] for row, n in zip(torch.stack(self.steps, dim=1), lengths, strict=True)]
+        self.scores, self.steps = None, []
 
 
 class ExtrapolatedLogits:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -88,6 +89,26 @@ def check_start(
             "SFT and base model give the same log-probs on every token: the reward is 0 everywhere; check the two paths"
         )
     return f"start: KL(policy || SFT) = {gap:g} on {int(rollout.completion_mask.sum())} tokens"
+
+
+SAMPLER_APART = 0.1  # nats a token on average; rounding to 16 bits, of states and where experts route, stays below
+
+
+def sampler_apart(metrics: Mapping[str, float], top_p: float) -> str | None:
+    """What to warn of where the first rollout was sampled from something else than the policy that is scored.
+
+    Args:
+        metrics: of :func:`srppo.engines.sampling_metrics`.
+        top_p: of sampling; what it leaves out raises the log-probs of the others by up to ``-log top_p``.
+    """
+    mean = metrics.get("sampling/logp_difference/mean", 0.0)
+    if mean <= SAMPLER_APART - math.log(top_p):
+        return None
+    return (
+        f"the sampler's log-probs are {mean:.2f} nats a token from the policy's, so PPO would learn from another "
+        "model's samples: is there a setting of the checkpoint's configuration (sliding_window, rope_scaling) that its "
+        "key-value cache or server takes and its forward does not? importance_cap weighs the difference in"
+    )
 
 
 def check_first_ratio(result: ppo.UpdateResult) -> str:

@@ -60,8 +60,8 @@ class SRPPOTrainer:
         reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.
         console: where lines and tables go; if absent, the terminal, from the first process alone.
         engine: what samples; if absent, the one that ``args.rollout_engine`` names.
-        importance_cap: C of truncated importance weights ``min(pi_old / mu, C)`` on the advantages, where an engine
-            gives the log-probs mu of its sampler; absent: none.
+        importance_cap: C of truncated importance weights ``min(pi_old / mu, C)`` on the advantages, where the engine
+            gives the log-probs log mu of what it sampled from; absent: none.
         save_rollouts: a folder that every rollout is written to.
         from_rollouts: a folder of saved rollouts to train on in place of sampling.
         fsdp: cut the weights of all roles over the processes, for full fine-tuning; see :mod:`srppo.sharding`.
@@ -286,6 +286,9 @@ class SRPPOTrainer:
     def watch(self, rollout: Rollout, scores: ppo.Scores, targets: ppo.Advantages) -> dict[str, float]:
         """The guard's look at the policy that sampled: warnings, ``best/``, and the likelihood of demonstrations."""
         metrics, gain, error = sampling_metrics(rollout, scores.policy), None, 0.0
+        apart = startup.sampler_apart(metrics, self.args.top_p) if self.step == 0 else None
+        if apart is not None:
+            self.console.warn(apart)
         if self.held_out is not None:
             metrics["guard/demonstrations_logp"], gain, error = self.held_out.look(self.roles.policy)
         seen = look_at(scores, targets, rollout, self.args, gain=gain, gain_error=error)

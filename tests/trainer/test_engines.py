@@ -16,7 +16,6 @@ from tiny_runs import STOPS, config, rollout, trainer
 
 from srppo import UserError, ppo
 from srppo.engines import HFEngine, Sampling, VLLMEngine, importance_weights, make_engine, sampling_metrics
-from srppo.metrics import SAMPLING_METRICS
 from srppo.rollout import collate, generate
 from srppo.rollout_store import path_of
 
@@ -48,13 +47,28 @@ def test_hf_engine_is_generate(tiny_models, tmp_path):
     torch.manual_seed(3)
     expected = generate(run.roles.policy, PROMPTS, max_completion_length=5, pad_token_id=1, stop_token_ids=STOPS)
     assert torch.equal(got.completions[got.completion_mask], expected.completions[expected.completion_mask])
-    assert got.sampler_logprobs is None and sampling_metrics(got, torch.zeros(1)) == {}
+    assert expected.sampler_logprobs is None and sampling_metrics(expected, torch.zeros(1)) == {}
+
+
+@pytest.mark.parametrize(("window", "top_p"), [(None, 1.0), (None, 0.6), (2, 1.0), (2, 0.6)])
+def test_a_cache_that_drops_what_the_forward_reads_is_said(tiny_models, tmp_path, window, top_p):
+    run = trainer(tiny_models, tmp_path, max_steps=1, top_p=top_p)
+    run.roles.policy.causal_lm.config.sliding_window = (
+        window  # Llama's layers ignore it, and transformers' cache does not
+    )
+    said: list[str] = []
+    run.console.warn = said.append
+    (entry,) = run.train() and run.history
+    gap = entry["sampling/logp_difference/mean"]
+    if window is None:
+        assert said == [] and (gap < 1e-5 if top_p == 1 else 0 < gap < -math.log(top_p))
+    else:
+        assert gap > 0.1 and ["sliding_window" in text and f"{gap:.2f} nats" in text for text in said] == [True]
 
 
 def test_a_run_samples_from_a_server_that_is_given_every_new_policy(tiny_models, tmp_path, server):
     run = run_with(tiny_models, tmp_path, server.url, max_steps=3, learning_rate=1e-2)
     run.train()
-    assert all(set(SAMPLING_METRICS) <= set(entry) for entry in run.history)
     largest = [entry["sampling/logp_difference/max"] for entry in run.history]
     assert all(0 < value < 1e-4 for value in largest), "the server's policy is the trainer's, up to rounding"
     moved = max(abs(run.history[2][name] - run.history[0][name]) for name in ("objective/kl", "objective/logp_sft"))
@@ -221,14 +235,12 @@ def numbers(history: list[dict]) -> list[dict]:
 def test_a_replayed_run_has_the_numbers_of_the_live_one(tiny_models, tmp_path, server, engine):
     saved = tmp_path / "rollouts"
     if engine == "hf":
-        live = trainer(tiny_models, tmp_path / "a", kind="adapter", save_rollouts=saved)
+        live = trainer(tiny_models, tmp_path / "a", kind="adapter", save_rollouts=saved, importance_cap=2.0)
     else:
         live = run_with(tiny_models, tmp_path / "a", server.url, save_rollouts=saved, importance_cap=2.0)
     live.train()
     server.close()
-    replayed = trainer(
-        tiny_models, tmp_path / "b", kind="adapter", from_rollouts=saved, importance_cap=None if engine == "hf" else 2.0
-    )
+    replayed = trainer(tiny_models, tmp_path / "b", kind="adapter", from_rollouts=saved, importance_cap=2.0)
     torch.manual_seed(77)
     replayed.train()
     assert numbers(replayed.history) == numbers(live.history)

@@ -104,6 +104,25 @@ def test_top_k_is_off_and_top_p_cuts_the_tail(small):
     assert set(cut.tolist()) == set(order[:3].tolist())
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (0.7, 0.8), (0.0, 1.0)])
+def test_the_sampler_s_log_probs_are_those_of_what_it_samples_from(small, temperature, top_p):
+    options = {"length": 4, "temperature": temperature, "top_p": top_p, "batch_size": 2}
+    drawn = sample(small, [PROMPT, PROMPT[:1], PROMPT[1:]], sampler_logprobs=True, **options)
+    plain = sample(small, [PROMPT, PROMPT[:1], PROMPT[1:]], **options)
+    assert torch.equal(drawn.input_ids, plain.input_ids) and plain.sampler_logprobs is None
+    assert drawn.sampler_logprobs.shape == drawn.completion_mask.shape
+    for row, (prompt, mask) in enumerate(zip([PROMPT, PROMPT[:1], PROMPT[1:]], drawn.completion_mask, strict=True)):
+        ids = drawn.completions[row][mask].tolist()
+        for place, token in enumerate(ids):
+            p = (next_logits(small, prompt + ids[:place]) / (temperature or 1)).softmax(-1)
+            ordered = p.sort(descending=True)
+            p[ordered.indices[ordered.values.cumsum(-1) - ordered.values >= top_p]] = 0
+            assert drawn.sampler_logprobs[row, place].item() == pytest.approx(
+                (p / p.sum())[token].log().item(), abs=1e-5
+            )
+    assert not drawn.sampler_logprobs[~drawn.completion_mask].any()
+
+
 def greedy(model: PreTrainedModel, prompt: list[int], length: int, stops=(0,)) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < length and not (tokens and tokens[-1] in stops):
