@@ -42,9 +42,10 @@ EVAL_METRICS = {
 
 @contextlib.contextmanager
 def fixed_seed(seed: int) -> Iterator[None]:
-    """Sampling under its own seed, which leaves the generators outside as they were."""
+    """Sampling under its own seed, apart on every rank, which leaves the generators outside as they were."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
+        distributed.seed_apart(seed)
         yield
 
 
@@ -70,7 +71,7 @@ def evaluate_policy(
         The metrics, and a row per prompt with its completion and what it scored.
     """
     pad = filler_token(tokenizer, stop_token_ids)
-    with fixed_seed(args.seed + 2**32 * distributed.rank()):
+    with fixed_seed(args.seed):
         rollout = generate(
             policy,
             [example.prompt_ids for example in distributed.even_share(examples)],

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from srppo import UserError, checkpoint, distributed, run_sft
 from srppo.console import Console
+from srppo.evaluation import fixed_seed
 
 TESTS = Path(__file__).parents[1]
 
@@ -216,6 +217,19 @@ def test_without_a_launcher_nothing_is_joined_and_functions_are_the_identity(mon
     assert distributed.even_share([1, 2, 3]) == [1, 2, 3]
     assert distributed.on_main(lambda: 5) == 5
     distributed.finish()
+
+
+def test_every_rank_has_random_numbers_of_its_own(monkeypatch):
+    """In training and in evaluation: on a CPU torch's generator reads the low 32 bits of a seed."""
+    drawn = []
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        torch.manual_seed(3)
+        distributed.seed_apart(3)
+        with fixed_seed(5):
+            evaluation = torch.rand(())
+        drawn += [evaluation.item(), torch.rand(()).item()]
+    assert len(set(drawn)) == 8
 
 
 def test_sft_with_nothing_to_cut_is_refused_before_anything_is_loaded(tmp_path):
