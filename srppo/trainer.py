@@ -55,8 +55,8 @@ class SRPPOTrainer:
         processing_class: the tokenizer; if absent, that of ``model``, else of ``base_model``.
         peft_config: a ``LoraConfig`` for the policy in place of the ``lora_*`` settings, for a full SFT model and
             ``use_peft``.
-        callbacks: called after each iteration as ``callback(trainer, step, metrics)``; may raise ``StopIteration`` to
-            end.
+        callbacks: called after each iteration as ``callback(trainer, step, metrics)``, all of them; may raise
+            ``StopIteration`` to end.
         reward_fn: ``(prompt_ids, completion_ids) -> a number per sequence``, added to the self-reward.
         console: where lines and tables go; if absent, the terminal, from the first process alone.
         engine: what samples; if absent, the one that ``args.rollout_engine`` names.
@@ -188,13 +188,15 @@ class SRPPOTrainer:
         return self.history[-1] if self.history else {}
 
     def call_back(self, metrics: dict[str, float]) -> bool:
-        """Calls the callbacks; whether one of them wants the run to end."""
-        try:
-            for callback in self.callbacks:
+        """Calls the callbacks; whether one of them wants the run to end. Those behind it are called all the same: other
+        ranks, where it goes on, call them, and one that evaluates or saves is a collective."""
+        ends = False
+        for callback in self.callbacks:
+            try:
                 callback(self, self.step, metrics)
-        except StopIteration:
-            return True
-        return False
+            except StopIteration:
+                ends = True
+        return ends
 
     def iterate(self, progress: Bar) -> dict[str, float]:
         """One PPO iteration."""

@@ -416,16 +416,20 @@ def test_nothing_temporary_is_left(finished):
 
 
 def test_a_callback_sees_every_iteration_and_may_end_the_run(tiny_models, tmp_path):
-    seen = []
+    """The others see the last one too: where it ends on one rank alone, they may be collectives."""
+    seen, seen_by_other = [], []
 
     def stop_at_two(run, step, metrics):
         seen.append((step, metrics["episode"]))
         if step == 2:
             raise StopIteration
 
-    run = trainer(tiny_models, tmp_path, max_steps=9, callbacks=[stop_at_two])
+    def other(run, step, metrics):
+        seen_by_other.append(step)
+
+    run = trainer(tiny_models, tmp_path, max_steps=9, callbacks=[stop_at_two, other])
     run.train()
-    assert seen == [(1, 4), (2, 8)]
+    assert seen == [(1, 4), (2, 8)] and seen_by_other == [1, 2]
     assert run.step == 2 and (tmp_path / "run" / "model.safetensors").exists()
 
 
