@@ -29,15 +29,16 @@ def snapshot(run: SRPPOTrainer) -> dict[str, Any]:
         "guard": run.guard.state_dict(),
         "controller": run.controller.state_dict(),
         "generator": run.generator.get_state(),
-        "frozen": distributed.gathered(frozen_part(run)),
+        "frozen_bits": frozen_bits(run),
         "rng": distributed.gathered(torch.get_rng_state()),
         "cuda_rng": distributed.gathered(torch.cuda.get_rng_state()) if torch.cuda.is_available() else [],
     }
 
 
-def frozen_part(run: SRPPOTrainer) -> torch.Tensor:
-    """What tells base and SFT from others of the same shapes, or this rank's part of them."""
-    return torch.tensor(run.frozen % 2**62)
+def frozen_bits(run: SRPPOTrainer) -> int:
+    """What tells base and SFT from others of the same shapes, whether each rank has them whole or a part."""
+    own = torch.tensor(run.frozen % 2**62)
+    return int(distributed.summed(own) if sharding.is_sharded(run.roles.sft.model) else own) % 2**62
 
 
 def restore(run: SRPPOTrainer, folder: Path, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -74,8 +75,8 @@ def restore(run: SRPPOTrainer, folder: Path, tensors: Mapping[str, Any], state: 
             f"{folder} was written by {ranks} processes and is resumed by {distributed.size()}: samples come from "
             f"other random numbers than they would have, and a batch is now {run.sampler.batch_size} prompts"
         )
-    frozen = tensors.get("frozen", [])  # an older checkpoint has none
-    if distributed.any_rank(len(frozen) == distributed.size() and not torch.equal(frozen[rank], frozen_part(run))):
+    frozen = tensors.get("frozen_bits")  # an older checkpoint has none
+    if distributed.any_rank(frozen_bits(run) != frozen and frozen is not None):
         run.console.warn(
             f"{folder} was written beside other weights of base or SFT than these: rewards and KL are other ones from "
             "here on"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_runs import QUIET, ROWS, STOPS, config, examples, trainer, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from srppo import UserError, checkpoint, distributed, run_sft
+from srppo import UserError, checkpoint, distributed, run_sft, training_state
 from srppo.console import Console
 from srppo.evaluation import fixed_seed
 
@@ -136,8 +136,10 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(tiny_models, tmp_path, of_
     looked_at.console = Console(quiet=True)
     looked_at.console.warn = told.append
     looked_at.resume()
-    assert "was written by 2 processes and is resumed by 1" in told[0] and "a batch is now 4 prompts" in told[0]
+    (said,) = told  # and not that base and SFT are others, whole or cut as they were
+    assert "was written by 2 processes and is resumed by 1" in said and "a batch is now 4 prompts" in said
     tensors, _ = checkpoint.load_checkpoint(source)
+    assert training_state.frozen_bits(looked_at) == tensors["frozen_bits"]
     for role in (looked_at.roles.policy, looked_at.roles.critic):
         assert all(torch.equal(p, tensors[role.name][name]) for name, p in role.parameters())
     moments = [state["exp_avg_sq"].abs().sum() for state in looked_at.critic.optimizer.state.values()]
