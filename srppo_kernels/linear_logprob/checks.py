@@ -122,6 +122,14 @@ def _check_like_targets(op: str, name: str, tensor: Tensor, targets: Tensor, hid
         )
 
 
+def cache_does_not_fit(op: str, kept: int, allowed: int) -> ValueError:
+    """Of plan cache that was asked for, in bytes."""
+    return ValueError(
+        f"{op}: plan='cache' keeps {kept} bytes and workspace_bytes allows {allowed}; pass workspace_bytes={kept} or "
+        f"more, or plan='recompute'"
+    )
+
+
 def check_targets(targets: Tensor, live: Tensor, vocab: int | Tensor, shape: torch.Size) -> None:
     """Live targets lie in ``[0, vocab)``: an error that names the first bad one, asynchronous on a GPU.
 

@@ -89,13 +89,19 @@ def _run_linear_logprob(
     plan: str,
     backend: str,
     chunk: int,  # rows at a time (plan precompute), or bytes of dz (recompute; 0: the default)
-    bound: int | None,  # bytes of workspace (None: the default), kept to by score and recompute on native code
+    # Bytes of workspace (None: the default), kept to by score and recompute on native code; of exponentials where a
+    # cut vocabulary's are cached.
+    bound: int | None,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y, live = prepare(hidden, targets, mask, row_temperature, ignore_index, weight.shape[0], group, backend)
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
     acc = accumulation_dtype(hidden)
     rows = Rows.of(live, backend=backend, dense=mask is None)
+    if plan == "cache" and bound is not None:
+        size = x.shape[0] * max(1, weight.shape[0]) * kept_dtype(hidden, weight).itemsize
+        vocab_parallel.require_cache(size, bound, group, hidden.device)
+        bound = None  # it was on these alone
     kept, group_max = _kept_like(hidden, weight, plan, backend, every_row=rows.index is None)
     with torch.autocast(hidden.device.type, enabled=False):
         if plan == "precompute":

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from srppo_kernels._arguments import check_choice
 from srppo_kernels.linear_logprob import gpu, native, native_gradients, sm90
+from srppo_kernels.linear_logprob.checks import cache_does_not_fit
 from srppo_kernels.linear_logprob.chunked import GROUP, backward_rows, maxima_of, row_block
 
 OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
@@ -59,7 +60,8 @@ class Problem:
     lse: bool = False
     weight_in_rows: bool = True  # contiguous rows at multiples of 16 bytes, as TMA reads them
     masked: bool = True
-    plain: bool = False  # neither a softcap nor a vocabulary that is cut over ranks
+    cut: bool = False  # the vocabulary, over the ranks of a group
+    plain: bool = False  # neither cut nor with a softcap
     wide_weight: bool = False  # dweight is added to an fp32 one that the caller has
 
     @property
@@ -71,6 +73,11 @@ class Problem:
     def needs_any(self) -> bool:
         """Whether any gradient is wanted."""
         return self.needs_hidden or self.needs_weight or self.needs_bias
+
+    @property
+    def entries(self) -> int:
+        """Of the vocabulary; an empty shard counts as one, so that by default as many rows fit as on other ranks."""
+        return max(1, self.vocab)
 
     @property
     def accumulator_bytes(self) -> int:
@@ -94,7 +101,8 @@ class Plan:
     reason: str
     rows_per_chunk: int = 0
     dz_bytes: int = 0  # of plan recompute, where workspace_bytes asks for less than the default
-    bound: int | None = None  # workspace_bytes as it was given: on all of it in plans score and recompute
+    # workspace_bytes as it was given: on all of it in plans score and recompute, on exponentials in the others
+    bound: int | None = None
 
     def __str__(self) -> str:
         chunk = f", {self.rows_per_chunk} rows a chunk" if self.rows_per_chunk else ""
@@ -160,8 +168,7 @@ def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend:
             )
         size = problem.rows * problem.vocab * problem.hidden_dtype.itemsize
         return Plan("reference", "autograd", 1 + problem.needs_hidden + problem.needs_weight, 3 * size, why)
-    # An empty shard counts as one entry: as many rows fit by default as on the other ranks.
-    budget = problem.width * max(1, problem.vocab) * 4 if workspace_bytes is None else workspace_bytes
+    budget = problem.width * problem.entries * 4 if workspace_bytes is None else workspace_bytes
     if plan in ("auto", "score") and not problem.needs_any:
         return _score(problem, workspace_bytes, chosen, f"no input needs a gradient; {why}")
     if plan == "score":
@@ -212,7 +219,7 @@ def _rows_per_chunk(problem: Problem, budget: int, default: bool, backend: str) 
         elif adds_up_apart and problem.rows * problem.vocab * problem.kept_bytes <= 2 * budget:
             budget *= 2
     block = row_block(problem.device)
-    fitting = budget // max(1, problem.vocab * problem.kept_bytes)
+    fitting = budget // (problem.entries * problem.kept_bytes)
     if backend == "native" and block < fitting < problem.rows:
         chunks = -(-problem.rows // (fitting // ROW_PANEL * ROW_PANEL))
         return max(block, -(-problem.rows // (ROW_PANEL * chunks)) * ROW_PANEL)
@@ -237,20 +244,20 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
         reason = f"{asked}the head is frozen{what}: dhidden is formed in the forward up to a row's scalar"
         reason += _how(problem, backend)
         return Plan(backend, "precompute", 2, size, reason, chunk, bound=None if default else budget)
-    kept = problem.rows * problem.vocab * problem.kept_bytes
+    kept = problem.rows * problem.entries * problem.kept_bytes
     fits = kept <= budget
-    if plan == "cache" and not fits:
-        raise ValueError(
-            f"{problem.op}: plan='cache' keeps {kept} bytes and workspace_bytes allows {budget}; "
-            f"pass workspace_bytes={kept} or more, or plan='recompute'"
-        )
+    if plan == "cache" and not fits and (default or not problem.cut):
+        raise cache_does_not_fit(problem.op, kept, budget)
     if plan == "cache" or (plan == "auto" and fits):
-        reason = f"{asked}the exponentials of all rows fit: {_mib(kept)} of {_mib(budget)} MiB"
+        fit = "fit" if fits else "do not fit, which stops all ranks"
+        reason = f"{asked}the exponentials of all rows {fit}: {_mib(kept)} of {_mib(budget)} MiB"
         reason += _how(problem, backend)
         # Scan and backward are one after the other.
         size = max(_backward_bytes(problem, backend, kept=True), _scan_bytes(problem, backend, keeps=True))
         size += _kept_bytes(problem, backend, problem.rows)
-        return Plan(backend, "cache", 1 + gradient_gemms, size, reason)
+        # Over a cut vocabulary the op asks all ranks whether it fits, as each knows its own shard alone.
+        bound = budget if plan == "cache" and problem.cut and not default else None
+        return Plan(backend, "cache", 1 + gradient_gemms, size, reason, bound=bound)
     reason = f"{asked}the exponentials of all rows would be {_mib(kept)} MiB, above {_mib(budget)} MiB"
     reason = (asked.rstrip("; ") if asked else reason) + _how(problem, backend)
     bound = None if default else budget
@@ -409,6 +416,7 @@ def problem_of(
         lse=lse,
         weight_in_rows=sm90.in_rows(weight),
         masked=mask is not None or op == "linear_ppo_loss",  # which has one, though explain may not be told
+        cut=group is not None,
         plain=softcap is None and group is None,
         wide_weight=grad_weight_out is not None,
     )

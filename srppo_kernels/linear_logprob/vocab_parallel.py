@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from srppo_kernels.linear_logprob.checks import cache_does_not_fit
+
 VANISHED = -1e4  # e to this is 0 in float64 too
 
 
@@ -70,6 +72,19 @@ def fewest_rows(chunk: int, bound: int | None, group: str, device: torch.device)
     fewest = torch.full((1,), chunk, dtype=torch.int64, device=device)
     dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=_resolve(group))
     return int(fewest)
+
+
+def require_cache(kept: int, bound: int, group: str, device: torch.device) -> None:
+    """Exponentials of ``kept`` bytes fit in a caller's ``bound`` on every rank; on a GPU it waits.
+
+    Raises:
+        ValueError: on all ranks, as one that stopped alone would leave the others waiting.
+    """
+    found = torch.tensor([kept, -bound], device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_resolve(group))
+    most, least = found.tolist()
+    if most > -least:
+        raise cache_does_not_fit("linear_logprob", most, -least)
 
 
 def sum_over_ranks(values: Tensor, group: str) -> Tensor:

@@ -14,7 +14,7 @@ from srppo_kernels.parallel import full_head, vocab_parallel_head
 
 def run(rank: int, size: int) -> None:
     """All checks in one process group, as starting a process costs more than a check."""
-    for check in (uneven, no_target, empty_shard, frozen, losses, chunks, dtensor):
+    for check in (uneven, no_target, empty_shard, frozen, losses, chunks, caches, dtensor):
         torch.manual_seed(0)
         check(rank, size)
 
@@ -125,6 +125,16 @@ def chunks(rank: int, size: int) -> None:
         assert (logprob - whole).abs().max() < 1e-4
         (dhidden,) = torch.autograd.grad(logprob.sum(), [p.hidden])
         assert relative(dhidden, want[0].double()) < 1e-5
+
+
+def caches(rank: int, size: int) -> None:
+    """A plan cache that was asked for and fits on some ranks only stops all of them."""
+    p = make("random", n=300, d=12, v=900)
+    for cut, bound, kept in ((600, 400_000, 720_000), (600, (0, 10**9)[rank], 720_000), (900, None, (1200, 1_080_000))):
+        weight = _shard(p.weight, [0, cut, 900], rank)
+        said = kept if bound is not None else kept[1 - rank]
+        with pytest.raises(ValueError, match=f"plan='cache' keeps {said} bytes and workspace_bytes allows"):
+            linear_logprob(p.hidden, weight, p.targets, plan="cache", workspace_bytes=bound, group=dist.group.WORLD)
 
 
 def dtensor(rank: int, size: int) -> None:

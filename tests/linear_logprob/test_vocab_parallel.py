@@ -5,12 +5,24 @@ import torch
 from linear_logprob import ranks
 from on_ranks import on_ranks
 
-from srppo_kernels import linear_logprob
+from srppo_kernels import explain, linear_logprob
 
 
 def test_two_ranks(tmp_path):
-    """Uneven shards, a rank without targets, one without vocabulary, a frozen head, losses, chunks, DTensor heads."""
+    """Uneven and empty shards, a rank without targets, a frozen head, losses, chunks, caches, DTensor heads."""
     on_ranks(ranks.run, tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 4096), (torch.float32, 2048)])
+def test_by_default_as_many_rows_fit_whatever_the_shard(dtype, rows):
+    """On a GPU, where ranks do not ask each other; they cut chunks, each a collective, alike."""
+    hidden = torch.empty(9000, 2048, dtype=dtype, device="meta", requires_grad=True)
+    targets = torch.empty(9000, dtype=torch.int64, device="meta")
+    plans = [
+        explain(hidden, torch.empty(v, 2048, dtype=dtype, device="meta"), targets, op="linear_loss", backend="torch")
+        for v in (0, 1, 700, 151936)
+    ]
+    assert {plan.rows_per_chunk for plan in plans} == {rows}
 
 
 def test_reference_has_no_group():
