@@ -47,8 +47,14 @@ def start() -> None:
     """Joins the process group that ``torchrun`` or ``accelerate launch`` prepared, if one did and nobody joined yet.
 
     Raises:
-        UserError: the launcher's environment is incomplete, or the other processes cannot be reached.
+        UserError: the launcher's environment is incomplete, the other processes cannot be reached, or a group that was
+            joined before sends no tensors on a CPU.
     """
+    if size() > 1 and "cpu:" not in (backends := dist.get_backend_config()):
+        raise UserError(
+            f"the process group has the backends {backends} and none for tensors on a CPU, where counts and random "
+            "numbers are sent from: init_process_group('cpu:gloo,cuda:nccl'), or leave it to srppo"
+        )
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if torch.cuda.is_available():

@@ -245,6 +245,19 @@ def test_fsdp_is_refused_in_one_process(tiny_models, tmp_path):
         trainer(tiny_models, tmp_path, fsdp=True)
 
 
+def test_a_group_that_sends_nothing_from_a_cpu_is_refused(monkeypatch, tmp_path):
+    """As one that a program made for its GPUs alone: a run would fail after its first rollout."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("cuda:gloo", init_method=store, rank=0, world_size=1)
+    try:
+        distributed.start()  # alone nothing is sent
+        monkeypatch.setattr(distributed, "size", lambda: 2)
+        with pytest.raises(UserError, match=r"the backends cuda:gloo and none for tensors on a CPU"):
+            distributed.start()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_an_incomplete_launch_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
