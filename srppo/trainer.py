@@ -11,6 +11,7 @@ for each iteration:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -378,7 +379,14 @@ class SRPPOTrainer:
         if folder is None:
             self.console.note(f"no checkpoint in {self.output_dir} yet: starting at the beginning")
             return
-        training_state.restore(self, folder, *checkpoint.load_checkpoint(folder))
+        loaded = None
+        with contextlib.suppress(checkpoint.Damaged):  # the first rank has read it just now
+            loaded = checkpoint.load_checkpoint(folder)
+        if distributed.any_rank(loaded is None) or loaded is None:
+            raise UserError(
+                f"checkpoint {folder} cannot be read by every process: each needs to see the folder that the first does"
+            )
+        training_state.restore(self, folder, *loaded)
         if self.guard.best is not None and not distributed.on_main(
             lambda: checkpoint.adopt_best(folder.parent, self.output_dir)
         ):

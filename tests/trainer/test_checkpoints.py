@@ -304,6 +304,13 @@ def test_a_checkpoint_before_the_first_iteration(tiny_models, tmp_path):
     assert again.step == 0
 
 
+def test_a_checkpoint_that_the_first_process_alone_sees_is_refused(tiny_models, tmp_path):
+    run = trainer(tiny_models, tmp_path, resume_from_checkpoint="latest")
+    run.find = lambda wanted: tmp_path / "checkpoint-1"
+    with pytest.raises(UserError, match=r"checkpoint .*checkpoint-1 cannot be read by every process"):
+        run.resume()
+
+
 def test_a_checkpoint_of_another_model_is_refused(tiny_models, tmp_path, straight):
     kind, folder, _, _ = straight
     other = {"sft": "adapter", "adapter": "sft"}[kind]
