@@ -187,7 +187,7 @@ inline void product_task(const Bf16Matrix& a, const Bf16Matrix& b, bool transpos
   packer(0, 0, 1, panel).pack_rest();
   for (std::int64_t p0 = 0; p0 < all; p0 += kPairs) {
     const std::int64_t pairs = std::min(all - p0, kPairs);
-    const bool rounds = !out && p0 + kPairs >= all, sum = p0 > 0 || (out && add);
+    const bool rounds = !out && p0 + kPairs >= all, sum = add || p0 > 0;
     pack_a(a, transposed, r0, count, p0, pairs, scratch.packed.data());
     for (std::int64_t c = 0; c < width; c += kBf16Panel) {
       const __mmask16 low = first_lanes(width - c), high = first_lanes(width - c - 16);

@@ -121,7 +121,7 @@ void product_task_on_tiles(const Bf16Matrix& a, const Bf16Matrix& b, bool transp
       NextPanel ahead{b, packed ? end : begin, end, column, (end - begin + turns - 1) / turns};
       float* to = out ? out + r0 * ldo + c0 + c : scratch.sums.data() + (scratch.whole ? 0 : c);
       tile_multiply(count, out ? here : kTilePanel, scratch.packed.data(), stride, panel, depth, to, out ? ldo : lds,
-                    (out && add) || k0 > 0, [&ahead] { ahead.fetch(); });
+                    add || k0 > 0, [&ahead] { ahead.fetch(); });
       if (!out && k0 + 2 * kPairs >= b.rows) round_rows(to, lds, count, here, rounded + r0 * ldo + c0 + c, ldo);
     }
   }
