@@ -136,8 +136,7 @@ static Partial softmax_row(const ScanArgs& args, float* z, std::int64_t width, c
   partial.zy = 0.0f;
   if (column >= 0) {
     partial.zy = z[column];
-    // The target stays out of the sums (chunked.py says why). A NaN there has to stay in.
-    if (!(partial.zy != partial.zy)) z[column] = -3.402823466e38f;
+    z[column] = -3.402823466e38f;  // the target stays out of the sums (chunked.py says why)
   }
   std::uint16_t* bf16 = args.kept_is_bf16 ? static_cast<std::uint16_t*>(kept) : nullptr;
   float* fp32 = args.kept_is_bf16 ? nullptr : static_cast<float*>(kept);
