@@ -4,7 +4,7 @@
 // the vector vocabulary does not have.
 
 // log x of a normal x > 0 to 2e-7 and the rounding of the result: x = 2^k m with m in [sqrt(1/2), sqrt(2)),
-// log m = 2 artanh((m - 1) / (m + 1)).
+// log m = 2 artanh((m - 1) / (m + 1)). Of 0 and of what is not normal it is about -88, which p = 0 may be multiplied by.
 SRPPO_INLINE float log_of(float x) {
   std::int32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -32,8 +32,7 @@ static void dz_block(const DzRow& row, const void* kept, std::int64_t n, void* o
   if (row.has_h || row.softcap != 0.0f) {
     // Loops of one step each: the compiler vectorises none that has both the log and comparisons, and that took 5 times
     // as long.
-    for (std::int64_t i = 0; i < n; ++i) factor[i] = p[i] < 1.17549435e-38f ? 1.17549435e-38f : p[i];
-    for (std::int64_t i = 0; i < n; ++i) factor[i] = log_of(factor[i]) + row.shift;
+    for (std::int64_t i = 0; i < n; ++i) factor[i] = log_of(p[i]) + row.shift;
     // A ruled-out entry (bias -inf): p is 0, and h * log p must not overflow to make 0 * inf.
     for (std::int64_t i = 0; i < n; ++i) factor[i] = factor[i] < -1e4f ? -1e4f : factor[i];
     const float to_cap = row.softcap != 0.0f ? row.temperature / row.softcap : 0.0f;

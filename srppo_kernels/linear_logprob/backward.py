@@ -242,7 +242,7 @@ def over_groups(
                 shift = (residual.group_max[where, number].to(acc) - row_max[r]) - log_sum[r]
                 e = residual.kept[where, v].to(acc, copy=True)
                 reads_lp = h is not None or head.softcap is not None
-                lp = e.clamp_min(torch.finfo(acc).tiny).log_().add_(shift[:, None]) if reads_lp else None
+                lp = e.log().add_(shift[:, None]) if reads_lp else None  # -inf where p is 0, whose factor is bounded
                 dz = e.mul_(shift.exp()[:, None])
             else:
                 lp = block_logits(x, weight, bias, head, row_temperature, acc)
