@@ -89,8 +89,7 @@ class _LinearLoss(torch.autograd.Function):
             else:
                 out[1 + i] = fused.scale(head[i], grad, ctx.dtypes[i]).view(ctx.shapes[i])
         for i, formed in enumerate(arguments):
-            if ctx.needs_input_grad[6 + i]:
-                out[6 + i] = fused.scale(formed, grad, formed.dtype)
+            out[6 + i] = fused.scale(formed, grad, formed.dtype)
         return tuple(out)
 
 
