@@ -1,6 +1,7 @@
-"""Runs the native products on matrices that end where memory ends: a read beyond one of them ends the process.
+"""Runs native kernels on matrices that end where memory ends: a read beyond one of them ends the process.
 
-``python at_page_ends.py LEVEL...``: both products, where the level has them, over sizes around a tile and a panel.
+``python at_page_ends.py LEVEL...``: both products, where the level has them, over sizes around a tile and a panel, and
+the scan.
 """
 
 import ctypes
@@ -42,8 +43,24 @@ def products(product, dtype: torch.dtype) -> None:
             assert (out - want).abs().max() < 1e-5 * k**0.5
 
 
+def scans() -> None:
+    """Of every dtype: whole panels and parts of one, rows and widths that are multiples of nothing."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, d, v in [(3, 5, v) for v in (*range(1, 34), 64, 65, 2048, 2049)] + [(17, d, 40) for d in range(1, 34)]:
+            x, w = torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype)
+            bias, y = torch.randn(v), torch.arange(n) % v
+            m, s, _, z_y = torch.ops.srppo_native.linear_logprob_scan(
+                ending_a_page(x), ending_a_page(w), ending_a_page(bias), ending_a_page(y), None, None, 1.0, 1.0, 0.0,
+                False, 2048, None, None, None, None,
+            )  # fmt: skip
+            z = x.double() @ w.double().T + bias
+            want = z.gather(1, y[:, None])[:, 0] - z.logsumexp(1)
+            assert (z_y - m - torch.log(s + (z_y - m).exp()) - want).abs().max() < 1e-5 * d**0.5
+
+
 for level in sys.argv[1:]:
     with _extension.cpu_level(level):
+        scans()
         products(torch.ops.srppo_native.linear_logprob_product_fp32, torch.float32)
         if level in ("avx512_bf16", "amx"):
             products(torch.ops.srppo_native.linear_logprob_product, torch.bfloat16)

@@ -48,7 +48,7 @@ def test_no_step_of_k_leaves_zeros_or_what_was_there():
 
 @pytest.mark.skipif(os.name != "posix", reason="protects pages with mprotect")
 def test_nothing_is_read_beyond_a_matrix():
-    """The bf16 product's too; in a process of its own, which such a read would end."""
+    """The bf16 product's and the scan's too; in a process of its own, which such a read would end."""
     script = Path(__file__).parent / "at_page_ends.py"
     done = subprocess.run([sys.executable, script, *_extension.cpu_levels()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:] or done.returncode
