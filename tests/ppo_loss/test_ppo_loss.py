@@ -173,9 +173,10 @@ def test_a_nan_on_a_valid_token_is_seen(backend):
         tensors[which][1, 7] = float("nan")
         lp = tensors[0].requires_grad_()
         with running(backend) as name:
-            loss, _ = ppo_loss(lp, tensors[1], tensors[2], mask, backend=name)
+            loss, stats = ppo_loss(lp, tensors[1], tensors[2], mask, backend=name)
         loss.backward()
         assert loss.isnan()
+        assert stats.ratio_mean.isnan() == stats.ratio_max.isnan() == (which < 2)
         assert lp.grad[1, 7].isnan()
         assert lp.grad.isnan().sum() == 1
 
@@ -239,6 +240,7 @@ def test_merged_micro_batches_are_one_batch(backend, with_entropy):
     merged = PPOStats.merge([part for _, part in parts])
     alone = PPOStats.merge([stats])  # as beside one without a token
     nothing = PPOStats(*(None if t is None else torch.zeros_like(t) for t in stats))
+    assert PPOStats.merge([nothing, nothing]) == nothing
     for name, a, b in [
         *zip(PPOStats._fields, merged, stats, strict=True),
         *zip(PPOStats._fields, alone, PPOStats.merge([stats, nothing]), strict=True),
@@ -363,9 +365,10 @@ def test_terms_are_the_sum_and_its_gradient(backend):
     options = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0, "entropy_coef": 0.05}
     with running(backend) as name:
         loss, stats = ppo_loss(lp, old, advantages, mask, entropy=h, reduction="sum", backend=name, **options)
-        terms = ppo_terms(logprobs, old, advantages, mask, entropy=entropy, backend=name, **options)
+        terms = ppo_terms(lp, old, advantages, mask, entropy=h, backend=name, **options)
         bare = ppo_terms(logprobs, old, advantages, mask, backend=name)
     loss.backward()
+    assert not any(t.requires_grad for t in (*terms[:3], *terms.stats))
     assert torch.equal(terms.loss, loss.detach())
     assert torch.equal(terms.d_logprobs, lp.grad)
     assert torch.equal(terms.d_entropy, h.grad)
@@ -408,6 +411,7 @@ def test_compiles_to_one_graph():
         ({"mask": [[True]]}, TypeError, "mask must be a bool tensor, got list"),
         ({"old_logprobs": torch.ones(2, 4)}, ValueError, r"old_logprobs has shape \(2, 4\) but logprobs has \(2, 3\)"),
         ({"advantages": torch.ones(2)}, ValueError, "advantages has shape"),
+        ({"advantages": torch.ones(2, 3, device="meta")}, ValueError, "advantages is on meta but logprobs on cpu"),
         ({"old_logprobs": None}, TypeError, "old_logprobs must be a tensor, got NoneType"),
         ({"advantages": torch.ones(2, 3, dtype=torch.long)}, TypeError, "advantages has dtype torch.int64"),
         ({"entropy": torch.ones(3)}, ValueError, "entropy has shape"),
@@ -436,7 +440,9 @@ def test_bad_input(change, error, text):
 
 
 def test_packed_tokens_have_no_sequences():
-    flat = torch.ones(5)
+    flat, one = torch.ones(5), torch.ones(())
+    with pytest.raises(ValueError, match=r"logprobs is 0-d; pass \[B, T\] or \[N\]"):
+        ppo_loss(one, one, one, one.bool())
     assert ppo_loss(flat, flat, flat, flat.bool())[0] == -1
     with pytest.raises(ValueError, match="needs \\[B, T\\]"):
         ppo_loss(flat, flat, flat, flat.bool(), reduction="sequence_mean")

@@ -138,6 +138,7 @@ def test_merged_micro_batches_are_one_batch(backend):
     for a, b in zip(ValueStats.merge([part for _, part in parts]), stats, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     nothing = ValueStats(*map(torch.zeros_like, stats))
+    assert ValueStats.merge([nothing, nothing]) == nothing
     for a, b in zip(ValueStats.merge([stats]), ValueStats.merge([stats, nothing]), strict=True):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="stats is empty"):
@@ -214,6 +215,8 @@ def test_bad_input():
     x, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="returns has shape"):
         value_loss(x, x, x[:1], mask)
+    with pytest.raises(ValueError, match=r"values is 0-d; pass \[B, T\] or \[N\]"):
+        value_loss(x[0, 0], x[0, 0], x[0, 0], mask[0, 0])
     with pytest.raises(TypeError, match="old_values must be a tensor, got NoneType"):
         value_loss(x, None, x, mask)
     with pytest.raises(TypeError, match=r"mask has dtype torch\.uint8"):
