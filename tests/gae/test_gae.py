@@ -112,13 +112,14 @@ def long_rows(gamma: float, lam: float) -> tuple[tuple[Tensor, ...], Tensor]:
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0), (0.999, 0.99)])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0), (0.999, 0.99), (1 - 2**-17, 1.0)])
 def test_a_row_of_131072_tokens(backend, gamma, lam):
     (rewards, values, mask, end), expected = long_rows(gamma, lam)
     with running(backend) as name:
         got, _ = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=end, backend=name)
     error = (got.double() - expected).abs().max() / expected.abs().max()
-    assert error <= 1e-6
+    rounds_twice = backend == "native-portable" and 0.9999 < gamma < 1  # in place of an fma
+    assert error <= (1e-5 if rounds_twice else 1e-6)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -200,7 +201,7 @@ def test_dtypes_and_strides(backend, dtype):
 def test_gradient(mask_mode, kind, packed):
     rewards, values, mask, end = inputs(3, 7, kind, seed=7)
     leaves = [x.double().requires_grad_() for x in (rewards, values, end)]
-    starts = torch.tensor([0, 7, 14, 21]) if packed else None
+    starts = torch.tensor([0, 5, 14, 21]) if packed else None
     rows = torch.tensor([0.9, 0.95, 1.0], dtype=torch.float64)
 
     def run(r, v, e):
@@ -275,6 +276,7 @@ def test_compiles_to_one_graph():
         ({"lam": 1.5}, ValueError, r"lam=1.5 must lie in \[0, 1\]"),
         ({"lam": None}, TypeError, "lam=None must be a number, got NoneType"),
         ({"bootstrap": torch.ones(2, 3)}, ValueError, "bootstrap has shape"),
+        ({"bootstrap": torch.ones(2, device="meta")}, ValueError, "bootstrap is on meta but the other inputs on cpu"),
         ({"bootstrap": torch.ones(2, dtype=torch.long)}, TypeError, "bootstrap has dtype torch.int64; pass a floating"),
         ({"gamma": torch.ones(2, dtype=torch.long)}, TypeError, "gamma has dtype torch.int64; pass a floating"),
         ({"bootstrap": [0.0, 0.0]}, TypeError, "bootstrap must be a tensor, got list"),
@@ -309,6 +311,7 @@ def test_what_is_asserted_of_starts_on_a_device(starts, fit):
         (torch.tensor([0]), "cu_seqlens has 1 entries; it needs the start"),
         (torch.tensor([], dtype=torch.int64), "pass int32 or int64 starts"),
         (torch.tensor([0.0, 6.0]), "pass int32 or int64 starts"),
+        (torch.tensor([0, 6], device="meta"), "cu_seqlens is on meta but rewards on cpu"),
     ],
 )
 def test_bad_starts(backend, starts, text):

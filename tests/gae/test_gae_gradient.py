@@ -77,7 +77,7 @@ def test_bits_do_not_depend_on_padding_packing_or_threads(backend, mask_mode, ki
             return x.flatten() if packed else x
 
         leaves = [wide(x).requires_grad_() for x in (rewards, values)] + [end.clone().requires_grad_()]
-        starts = torch.arange(0, 21 * 77 + 1, 77) if packed else None
+        starts = torch.arange(0, 21 * 77 + 1, 77, dtype=torch.int32) if packed else None
         with running(backend) as name:
             options = {"mask_mode": mask_mode, "cu_seqlens": starts, "backend": name}
             out = gae(*leaves[:2], wide(mask, False), bootstrap=leaves[2], **options)

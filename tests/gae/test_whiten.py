@@ -67,6 +67,10 @@ def test_nothing_to_scale(backend):
         # A constant: any rounding of its mean would come out 10^4 times larger.
         constant = whiten(torch.full((3, 5000), 0.1), torch.ones(3, 5000, dtype=torch.bool), backend=name)
         assert constant.abs().max() < 1e-6
+        neighbours = torch.tensor([1e5, 1e5 + 2**-7]).repeat(50)  # whose mean is no float32
+        every = neighbours > 0
+        got = whiten(neighbours, every, backend=name)
+        torch.testing.assert_close(got.double(), formula(neighbours, every, True), rtol=1e-6, atol=0)
         assert whiten(torch.tensor(2.0), torch.tensor(True), backend=name) == 0
 
 
@@ -96,14 +100,16 @@ def test_moments_out_of_gae_are_those_of_its_advantages(backend, kind, packed):
     rewards, values = (torch.randn(4, 70, generator=generator) for _ in range(2))
     mask = make_mask(kind, 4, 70, generator)
     starts = torch.arange(0, 281, 70) if packed else None
+    rewards.requires_grad_()
     tokens = [x.flatten() if packed else x for x in (poison(rewards, mask), poison(values, mask), mask)]
     with running(backend) as name:
         advantages, returns, moments = gae(*tokens, cu_seqlens=starts, moments=True, backend=name)
         plain = gae(*tokens, cu_seqlens=starts, backend=name)
+        assert advantages.requires_grad and not moments.requires_grad
+        advantages = advantages.detach()
         whitened = whiten(advantages, tokens[2], moments=moments, backend=name)
         again = whiten(advantages, tokens[2], backend=name)
-    assert same_bits(advantages, plain[0]) and same_bits(returns, plain[1])
-    assert not moments.requires_grad
+    assert same_bits(advantages, plain[0].detach()) and same_bits(returns.detach(), plain[1].detach())
     torch.testing.assert_close(moments, whiten_moments(advantages, tokens[2]), rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(whitened, again, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="the moments that are given carry none"):
@@ -199,3 +205,7 @@ def test_a_single_token_is_scaled_by_nothing(backend):
     with running(backend) as name:
         assert whiten(x, mask, backend=name).tolist() == [0, 0]
         assert whiten(x, mask, shift_mean=False, backend=name).tolist() == [3, 0]
+        for shift_mean in (True, False):
+            leaf = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(whiten(leaf, mask, shift_mean=shift_mean, backend=name).sum(), leaf)
+            assert gradient.tolist() == pytest.approx([0 if shift_mean else 1, 0], abs=1e-2)
