@@ -214,8 +214,8 @@ def test_parts_are_what_two_calls_tell_apart(backend, placement, kl):
     sft, base, policy, ref, mask, truncated = inputs(6, 40, "gaps", seed=9)
     mask[2] = False
     options = {
-        "placement": placement, "normalize": "length", "scale": 3.0, "clip": 2.0, "truncated": truncated,
-        "missing_eos_penalty": 0.7,
+        "placement": placement, "normalize": "length" if kl else "none", "scale": 3.0, "clip": 2.0,
+        "truncated": truncated, "missing_eos_penalty": 0.7,
     }  # fmt: skip
     towards = {"logprobs_policy": poison(policy, mask), "logprobs_ref": poison(ref, mask), "kl_coef": 0.3} if kl else {}
     sft.requires_grad_()
