@@ -88,13 +88,15 @@ def test_value_does_not_depend_on_chunk_size():
 
 @pytest.mark.parametrize("more", [{}, {"workspace_bytes": 0}, {"plan": "recompute"}])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_any_loss(frozen, more):
-    """Chunked arguments, constants, gradients of arguments, aux summed and joined, leading dimensions."""
+@pytest.mark.parametrize("masked", [True, False])
+def test_any_loss(masked, frozen, more):
+    """Chunked arguments, constants, gradients of arguments, aux summed and joined, leading dimensions; rows that have
+    no gradient."""
     p = make("random", n=300, v=500, grad=(True, not frozen))
     p.hidden = p.hidden.detach().view(3, 100, -1).requires_grad_()
     p.targets = p.targets.view(3, 100)
-    mask = torch.rand(3, 100) > 0.3
-    weights = torch.rand(3, 100, requires_grad=True)
+    mask = torch.rand(3, 100) > (0.3 if masked else -1)
+    weights = (torch.rand(3, 100) * (torch.rand(3, 100) > 0.3)).requires_grad_()
     scale = torch.tensor([0.3, -0.2], requires_grad=True)
 
     def loss_fn(logprob, entropy, w, s, name, m):
@@ -102,17 +104,20 @@ def test_any_loss(frozen, more):
         assert logprob.shape == entropy.shape == w.shape == m.shape
         assert m.dtype == torch.bool  # an argument keeps its dtype
         terms = s[0] * w * logprob.exp() + s[1] * entropy * w.square()
-        return terms.sum(), {"count": m.sum(), "terms": terms, "pair": torch.stack([terms.sum(), m.sum() * 1.0])}
+        aux = {"count": m.sum(), "terms": terms, "pair": torch.stack([terms.sum(), m.sum() * 1.0])}
+        return terms.sum(), aux | {"bins": torch.ones(44)}  # as many as the last chunk without a mask has rows
 
     twin = p.double()
     twin.options["mask"] = mask
     lp, h, _ = (t.view(-1) for t in twin.oracle())
     w2, s2 = (t.detach().double().requires_grad_() for t in (weights, scale))
     want, want_aux = loss_fn(lp, h, torch.where(mask, w2, 0).view(-1), s2, "constant", mask.view(-1))
-    loss, aux = linear_loss(p.hidden, p.weight, p.targets, loss_fn, weights, scale, "constant", mask, mask=mask, **more)
+    options = {**more, "mask": mask} if masked else more
+    loss, aux = linear_loss(p.hidden, p.weight, p.targets, loss_fn, weights, scale, "constant", mask, **options)
     assert abs(loss - want) < 1e-4
     assert aux["count"] == mask.sum()
     assert aux["terms"].shape == (3, 100)
+    assert aux["bins"].shape == (44,)
     assert (aux["terms"].view(-1) - want_aux["terms"]).abs().max() < 1e-5
     assert (aux["pair"] - want_aux["pair"]).abs().max() < 1e-3
     assert not any(a.requires_grad for a in aux.values())
@@ -237,16 +242,18 @@ def test_without_gradient_only_the_score_runs(monkeypatch):
 def test_clipped_tokens_cost_no_backward_gemm(monkeypatch):
     from srppo_kernels.linear_logprob import backward
 
-    rows = []
+    seen = []
     original = backward.over_groups
     monkeypatch.setattr(
-        backward, "over_groups", lambda *arguments: (rows.append(arguments[3].count), original(*arguments))[1]
+        backward, "over_groups", lambda *arguments: (seen.append(arguments[3:5]), original(*arguments))[1]
     )
     p = make("random", n=100, v=60, grad=(True, False))
     old = p.run(plan="score").logprob - torch.where(torch.arange(100) < 70, 1.0, 0.0)  # ratio e or 1
     ones = torch.ones(100)
     linear_ppo_loss(p.hidden, p.weight, p.targets, old, ones, ones.bool())
-    assert rows == [30]
+    [(rows, scalars)] = seen
+    assert rows.count == 30
+    assert scalars.h is None  # of an entropy without a weight there is no gradient to form
 
 
 def test_fp16_gradients_wait_for_the_loss_scale():
@@ -274,6 +281,12 @@ def test_a_loss_that_returns_something_else(loss_fn, error, text):
     p = make("random", n=4, v=9)
     with pytest.raises(error, match=text):
         linear_loss(p.hidden, p.weight, p.targets, loss_fn)
+
+
+def test_aux_of_other_names_in_a_later_chunk_is_refused():
+    p, names = make("random", n=300, v=9), iter("abc")
+    with pytest.raises(ValueError, match=r"aux has keys \['b'\] now and \['a'\] before; return the same"):
+        linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {next(names): h}), workspace_bytes=0)
 
 
 def test_a_closure_over_a_trained_tensor_is_refused():
