@@ -25,9 +25,9 @@ def chunks(request, monkeypatch):
         )
 
 
-def gradients(p, plan, **options):
-    """Of a loss that some rows do not enter, with gradients into all three outputs."""
-    g = torch.linspace(-1, 1, 150) * (torch.arange(150) % 3 > 0)
+def gradients(p, plan, every_row=False, **options):
+    """Of a loss that some rows do not enter, unless all do, with gradients into all three outputs."""
+    g = torch.linspace(-1, 1, 150) * (torch.arange(150) % 3 > 0) + every_row
     if plan == "precompute":
 
         def loss(logprob, entropy, g):
@@ -40,10 +40,11 @@ def gradients(p, plan, **options):
     return torch.autograd.grad(total, p.inputs())
 
 
-@pytest.mark.parametrize("more", [{}, {"softcap": 4.0, "logit_scale": 1.5}, {"rows": True}])
+@pytest.mark.parametrize("more", [{}, {"softcap": 4.0, "logit_scale": 1.5}, {"rows": True}, {"every_row": True}])
 @pytest.mark.parametrize("plan", ["cache", "recompute", "precompute"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_to_block_by_block(dtype, plan, more, chunks, monkeypatch):
+    every_row, more = more.get("every_row", False), {k: v for k, v in more.items() if k != "every_row"}
     p = make("random", v=4500, dtype=dtype, bias=True, **{k: v for k, v in more.items() if k != "rows"})
     if "rows" in more:
         p.options["mask"] = torch.rand(150) > 0.3
@@ -52,9 +53,9 @@ def test_equal_to_block_by_block(dtype, plan, more, chunks, monkeypatch):
             p.options["bias"][77] = -torch.inf
             p.hidden[~p.options["mask"]] = torch.nan
         p.targets[p.targets == 77] = 0
-    got = gradients(p, plan)
+    got = gradients(p, plan, every_row)
     monkeypatch.setattr(native_gradients, "serves", lambda *arguments, **options: False)
-    for a, b in zip(got, gradients(p, plan), strict=True):
+    for a, b in zip(got, gradients(p, plan, every_row), strict=True):
         assert a.isfinite().all()
         assert relative(a, b.double()) < (2e-6 if dtype == torch.float32 else 6e-3)
 
@@ -134,10 +135,15 @@ def test_a_product_with_an_unrounded_result(shape, transposed):
     a = wide[:, :m] if transposed else wide[:, :k]
     b = torch.randn(k, n).bfloat16()
     want = (a.double().T if transposed else a.double()) @ b.double()
+    no_numbers = torch.full((k + 1, m) if transposed else (m, k + 1), float("nan")).bfloat16(), torch.ones(k + 1, n)
     outs = []
     for number, bound in ((1, None), (2, None), (2, 0), (16, 4 << 20)):
         room = torch.full((m, n + 2), float("nan"))
         with threads(number):
+            # What it leaves in memory that is used again is behind the last of an odd K, which a 0 is multiplied by.
+            torch.ops.srppo_native.linear_logprob_product(
+                no_numbers[0], no_numbers[1].bfloat16(), transposed, False, torch.empty(m, n), bound
+            )
             torch.ops.srppo_native.linear_logprob_product(a, b, transposed, False, room[:, :n], bound)
             once = room.clone()
             torch.ops.srppo_native.linear_logprob_product(a, b, transposed, True, room[:, :n], bound)
@@ -208,7 +214,7 @@ def test_a_callers_buffer_and_chunks_are_as_exact_as_one(dtype):
         errors.append(relative(buffer, want))
     assert errors[1] <= 1.01 * errors[0] + 1e-7
     rounded = relative(want.to(dtype), want)
-    assert errors[0] < (2.0 * rounded if dtype == torch.bfloat16 else 3e-6)
+    assert errors[0] < (0.5 * rounded if dtype == torch.bfloat16 else 3e-6)  # not rounded on the way
 
 
 def test_explain_says_where_gradients_come_from():
@@ -252,6 +258,9 @@ def test_a_trainable_head_s_chunks_are_as_large_as_its_dweight(dtype, wide, rows
         said = explain(hidden, head, targets, op="linear_loss", backend=backend, grad_weight_out=out)
         assert -(-rows // said.rows_per_chunk) == chunks, backend
         assert f"{chunks} chunk(s)" in said.reason
+        for fitting in range(130, rows, 20):
+            options = {"op": "linear_loss", "backend": backend, "workspace_bytes": fitting * 50000 * dtype.itemsize}
+            assert explain(hidden, head, targets, **options).rows_per_chunk <= fitting
 
 
 @pytest.mark.parametrize(
@@ -272,17 +281,23 @@ def test_a_frozen_head_s_chunks_are_as_large_as_the_head(width, rows, chunks):
 def test_explain_counts_a_chunk_of_a_loss():
     """Not the scan of all rows; and fp16 gradients wait in fp32, of one chunk too."""
 
-    def said(n, dtype=torch.bfloat16, frozen=False, **options):
-        p = make("random", n=n, d=512, v=3000, dtype=dtype, grad=(True, not frozen))
+    def said(n, dtype=torch.bfloat16, grad=(True, True), **options):
+        p = make("random", n=n, d=512, v=3000, dtype=dtype, grad=grad)
         return explain(p.hidden, p.weight, p.targets, op="linear_ppo_loss", **options).workspace_bytes
 
     assert said(2048, workspace_bytes=0) - said(1024, workspace_bytes=0) == 1024 * CALL_BYTES
-    assert said(64, torch.float16) - said(64, torch.float16, frozen=True) >= 3000 * 512 * 4
+    dweight = 3000 * 512 * 4  # in fp32, where chunks of a bf16 one add up
+    assert said(1024, workspace_bytes=0) - said(1024, grad=(True, False), workspace_bytes=0) >= dweight
+    # A gradient and its product with the upstream one; dhidden is formed in fp32, too.
+    assert said(64, torch.float16) - said(64, torch.float16, (True, False)) >= 2 * dweight
+    assert said(64, torch.float16) - said(64, torch.float16, (False, True)) >= 3 * 64 * 512 * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_recompute_obeys_a_small_workspace(dtype):
+def test_recompute_obeys_a_small_workspace(dtype, monkeypatch):
     """dz comes in smaller blocks, explain says so, and the gradients stay what they are."""
+    told, original = [], backward.over_groups
+    monkeypatch.setattr(backward, "over_groups", lambda *a: (told.append(a[-2:]), original(*a))[1])
     n, d, v, budget = 600, 32, 9000, 8 << 20
     p = make("random", n=n, d=d, v=v, dtype=dtype)
     sizes = set()
@@ -299,21 +314,39 @@ def test_recompute_obeys_a_small_workspace(dtype):
         torch.autograd.grad(p.run(plan="recompute", workspace_bytes=size).logprob.sum(), p.inputs(), retain_graph=True)
         for size in (None, budget, 0)
     ]
+    least = explain(p.hidden, p.weight, p.targets, plan="recompute", workspace_bytes=0).dz_bytes
+    assert told == [(0, None), (small.dz_bytes, budget), (least, 0)]
     bound = 1e-6 if dtype == torch.float32 else 4e-3
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
             assert relative(b, a.double()) < bound
 
 
+@pytest.mark.parametrize("op", ["linear_logprob", "linear_loss"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dbias_of_many_blocks_of_rows(dtype):
+def test_many_blocks_of_rows_add_up(dtype, op):
     """Hundreds of them have the target in common: a 16-bit sum stops growing at 256 of its parts."""
     p = make("random", n=20000, d=4, v=70, dtype=dtype, bias=True, grad=(False, True))
     p.targets[:] = 3
-    (got,) = torch.autograd.grad(p.run(plan="recompute", workspace_bytes=0).logprob.sum(), p.options["bias"])
+    if op == "linear_logprob":
+        total = p.run(plan="recompute", workspace_bytes=0).logprob.sum()
+    else:
+        options = {**p.options, "workspace_bytes": 0}
+        total, _ = linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}), **options)
     twin = p.double()
-    (want,) = torch.autograd.grad(twin.oracle()[0].sum(), twin.options["bias"])
-    assert relative(got, want) < (1e-5 if dtype == torch.float32 else 3e-3)
+    want = torch.autograd.grad(twin.oracle()[0].sum(), twin.inputs())
+    for a, b in zip(torch.autograd.grad(total, p.inputs()), want, strict=True):
+        assert relative(a, b) < (1e-5 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dhidden_of_many_vocabulary_chunks(dtype):
+    """They add up unrounded."""
+    p = make("random", n=40, d=4, v=40000, dtype=dtype, grad=(True, False))
+    (got,) = torch.autograd.grad(p.run(plan="recompute", workspace_bytes=0).logprob.sum(), p.inputs())
+    twin = p.double()
+    (want,) = torch.autograd.grad(twin.oracle()[0].sum(), twin.inputs())
+    assert relative(got, want) < 1.2 * relative(want.to(dtype), want) + 5e-7
 
 
 def test_no_gradient_is_too_small_for_the_fp16_products_of_a_gpu(monkeypatch):
@@ -329,6 +362,18 @@ def test_no_gradient_is_too_small_for_the_fp16_products_of_a_gpu(monkeypatch):
     exact = torch.autograd.grad((logprob + entropy).sum() / 1e6, twin.inputs())
     scaled = torch.autograd.grad(got * 1024, p.inputs())  # as a gradient scaler's: the results are fp16, too
     assert all(relative(a, 1024 * b) < 3e-3 for a, b in zip(scaled, exact, strict=True))
+    bad = torch.where(torch.arange(40) == 7, torch.inf, 1e-9)  # one row's gradient is none: the others' stay
+    got, _ = linear_loss(
+        p.hidden, p.weight, p.targets, lambda lp, h: ((lp + h) @ bad, {}), backend="torch", **p.options
+    )
+    (dhidden,) = torch.autograd.grad(got * 2**20, p.hidden)
+    others = torch.arange(40) != 7
+    assert relative(dhidden[others], 1e-3 * 2**20 * exact[0][others]) < 3e-3
+    for mask, tiny in ((torch.zeros(40, dtype=torch.bool), 1.0), (None, 1e-38)):  # no row at all; below all of fp16
+        got, _ = linear_loss(
+            p.hidden, p.weight, p.targets, lambda lp, h, by=tiny: (lp.sum() * by, {}), mask=mask, backend="torch"
+        )
+        assert all((g == 0).all() for g in torch.autograd.grad(got, p.inputs()[:2]))
 
 
 @pytest.mark.parametrize("plan", ["auto", "recompute"])
