@@ -176,6 +176,10 @@ def test_few_rows(n, backend):
     assert torch.autograd.grad(frozen.logprob.sum(), [p.hidden])[0].shape == (n, 8)
     apart = torch.zeros(n, 16)[:, ::2]  # contiguous() leaves it as it is where there are no rows
     assert linear_logprob(apart, p.weight, p.targets, backend=backend).logprob.shape == (n,)
+    want = p.run(backend=backend).logprob.detach().sum()
+    for plan in ("score", "precompute", "recompute"):
+        options = {"plan": plan, "backend": backend}
+        assert linear_loss(p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}), **options)[0] == want
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -230,6 +234,7 @@ def test_rows_that_cannot_be_dropped(plan, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_vocabulary_sizes(v, backend):
     p = make("random", n=9, d=5, v=v)
+    p.targets[:7] = torch.tensor([0, 1, 2046, 2047, 2048, 2049, v - 1]).clamp(max=v - 1)  # around a group's end, too
     twin = p.double()
     got = p.run(entropy=True, lse=True, backend=backend)
     oracle = twin.oracle()
@@ -256,40 +261,46 @@ def test_backward_twice(plan):
 
 
 def test_zero_gradient_rows_are_free(monkeypatch):
-    """A row with no upstream gradient enters no backward GEMM: clipped tokens cost nothing."""
+    """A row with no upstream gradient enters no backward GEMM: clipped tokens cost nothing. Nor does the entropy of a
+    loss that has none."""
     from srppo_kernels.linear_logprob import backward
 
     seen = []
     original = backward.over_groups
     monkeypatch.setattr(
-        backward, "over_groups", lambda *arguments: (seen.append(arguments[3].count), original(*arguments))[1]
+        backward, "over_groups", lambda *arguments: (seen.append(arguments[3:5]), original(*arguments))[1]
     )
     p = make("random", n=200, v=100)
     g = torch.zeros(200)
     g[::10] = 1.0
-    torch.autograd.grad(p.run().logprob, p.inputs(), g)
-    assert seen == [20]
+    torch.autograd.grad(p.run(entropy=True, lse=True).logprob, p.inputs(), g)
+    [(rows, scalars)] = seen
+    assert rows.count == 20
+    assert scalars.h is None
 
 
-def test_no_grad_and_autocast():
-    p = make("random", dtype=torch.float32)
-    want = p.run(entropy=True)
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "auto"), (torch.float16, "torch")])
+@pytest.mark.parametrize("plan", ["auto", "precompute"])
+def test_no_grad_and_autocast(plan, dtype, backend):
+    """It rounds what torch multiplies: where no GEMM is native, everything."""
+    p = make("random", dtype=dtype, backend=backend, plan=plan, grad=(True, plan == "auto"))
+    want = p.run()
     with torch.no_grad():
-        assert not p.run().logprob.requires_grad
+        assert not p.run(plan="auto").logprob.requires_grad
     assert not p.run(plan="score").logprob.requires_grad
+    ones, ppo = torch.ones(150), []
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = p.run(entropy=True)
-        ppo = linear_ppo_loss(
-            p.hidden, p.weight, p.targets, want.logprob, torch.ones(150), torch.ones(150, dtype=torch.bool)
-        )[0]
+        got = p.run()
+        gradients = torch.autograd.grad(got.logprob.sum(), p.inputs())
+    for on in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            loss, _ = linear_ppo_loss(p.hidden, p.weight, p.targets, want.logprob, ones, ones.bool(), backend=backend)
+        ppo.append([loss, *torch.autograd.grad(loss, p.inputs())])
     assert torch.equal(got.logprob, want.logprob)
-    for a, b in zip(
-        torch.autograd.grad(got.logprob.sum(), p.inputs()),
-        torch.autograd.grad(want.logprob.sum(), p.inputs()),
-        strict=True,
-    ):
+    for a, b in zip(gradients, torch.autograd.grad(want.logprob.sum(), p.inputs()), strict=True):
         assert torch.equal(a, b)
-    assert abs(ppo + 1) < 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(*ppo, strict=True))
+    assert abs(ppo[0][0] + 1) < 1e-6
 
 
 def test_the_reference_under_autocast():
@@ -303,45 +314,50 @@ def test_the_reference_under_autocast():
     assert torch.equal(got.entropy, want.entropy)
 
 
-def test_grad_weight_out_accumulates():
-    """Micro-batches add into one fp32 buffer; their graphs may be alive together."""
-    p = make("random", dtype=torch.bfloat16)
-    a, b = slice(0, 70), slice(70, 150)
-    for op in ("logprob", "ppo", "loss"):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_grad_weight_out_accumulates(dtype):
+    """Micro-batches add into one fp32 buffer; their graphs may be alive together. dbias comes as ever."""
+    p = make("random", dtype=dtype, bias=True)
+    bias = p.options["bias"]
+    halves = slice(0, 70), slice(70, 150)
+    for op in ("logprob", "ppo", "recompute", "precompute"):
         buffer = torch.ones(p.weight.shape)
-        losses = []
+        losses, options = [], {"bias": bias, "grad_weight_out": buffer}
 
         def total(logprob, entropy):
             return logprob.sum(), {}
 
-        for s in (a, b):
+        for s in halves:
             h, y = p.hidden[s], p.targets[s]
             old, advantage = torch.full_like(y, -8.0, dtype=torch.float32), torch.linspace(-1, 1, y.numel())
             if op == "logprob":
-                losses.append(linear_logprob(h, p.weight, y, plan="recompute", grad_weight_out=buffer).logprob.sum())
+                losses.append(linear_logprob(h, p.weight, y, plan="recompute", **options).logprob.sum())
             elif op == "ppo":
                 mask = torch.ones_like(y, dtype=torch.bool)
-                losses.append(
-                    linear_ppo_loss(h, p.weight, y, old, advantage, mask, normalizer=150, grad_weight_out=buffer)[0]
-                )
+                losses.append(linear_ppo_loss(h, p.weight, y, old, advantage, mask, normalizer=150, **options)[0])
             else:
-                losses.append(linear_loss(h, p.weight, y, total, plan="recompute", grad_weight_out=buffer)[0])
+                losses.append(linear_loss(h, p.weight, y, total, plan=op, **options)[0])
+        dbias = torch.zeros(bias.shape)
         for loss in losses:
             before = buffer._version
-            assert torch.autograd.grad(loss, [p.weight], allow_unused=True) == (None,)
+            none, part = torch.autograd.grad(2.5 * loss, [p.weight, bias], allow_unused=True)
+            assert none is None
             assert buffer._version > before  # autograd knows of the write
-        want = torch.zeros_like(buffer)
-        for s in (a, b):
+            dbias += part
+        want, want_bias = torch.zeros_like(buffer), torch.zeros_like(dbias)
+        for s in halves:
             h, y = p.hidden[s], p.targets[s]
             old, advantage = torch.full_like(y, -8.0, dtype=torch.float32), torch.linspace(-1, 1, y.numel())
-            w = p.weight.detach().float().requires_grad_()
-            lp = (h.detach().float() @ w.T).log_softmax(-1).gather(1, y[:, None])[:, 0]
+            w, b = (t.detach().float().requires_grad_() for t in (p.weight, bias))
+            lp = (h.detach().float() @ w.T + b).log_softmax(-1).gather(1, y[:, None])[:, 0]
             if op == "ppo":
                 r = (lp - old).exp()
                 lp = -torch.minimum(r * advantage, r.clip(0.8, 1.2) * advantage) / 150
-            want += torch.autograd.grad(lp.sum(), [w])[0]
+            for sums, gradient in zip((want, want_bias), torch.autograd.grad(2.5 * lp.sum(), [w, b]), strict=True):
+                sums += gradient
         # Kept exponentials are bf16 for bf16 inputs, so a fused loss's gradients carry their rounding.
         assert relative(buffer - 1, want.double()) < 3e-3  # dz is rounded to bf16, its sums are not
+        assert relative(dbias, want_bias.double()) < 5e-3
 
 
 def test_accumulated_indices_beyond_int32():
