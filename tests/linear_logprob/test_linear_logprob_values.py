@@ -10,6 +10,8 @@ from backends import needs_triton
 from linear_logprob.head_problems import BACKENDS, KINDS, make, naive_gradients, relative, value_bound
 
 from srppo_kernels import linear_logprob
+from srppo_kernels.linear_logprob.chunked import kept_dtype
+from srppo_kernels.linear_logprob.plan import problem_of
 
 BIG = 1 << 30
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -111,7 +113,7 @@ def test_options(options, backend):
     per_row = options.pop("row_temperature", False)
     p = make("random", **options)
     if per_row:
-        p.options["temperature"] = torch.rand(150) + 0.5
+        p.options["temperature"] = torch.rand(150, dtype=torch.float64) + 0.5
     p.options["mask"] = torch.rand(150) > 0.3
     twin = p.double()
     oracle = twin.oracle()
@@ -141,13 +143,18 @@ def test_each_gradient_alone(which, plan):
         assert relative(a, b) < 3e-6
 
 
-@pytest.mark.parametrize("grad", [(True, False), (False, True)])
-def test_one_sided_gradients(grad):
-    p = make("random", grad=grad)
+@pytest.mark.parametrize("which", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
+def test_some_gradients(which):
+    p = make("random", bias=True, grad=(False, False))
+    for name, tensor in (("hidden", p.hidden), ("weight", p.weight), ("bias", p.options["bias"])):
+        tensor.requires_grad_(name in which)
     twin = p.double()
-    want = torch.autograd.grad(weighted(*twin.oracle()), twin.inputs())
-    got = torch.autograd.grad(weighted(*p.run(entropy=True, lse=True)), p.inputs())
-    assert relative(got[0], want[0]) < 3e-6
+    oracle = twin.oracle()
+    for entropy in (True, False):
+        loss = weighted if entropy else lambda logprob, *_: (torch.linspace(0, 1, 150) * logprob).sum()
+        want = torch.autograd.grad(loss(*oracle), twin.inputs(), retain_graph=True)
+        got = torch.autograd.grad(loss(*p.run(entropy=entropy, lse=entropy)), p.inputs())
+        assert all(relative(a, b) < 3e-6 for a, b in zip(got, want, strict=True))
 
 
 def test_finite_differences():
@@ -232,6 +239,12 @@ def test_mixed_dtypes():
     assert dhidden.dtype == torch.bfloat16
     assert dweight.dtype == torch.float32
     assert relative(dweight, want[1]) < 3e-6
+    for hidden, weight in ((p.hidden, p.weight), (p.hidden.float(), p.weight.bfloat16()), (p.weight, p.weight)):
+        problem = problem_of(
+            "linear_logprob", hidden, weight, None, entropy=True, mask=None, softcap=None, group=None,
+            grad_weight_out=None,
+        )  # fmt: skip
+        assert kept_dtype(hidden, weight).itemsize == problem.kept_bytes
 
 
 @pytest.mark.parametrize("plan", ["cache", "recompute", "precompute"])

@@ -25,7 +25,9 @@ def test_by_default_as_many_rows_fit_whatever_the_shard(dtype, rows):
     assert {plan.rows_per_chunk for plan in plans} == {rows}
 
 
-def test_reference_has_no_group():
+def test_a_group_that_is_none():
     h, w, y = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="no vocabulary-parallel form"):
         linear_logprob(h, w, y, backend="reference", group=object())
+    with pytest.raises(TypeError, match="group='tp' is a str; pass a process group"):
+        linear_logprob(h, w, y, group="tp")
