@@ -5,7 +5,8 @@
 The loss runs between GEMM 1 and GEMMs 2 and 3 (fused.py); autograd on vectors as long as a chunk gives g and h.
 
 Under ``torch.compile`` a Python callable cannot run inside an op, so there the loss is traced on the outputs of the
-per-token op: the same values, with that op's plan (``cache`` or ``recompute``).
+per-token op: the same values, with that op's plan (``cache`` or ``recompute``). So it is for tensors without values
+(device meta, fake ones), of which the chunks would ask some.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from srppo_kernels._library import differentiable_once
 from srppo_kernels.linear_logprob import fused
@@ -272,7 +274,8 @@ def linear_loss(
         op, hidden, weight, bias, entropy=True, mask=mask, softcap=softcap, group=group, grad_weight_out=grad_weight_out
     )
     chosen = choose(problem, plan=plan, workspace_bytes=workspace_bytes, backend=backend)
-    if torch.compiler.is_compiling() or chosen.plan not in ("precompute", "score"):
+    traced = torch.compiler.is_compiling() or hidden.is_meta or isinstance(hidden, FakeTensor)
+    if traced or chosen.plan not in ("precompute", "score"):
         per_token_plan = "score" if chosen.plan == "score" else "auto" if plan == "precompute" else plan
         out = linear_logprob(
             hidden, weight, targets, bias=bias, mask=mask, ignore_index=ignore_index, temperature=temperature,

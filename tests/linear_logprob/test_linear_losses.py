@@ -3,6 +3,7 @@
 import pytest
 import torch
 from linear_logprob.head_problems import BACKENDS, make, relative
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from srppo_kernels import explain, linear_logprob, linear_loss, linear_ppo_loss, ppo_loss
@@ -223,6 +224,23 @@ def test_batched_upstream_gradients(op):
     got = torch.autograd.grad(loss, p.inputs(), torch.tensor([1.0, -2.0]), is_grads_batched=True)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, torch.stack([b, -2 * b]))
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_tensors_without_values_give_shapes(kind):
+    """As for an estimate of memory before a run."""
+    with torch.device("meta") if kind == "meta" else FakeTensorMode():
+        hidden, weight = torch.empty(2, 5, 8, requires_grad=True), torch.empty(11, 8, requires_grad=True)
+        targets = torch.empty(2, 5, dtype=torch.int64)
+        for score in (False, True):
+            with torch.set_grad_enabled(not score):
+                loss, aux = linear_loss(
+                    hidden, weight, targets, lambda lp, e: (-lp.sum(), {"row": e, "sum": lp.sum()}), mask=targets > 0
+                )
+        assert loss.shape == aux["sum"].shape == () and aux["row"].shape == (2, 5)
+        loss, _ = linear_loss(hidden, weight, targets, lambda lp, e: (-lp.sum(), {}))
+        loss.backward()
+    assert hidden.grad.shape == (2, 5, 8) and weight.grad.shape == (11, 8)
 
 
 def test_without_gradient_only_the_score_runs(monkeypatch):
