@@ -342,15 +342,18 @@ def check_messages(where: str, messages: Any) -> None:
     good = (
         isinstance(messages, list)
         and messages
-        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
+        and all(isinstance(m, dict) and "role" in m and ("content" in m or m.get("tool_calls")) for m in messages)
     )
     if not good:
         raise UserError(f"{where}: messages must be a list of objects with 'role' and 'content'")
     for message in messages:
-        if not isinstance(message["content"], str):  # a template would print None, or a list's brackets, in silence
+        content = message.get("content")
+        if content is None and message.get("tool_calls"):
+            continue  # as chat APIs write a turn that only calls tools
+        if not isinstance(content, str):  # a template would print None, or a list's brackets, in silence
             raise UserError(
-                f"{where}: the content of a message must be text, got {type(message['content']).__name__}: give the "
-                "text, or drop the row"
+                f"{where}: the content of a message must be text, got {type(content).__name__}: give the text, or drop "
+                "the row"
             )
 
 
@@ -372,7 +375,7 @@ def tokenize_chat(
     for part in (prompt, completion):
         if part is not None:
             check_messages(where, part)
-    prompt, completion = without_nulls(prompt), without_nulls(completion)
+    prompt, completion = with_content(prompt), completion and with_content(completion)
     try:
         rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         whole = None if completion is None else tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
@@ -390,6 +393,14 @@ def tokenize_chat(
     return prompt_ids, end_with_stop(
         tokenizer(whole[len(rendered) :], add_special_tokens=False)["input_ids"], stop_token_ids
     )
+
+
+def with_content(messages: list[Any]) -> list[Any]:
+    """Messages as a template can take them: without nulls, and a turn that only calls tools with no text."""
+    clean = without_nulls(messages)
+    for message in clean:
+        message.setdefault("content", "")
+    return clean
 
 
 def without_nulls(value: Any) -> Any:

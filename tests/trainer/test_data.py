@@ -91,15 +91,17 @@ def test_a_damaged_file_of_a_saved_data_set_is_an_error_that_names_the_folder(tm
         load_rows(str(folder), "train")
 
 
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_tool_calls_in_a_table_are_rendered_as_in_lines(tmp_path, kind):
-    """A table gives each call the arguments of all tools, and the template wrote those of others as null."""
+def test_tool_calls_in_a_table_are_rendered_as_in_lines(tmp_path, kind, content):
+    """A table gives each call the arguments of all tools, and the template wrote those of others as null. Beside calls
+    the content is often null."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content }}{% if 'calls' in m %}{{ m.calls | tojson }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m.content + '' }}{{ m.tool_calls | tojson if 'tool_calls' in m }}{% endfor %}"
     )
     calls = [{"name": "add", "arguments": {"a": 1}}, {"name": "show", "arguments": {"b": 2}}]
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "calls": calls}]
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", **content, "tool_calls": calls}]
     rows = [{"messages": [*turns, {"role": "user", "content": "y"}, {"role": "assistant", "content": "z"}]}]
     example = tokenised(load_rows(str(write(kind, tmp_path, rows)), "train"), tokenizer=tokenizer, longest=(128, 8))[0]
     assert tokenizer.decode(example.prompt_ids) == f"x{json.dumps(calls)}y"
