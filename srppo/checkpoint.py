@@ -427,7 +427,8 @@ def current_checkpoints(output_dir: Path) -> list[Path]:
     what a checkpoint says of its last iteration, its time included, stands in the metrics, too."""
     found = checkpoints(output_dir)
     try:
-        lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        text = (output_dir / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = text.splitlines()[: text.count("\n")]  # a process that was killed may have left a part of the last one
         metrics = {entry["step"]: entry for entry in map(json.loads, lines)}
     except (OSError, ValueError, KeyError, TypeError):
         return found

@@ -234,14 +234,15 @@ def test_a_checkpoint_is_of_the_run_whose_metrics_say_what_it_says(tmp_path):
         state = {"log_history": entries[:step]} if step < 6 else {}
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
 
-    def current(*lines) -> list[int]:
-        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    def current(*lines, torn="") -> list[int]:
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + torn)
         return [checkpoint.step_of(path) for path in checkpoint.current_checkpoints(tmp_path)]
 
     damaged = 6  # which loading will say
     assert current(*entries) == [1, 2, 3, 4, damaged]
     assert current(*entries[:2], {"step": 3, "step_time": 0.1}) == [1, 2, damaged]
     assert current(entries[0], {**entries[1], "eval/objective/kl": 0.5}) == [1, 2, damaged]
+    assert current(*entries[:2], torn='{"step": 3, "step_t') == [1, 2, damaged]
     assert current() == current("no entry") == [1, 2, 3, 4, damaged]
 
 
