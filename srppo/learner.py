@@ -47,6 +47,7 @@ class Learner:
         self.scheduler.load_state_dict({**scheduler, "base_lrs": rates, "_last_lr": now})
         for group, own, peak, rate in zip(self.optimizer.param_groups, betas, rates, now, strict=True):
             group.update(betas=own, initial_lr=peak, lr=rate)
+        self.optimizer.zero_grad(set_to_none=True)  # Ctrl-C may have left a part of a gradient
 
     def make_gradients(self) -> None:
         """An adapter's gradients, as zeros, before the backward that adds to them.

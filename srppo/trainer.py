@@ -137,6 +137,7 @@ class SRPPOTrainer:
                 demonstrations, args, self.roles.sft, stop_token_ids=self.stop_token_ids, pad_token_id=pad
             )
         self.generator = torch.Generator().manual_seed(args.seed + 1)  # of the mini-batch partitions, on all ranks
+        self.begun = False  # whether the policy may be another than the SFT model
         self.step = self.episodes = self.tokens = 0
         self.history: list[dict[str, Any]] = []
 
@@ -202,6 +203,7 @@ class SRPPOTrainer:
     def iterate(self, progress: Bar) -> dict[str, float]:
         """One PPO iteration."""
         args, start = self.args, time.perf_counter()
+        self.begun = True
         progress.status("sampling")
         batch = self.sampler.next()
         rollout = gather(self.rollout(distributed.share(batch)))
@@ -372,10 +374,15 @@ class SRPPOTrainer:
     def resume(self) -> None:
         """Goes on where the checkpoint that is asked for was written, or starts in an output folder of its own."""
         wanted = self.args.resume_from_checkpoint
+        folder = None if wanted is None else distributed.on_main(lambda: self.find(wanted))
+        if folder is None and self.begun:
+            raise UserError(
+                "this trainer has begun its run already: make a new one, or where the run has a checkpoint set "
+                "args.resume_from_checkpoint to 'latest'"
+            )
         if wanted is None:
             distributed.on_main(lambda: checkpoint.require_fresh_output(self.output_dir))
             return
-        folder = distributed.on_main(lambda: self.find(wanted))
         if folder is None:
             self.console.note(f"no checkpoint in {self.output_dir} yet: starting at the beginning")
             return

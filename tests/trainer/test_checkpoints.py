@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import examples, trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srppo import UserError, checkpoint
+from srppo import UserError, checkpoint, ppo
 from srppo.console import Console
 
 TIMES = ("time", "per_second", "perf/")
@@ -215,15 +215,25 @@ def test_latest_resumes_the_newest_or_starts_where_there_is_none(tiny_models, tm
     assert again.step == 4 and without_times(again.history) == without_times(history)
 
 
-def test_latest_is_of_the_run_that_was_resumed_and_not_of_what_it_left_behind(tiny_models, tmp_path, straight):
-    kind, folder, _, _ = straight
+def test_latest_is_of_the_run_that_was_resumed_and_not_of_what_it_left_behind(
+    tiny_models, tmp_path, straight, monkeypatch
+):
+    """The same trainer can go on from it, too, though Ctrl-C left the policy with a gradient; but not start again."""
+    kind, folder, _, final = straight
     shutil.copytree(folder / "run", tmp_path / "run")
-    run = resume(tiny_models, tmp_path, tmp_path / "run" / "checkpoint-2", kind, kl_coef=3.0)
-    run.engine = Mock(start=Mock(return_value=""), sample=Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
+    run = resume(tiny_models, tmp_path, tmp_path / "run" / "checkpoint-2", kind)
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "value_backward", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
     assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-4"]
     assert checkpoint.find_checkpoint("latest", tmp_path / "run", print)[0].name == "checkpoint-2"
+    run.args.resume_from_checkpoint = "latest"
+    run.train()
+    assert all(torch.equal(value, final[name]) for name, value in weights(run).items())
+    for run.output_dir, run.args.resume_from_checkpoint in ((tmp_path / "run", None), (tmp_path / "new", "latest")):
+        with pytest.raises(UserError, match="this trainer has begun its run already"):
+            run.train()
 
 
 def test_a_checkpoint_is_of_the_run_whose_metrics_say_what_it_says(tmp_path):
