@@ -214,6 +214,7 @@ def scored(
     assert ids is not None
     rewards = logp_sft - logp_base
     return {
+        **example.key,
         "prompt": tokenizer.decode(example.prompt_ids),
         "completion": tokenizer.decode(ids),
         "score": rewards.sum().item(),

@@ -2,9 +2,9 @@
 
 A row has a ``prompt`` (text, or a list of chat messages) and, if it is a demonstration, a ``completion``; or
 ``messages``, split at the last assistant turn; or ``input_ids``, a prompt that is tokenised already. Rows without a
-completion serve PPO only. ``answer`` is for ``srppo eval``'s exact match, and ``id`` is carried for the user. Prompt
-and completion are tokenised apart, because a rollout starts at that token boundary too; every demonstration ends in a
-stop token.
+completion serve PPO only. ``answer`` is for ``srppo eval``'s exact match, and ``id`` stands in what ``srppo score`` and
+``srppo eval`` write of the row. Prompt and completion are tokenised apart, because a rollout starts at that token
+boundary too; every demonstration ends in a stop token.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ class Example:
     completion_ids: list[int] | None
     answer: str | None
     where: str
+    id: int | str | None = None
+
+    @property
+    def key(self) -> dict[str, int | str]:
+        """What tells which row an output is about, where the row has an id."""
+        return {} if self.id is None else {"id": self.id}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -261,8 +267,9 @@ def prepare(
                 f"max_completion_length "
                 f"is {max_completion_length}: raise it, or drop the row (a cut demonstration would teach not to stop)"
             )
-        answer = row.get("answer")
-        examples.append(Example(prompt_ids, completion_ids, None if answer is None else str(answer), where))
+        answer, key = row.get("answer"), row.get("id")
+        answer, key = None if answer is None else str(answer), key if key is None or isinstance(key, int) else str(key)
+        examples.append(Example(prompt_ids, completion_ids, answer, where, key))
     return examples
 
 

@@ -131,7 +131,7 @@ def evaluate_policy(
         tokens = of_all(demos.lengths.cpu())
         metrics["eval/demonstrations/logp"] = of_all(policy_logp(demos, 1.0)) / tokens
         metrics["eval/demonstrations/logp_sft"] = of_all(sequence_logprobs(sft, demos, 1.0, args)) / tokens
-    return metrics, rows
+    return metrics, [{**example.key, **row} for example, row in zip(examples, rows, strict=True)]
 
 
 def completion_rows(

@@ -34,8 +34,10 @@ ROOT = Path(srppo.__file__).parents[1]
 
 @pytest.fixture
 def data(tmp_path) -> str:
-    write_jsonl(tmp_path / "data" / "train.jsonl", [*ROWS, {"prompt": "only a prompt"}])
-    write_jsonl(tmp_path / "data" / "test.jsonl", [{"prompt": "2+2=", "completion": "4", "answer": "4"}])
+    rows = [{**row, "id": number} for number, row in enumerate([*ROWS, {"prompt": "only a prompt"}])]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    held_out = {"prompt": "2+2=", "completion": "4", "answer": "4", "id": "sum"}
+    write_jsonl(tmp_path / "data" / "test.jsonl", [held_out])
     return str(tmp_path / "data")
 
 
@@ -206,7 +208,8 @@ def test_score_skips_rows_without_completion_and_says_how_many(tiny_models, data
     options = {"base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.sft}
     assert main(["score", *flags({**options, "dataset_name": data})]) == 0
     printed = capfd.readouterr()
-    assert [json.loads(line)["prompt"] for line in printed.out.splitlines()] == [row["prompt"] for row in ROWS]
+    scored = [json.loads(line) for line in printed.out.splitlines()]
+    assert [(row["id"], row["prompt"]) for row in scored] == [(i, row["prompt"]) for i, row in enumerate(ROWS)]
     assert f"1 of {len(ROWS) + 1} rows have no completion and are skipped" in printed.err
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
     assert main(["score", *flags({**options, "dataset_name": prompts})]) == 2
@@ -226,7 +229,7 @@ def test_eval_judges_sft_a_tuned_model_and_extrapolated_decoding(tiny_models, da
     out = tmp_path / "eval.jsonl"
     sft = evaluate(tiny_models, data, out)
     assert sft[0]["metrics"]["eval/objective/kl"] == 0
-    assert len(sft) == 2 and sft[1]["prompt"] == "2+2=" and "exact_match" in sft[1]
+    assert len(sft) == 2 and sft[1]["prompt"] == "2+2=" and sft[1]["id"] == "sum" and "exact_match" in sft[1]
     full = evaluate(tiny_models, data, out, model_name_or_path=tiny_models.sft)
     assert full[0]["metrics"]["eval/objective/kl"] != 0
     same = evaluate(tiny_models, data, out, model_name_or_path=tiny_models.adapter)
