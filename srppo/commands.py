@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +52,16 @@ def require(args: PipelineConfig, *names: str) -> None:
 
 
 def examples(
-    args: SRPPOConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, *, missing_split_ok: bool = False
+    args: SRPPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    split: str,
+    *,
+    missing_split_ok: bool = False,
+    prompts_only: bool = False,
 ) -> list[Example]:
     rows = load_rows(source, split, missing_split_ok=missing_split_ok)
-    return as_examples(rows, tokenizer, stop_tokens(tokenizer, args.stop_token_ids), args)
+    return as_examples(rows, tokenizer, stop_tokens(tokenizer, args.stop_token_ids), args, prompts_only=prompts_only)
 
 
 def load_data(
@@ -66,8 +71,7 @@ def load_data(
     assert args.dataset_name is not None
     train = examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
     if args.prompt_dataset_name is not None:
-        prompts = examples(args, tokenizer, args.prompt_dataset_name, args.dataset_train_split)
-        train += [dataclasses.replace(prompt, completion_ids=None) for prompt in prompts]  # no demonstrations for SFT
+        train += examples(args, tokenizer, args.prompt_dataset_name, args.dataset_train_split, prompts_only=True)
     if not train:
         raise UserError(f"{args.dataset_name} has no rows: there is nothing to train on")
     held_out = examples(args, tokenizer, args.dataset_name, args.dataset_test_split, missing_split_ok=True)

@@ -215,7 +215,12 @@ Dataset = Sequence["Example"] | Iterable[Mapping[str, Any]] | Iterable[tuple[str
 
 
 def as_examples(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], args: SRPPOConfig
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: Sequence[int],
+    args: SRPPOConfig,
+    *,
+    prompts_only: bool = False,
 ) -> list[Example]:
     """Rows as :func:`prepare` makes them with the limits of ``args``; what it made before stays as it is."""
     rows = list(dataset)
@@ -227,6 +232,7 @@ def as_examples(
         stop_token_ids=stop_token_ids,
         max_prompt_length=args.max_prompt_length,
         max_completion_length=args.max_completion_length,
+        prompts_only=prompts_only,
     )
 
 
@@ -237,6 +243,7 @@ def prepare(
     stop_token_ids: Sequence[int],
     max_prompt_length: int,
     max_completion_length: int,
+    prompts_only: bool = False,
 ) -> list[Example]:
     """Tokenises rows; the first bad one is an error that names its place and what to do.
 
@@ -244,6 +251,7 @@ def prepare(
         rows: what :func:`load_rows` gives, or plain mappings (a list of dicts, a ``datasets.Dataset``).
         stop_token_ids: a completion that ends in none of them gets the first one appended.
         max_prompt_length, max_completion_length: in tokens; a longer row is an error, never cut in silence.
+        prompts_only: completions are left out, however long.
     """
     examples = []
     for number, item in enumerate(rows):
@@ -261,6 +269,7 @@ def prepare(
                 f"{where}: the prompt has {len(prompt_ids)} tokens and max_prompt_length is {max_prompt_length}: "
                 "raise it, or drop the row"
             )
+        completion_ids = None if prompts_only else completion_ids
         if completion_ids is not None and len(completion_ids) > max_completion_length:
             raise UserError(
                 f"{where}: the completion has {len(completion_ids)} tokens with its stop token and "

@@ -99,7 +99,7 @@ class SRPPOTrainer:
         self.tokenizer = processing_class or tokenizer_for(model, base_model, args)
         self.sft_model = model if isinstance(model, str) else "a model in memory"
         self.stop_token_ids = stop_tokens(self.tokenizer, args.stop_token_ids)
-        self.train_dataset = self.examples(train_dataset)
+        self.train_dataset = self.examples(train_dataset, prompts_only=True)
         self.eval_dataset = [] if eval_dataset is None else self.examples(eval_dataset)
         if not self.train_dataset:
             raise UserError("there are no prompts to sample from: the training data is empty")
@@ -141,8 +141,8 @@ class SRPPOTrainer:
         self.step = self.episodes = self.tokens = 0
         self.history: list[dict[str, Any]] = []
 
-    def examples(self, dataset: Dataset) -> list[Example]:
-        return as_examples(dataset, self.tokenizer, self.stop_token_ids, self.args)
+    def examples(self, dataset: Dataset, *, prompts_only: bool = False) -> list[Example]:
+        return as_examples(dataset, self.tokenizer, self.stop_token_ids, self.args, prompts_only=prompts_only)
 
     @functools.cached_property
     def frozen(self) -> int:

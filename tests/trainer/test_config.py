@@ -513,8 +513,11 @@ def test_lora_config_takes_its_numbers_from_the_configuration():
 
 
 def test_completions_of_prompt_dataset_name_are_no_demonstrations(tmp_path):
+    """And may be longer than one that SFT learns."""
+    prompts = [ROWS[0], {"prompt": "a", "completion": "long " * 9}]
     sources = {
-        name: write_jsonl(tmp_path / f"{name}.jsonl", ROWS[:2]) for name in ("dataset_name", "prompt_dataset_name")
+        "dataset_name": write_jsonl(tmp_path / "demonstrations.jsonl", ROWS[:2]),
+        "prompt_dataset_name": write_jsonl(tmp_path / "prompts.jsonl", prompts),
     }
     train, _ = load_data(config(tmp_path, **sources), tiny_tokenizer(), QUIET)
     assert [example.completion_ids is None for example in train] == [False, False, True, True]

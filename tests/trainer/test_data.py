@@ -392,6 +392,8 @@ def test_sft_ignores_rows_without_completion_and_ppo_samples_from_all(tiny_model
     assert losses[0] == losses[1] and len(losses[0]) == 1
     run = trainer(tiny_models, tmp_path, rows=rows)
     assert {example.where for example in run.sampler.next()} == {row.where for row in rows}
+    run = trainer(tiny_models, tmp_path, rows=[{"prompt": "a", "completion": "of no use here, however long"}])
+    assert run.train_dataset[0].completion_ids is None
     with pytest.raises(UserError, match="SFT needs demonstrations, and no row has a completion"):
         run_sft(args, train_dataset=rows[2:], output_dir=tmp_path / "none", console=QUIET)
 
