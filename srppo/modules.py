@@ -79,7 +79,11 @@ class _OnHead(nn.Module):
                 raise ValueError(f"{op}: bias goes with a weight; the nn.Linear given brings its own")
             return head.weight, head.bias
         if not isinstance(head, Tensor):
-            raise TypeError(f"{op}: the head must be an nn.Linear or its [V, D] weight; got {type(head).__name__}")
+            kind = type(head)  # with its module: peft's Linear is another one
+            raise TypeError(
+                f"{op}: the head must be an nn.Linear or its [V, D] weight; got {kind.__module__}.{kind.__qualname__}: "
+                "merge an adapter that is on it, and of another wrapper give the nn.Linear inside"
+            )
         return head, bias
 
 

@@ -52,7 +52,8 @@ def check_finite(op: str, **numbers: Any) -> None:
 
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        hint = ": pass its weight" if isinstance(value, torch.nn.Module) else ""
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}{hint}")
 
 
 def refuse_tangents(op: str, *values: object) -> None:

@@ -237,6 +237,7 @@ def test_bad_target_is_named(call):
         ({"weight": torch.zeros(9, 4, dtype=torch.float64)}, TypeError, "float64 takes both or none"),
         ({"hidden": torch.zeros(6, 4, dtype=torch.int64)}, TypeError, "hidden has dtype"),
         ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
+        ({"weight": torch.nn.Linear(4, 9)}, TypeError, "weight must be a tensor, got Linear: pass its weight"),
         ({"targets": [0] * 6}, TypeError, "targets must be a tensor, got list"),
         ({"targets": torch.zeros(6)}, TypeError, "int64 or int32"),
         ({"targets": torch.zeros(5, dtype=torch.int64)}, ValueError, "one target for every hidden state"),
