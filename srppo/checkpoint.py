@@ -8,6 +8,7 @@ that is loaded can run code.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,9 @@ STATE_FILE = "training_state.pt"
 CHECKSUMS = "checksums.json"
 STATE_KEYS = {"policy", "critic", "optimizers", "schedulers", "sampler", "moments", "guard", "controller", "generator",
               "rng", "cuda_rng", "step", "episode", "num_tokens", "log_history"}  # fmt: skip
+
+
+CLAIMED: set[Path] = set()  # by this process
 
 
 def sync(path: Path) -> None:
@@ -92,6 +96,38 @@ def is_fixed(folder: Path) -> bool:
     be written to."""
     stays = folder.is_symlink() or os.path.ismount(folder) or folder.samefile(Path.cwd())
     return stays or not os.access(folder.resolve().parent, os.W_OK)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps runs of other processes out of a folder, where the file system has locks; a block inside of another is
+    fine. The system lets go of it when a process ends, however that comes about."""
+    place, descriptor = folder.resolve(), None
+    new = [path for path in (place, *place.parents) if not path.exists()]
+    if place not in CLAIMED:
+        with suppress(OSError):  # what cannot be a folder is refused with the reason by the checks that follow
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+    if descriptor is None:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"output_dir {folder} is in use by another run: end that one, or choose another folder"
+            ) from None
+        except OSError:
+            pass
+        CLAIMED.add(place)
+        yield
+    finally:
+        CLAIMED.discard(place)
+        os.close(descriptor)
+        with suppress(OSError):  # a run that was refused leaves nothing
+            for path in new:
+                path.rmdir()
 
 
 @contextmanager
@@ -412,7 +448,8 @@ def require_latest(output_dir: Path, rollouts: str | Path | None) -> None:
     Args:
         rollouts: see :func:`require_fresh_output`.
     """
-    sweep(output_dir, rollouts)
+    with claimed(output_dir):
+        sweep(output_dir, rollouts)
     if not checkpoints(output_dir):
         require_fresh_output(output_dir, again=True, rollouts=rollouts)
 

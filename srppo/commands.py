@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from srppo import distributed
 from srppo.checkpoint import (
     checkpoints,
+    claimed,
     current_checkpoints,
     require_checkpoint,
     require_file,
@@ -145,8 +147,10 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
                 check_prompts(config, [*train_examples, *held_out], args)
             if isinstance(engine, VLLMEngine) and args.from_rollouts is None:
                 distributed.on_main(lambda: engine.models(adapters=args.use_peft))
-            run_sft(args, train_dataset=train_examples, eval_dataset=held_out, output_dir=model,
-                    tokenizer=tokenizer, console=console)  # fmt: skip
+            with ExitStack() as stack:
+                distributed.on_main(lambda: stack.enter_context(claimed(output)))
+                run_sft(args, train_dataset=train_examples, eval_dataset=held_out, output_dir=model,
+                        tokenizer=tokenizer, console=console)  # fmt: skip
         elif not distributed.on_main(made.is_dir):
             raise UserError(f"there is no SFT model in {made}: give the run's own with --sft_model_name_or_path")
     trainer = SRPPOTrainer(

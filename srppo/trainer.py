@@ -15,6 +15,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,12 @@ class SRPPOTrainer:
 
     def train(self) -> dict[str, Any]:
         """Runs all iterations and writes the result to ``args.output_dir``; returns the last metrics."""
+        with ExitStack() as stack:
+            distributed.on_main(lambda: stack.enter_context(checkpoint.claimed(self.output_dir)))
+            return self.run()
+
+    def run(self) -> dict[str, Any]:
+        """What :meth:`train` does in a folder that is this run's alone."""
         args, frozen = self.args, self.frozen
         self.resume()
         space = 3 * checkpoint.model_bytes(self.roles.policy) + 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pickle
@@ -254,6 +255,24 @@ def test_a_checkpoint_is_of_the_run_whose_metrics_say_what_it_says(tmp_path):
     assert current(entries[0], {**entries[1], "eval/objective/kl": 0.5}) == [1, 2, damaged]
     assert current(*entries[:2], torn='{"step": 3, "step_t') == [1, 2, damaged]
     assert current() == current("no entry") == [1, 2, 3, 4, damaged]
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(tiny_models, tmp_path):
+    """What that one is just writing, too. A second descriptor is to the lock what a second process is."""
+    (tmp_path / "run" / ".writing-1").mkdir(parents=True)
+    other = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match=r"run is in use by another run: end that one, or choose another folder"):
+        trainer(tiny_models, tmp_path, resume_from_checkpoint="latest").train()
+    with pytest.raises(UserError, match="in use by another run"):
+        checkpoint.require_latest(tmp_path / "run", None)
+    assert os.listdir(tmp_path / "run") == [".writing-1"]
+    os.close(other)
+    with checkpoint.claimed(tmp_path / "run"), checkpoint.claimed(tmp_path / "run"):
+        checkpoint.require_latest(tmp_path / "run", None)
+    with checkpoint.claimed(tmp_path / "new" / "run"):
+        assert (tmp_path / "new" / "run").is_dir()
+    assert os.listdir(tmp_path) == ["run"]
 
 
 @pytest.mark.parametrize("file", ["notes.txt", "model.safetensors"])
