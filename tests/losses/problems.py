@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -54,60 +55,76 @@ def judge(
     loss: Callable[..., Any],
     given: dict[str, Tensor],
     names: Sequence[str],
-    term: Callable[..., tuple[float, float, float]],
+    term: Callable[..., tuple[float, float, float, dict[str, float]]],
     *,
     normalizer: float,
     dtype: torch.dtype = torch.float32,
     tolerance: float = 2e-5,
     mask: Tensor = MASK,
 ) -> dict[str, Tensor]:
-    """Value and gradients of a token-level loss, against the sum of ``term(logprob, entropy, *tensors)``.
+    """Value, gradients and aux of a token-level loss, against the sum of ``term(logprob, entropy, *tensors)``.
 
-    ``term`` returns the token's loss and its derivatives in logprob and entropy.
+    ``term`` returns the token's loss, its derivatives in logprob and entropy, and its part of each sum in aux.
     """
-    inputs = {name: value.to(dtype) for name, value in given.items()}
-    logprob, entropy = (inputs[name].clone().requires_grad_() for name in ("logprob", "entropy"))
-    result, aux = loss(logprob, entropy, mask, *(inputs[name] for name in names), normalizer=normalizer)
+    inputs = {name: value.to(dtype).requires_grad_() for name, value in deepcopy(given).items()}
+    logprob, entropy, *tensors = (inputs[name] for name in ("logprob", "entropy", *names))
+    result, aux = loss(logprob, entropy, mask, *tensors, normalizer=normalizer)
     assert result.dim() == 0
     assert result.dtype == dtype
     assert not any(value.requires_grad for value in aux.values())
-    grads = torch.autograd.grad(result, [logprob, entropy], allow_unused=True)
-    d_logprob, d_entropy = (torch.zeros(mask.shape) if g is None else g for g in grads)
+    grads = torch.autograd.grad(result, [logprob, entropy, *tensors], allow_unused=True)
+    d_logprob, d_entropy = (torch.zeros(mask.shape) if g is None else g for g in grads[:2])
+    assert grads[2:] == (None,) * len(tensors)  # constants, whatever they come from
 
     want, scale = 0.0, 0.0
+    parts: list[dict[str, float]] = []
     for place in map(tuple, mask.nonzero().tolist()):
-        value, dl, dh = term(*(float(inputs[name][place]) for name in ("logprob", "entropy", *names)))
+        value, dl, dh, sums = term(*(inputs[name][place].item() for name in ("logprob", "entropy", *names)))
         want, scale = want + value / normalizer, scale + abs(value) / normalizer
+        parts.append({"tokens": 1.0, **sums})
         for got, by_hand in ((d_logprob[place], dl / normalizer), (d_entropy[place], dh / normalizer)):
             assert math.isclose(float(got), by_hand, rel_tol=tolerance, abs_tol=1e-30), (place, float(got), by_hand)
     result = float(result.detach())
     assert abs(result - want) <= tolerance * scale, (result, want)
     assert d_logprob[~mask].abs().sum() == 0
     assert d_entropy[~mask].abs().sum() == 0
+    check_sums(aux, parts, tolerance)
     return aux
+
+
+def check_sums(aux: dict[str, Tensor], parts: Sequence[dict[str, float]], tolerance: float) -> None:
+    """That aux holds the sums of ``parts``, and nothing else; they are fp32 whatever the loss is."""
+    assert aux.keys() == parts[0].keys()
+    for name, got in aux.items():
+        numbers = [float(part[name]) for part in parts]
+        error = max(tolerance, 1e-6) * sum(map(abs, numbers)) + 1e-8  # k3 of ratios near 1 is made of cancellation
+        assert abs(float(got) - sum(numbers)) <= error, (name, float(got), sum(numbers))
 
 
 def judge_sequences(
     loss: Callable[..., Any],
     given: dict[str, Tensor],
     tensors: Sequence[Any],
-    whole: Callable[[list[list[float]]], tuple[float, dict[tuple[int, int], float]]],
+    whole: Callable[[list[list[float]]], tuple[float, list[float], list[dict[str, float]]]],
     *,
     mask: Tensor = MASK,
     dtype: torch.dtype = torch.float32,
     tolerance: float = 2e-5,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Value and gradient of a sequence- or pair-level loss.
+    """Value, gradient and aux of a sequence- or pair-level loss.
 
-    ``whole`` gets each row's valid log-probs and returns the loss and, for each row, dloss/dlogprob, which is the same
-    for all tokens of a row in every loss here.
+    ``whole`` gets each row's valid log-probs and returns the loss; for each row dloss/dlogprob, which is the same for
+    all tokens of a row in every loss here; and what each sequence or pair adds to the sums in aux.
     """
     logprob = given["logprob"].to(dtype).clone().requires_grad_()
+    tensors = [tensor.clone().requires_grad_() for tensor in tensors]
     result, aux = loss(logprob, None, mask, *tensors, **options)
-    (grad,) = torch.autograd.grad(result, [logprob])
+    grad, *others = torch.autograd.grad(result, [logprob, *tensors], allow_unused=True)
+    assert others == [None] * len(tensors)  # constants, whatever they come from
     rows = [logprob[i][mask[i]].tolist() for i in range(mask.shape[0])]
-    want, by_row = whole(rows)
+    want, by_row, parts = whole(rows)
+    check_sums(aux, parts, tolerance)
     assert math.isclose(float(result.detach()), want, rel_tol=tolerance, abs_tol=1e-30), (result, want)
     for i in range(mask.shape[0]):
         for got in grad[i][mask[i]].tolist():

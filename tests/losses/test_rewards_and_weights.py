@@ -17,6 +17,7 @@ def test_group_advantages_by_hand():
     got = losses.group_advantages(rewards, 3, eps=0.0)[:3]
     std = math.sqrt((4 + 1 + 9) / 2)
     torch.testing.assert_close(got, torch.tensor([-2 / std, -1 / std, 3 / std]))
+    torch.testing.assert_close(losses.group_advantages(rewards, 3)[0], torch.tensor(-2 / (std + 1e-4)))
     assert losses.group_advantages(rewards, 3)[3:].abs().sum() == 0  # a group of one mind teaches nothing
     assert losses.group_advantages(rewards, 3, scale=False).tolist() == [-2, -1, 3, 0, 0, 0]
     for bad, size in ((rewards, 4), (rewards, 1), (rewards.view(2, 3), 3)):
@@ -54,13 +55,14 @@ def test_importance_weights_by_hand():
     tis = losses.tis_weights(old, rollout, mask)
     torch.testing.assert_close(tis, torch.tensor([0.1, 0, 0.9, 1.5, 2, 2, 2]))
     assert losses.tis_weights(old, rollout, mask, low=0.8)[0] == pytest.approx(0.8)
+    assert losses.tis_weights(old, rollout, mask, high=math.inf)[-1] == pytest.approx(math.exp(20))  # and no further
     torch.testing.assert_close(losses.icepop_weights(old, rollout, mask), torch.tensor([0, 0, 0.9, 1.5, 2.5, 0, 0]))
     unknown = rollout.masked_fill(torch.arange(7) == 3, math.nan)
     for function in (losses.tis_weights, losses.icepop_weights):
         assert function(old, unknown, mask).isnan().nonzero().tolist() == [[3]]
     given = old.clone().requires_grad_()
-    assert not losses.tis_weights(given, rollout, mask).requires_grad
     for function in (losses.tis_weights, losses.icepop_weights):
+        assert not function(given, rollout, mask).requires_grad
         with pytest.raises(ValueError, match="rollout_logprobs is missing; it is the log-probs that the sampler"):
             function(old, None, mask)
         with pytest.raises(ValueError, match="0 <= low <= high"):
@@ -87,7 +89,7 @@ def test_exopd_is_token_level_self_rewarding_ppo():
     names = ("teacher_logprobs", "base_logprobs")
     given = batch(names, spread=1.0)
     lam = 1.25
-    got = losses.exopd_advantages(given["logprob"], given[names[0]], given[names[1]], MASK, lam=lam)
+    got = losses.exopd_advantages(given["logprob"], given[names[0]], given[names[1]], MASK)
     reward = log_ratio_reward(
         given[names[0]], given[names[1]], MASK, placement="token", logprobs_policy=given["logprob"],
         logprobs_ref=given[names[1]], kl_coef=1 / lam,
@@ -100,10 +102,12 @@ def test_exopd_is_token_level_self_rewarding_ppo():
 
 
 def test_dense_path_returns_are_sums_of_what_follows():
-    given = batch(("sft_logprobs", "ref_logprobs"), spread=1.0)
+    given = batch(("sft_logprobs", "ref_logprobs"), spread=12.0)
     sft, ref = given["sft_logprobs"], given["ref_logprobs"]
-    got = losses.dense_path_returns(sft, ref, MASK, gamma=0.9)
+    got = losses.dense_path_returns(sft.clone().requires_grad_(), ref, MASK, gamma=0.9)
+    assert not got.requires_grad
     rewards = losses.dense_path_rewards(sft, ref, MASK)
+    torch.testing.assert_close(losses.dense_path_returns(sft, ref, MASK)[0, 0], rewards[0].sum())
     for row in range(6):
         places = MASK[row].nonzero().flatten().tolist()
         follow = 0.0

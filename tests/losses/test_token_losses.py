@@ -1,4 +1,4 @@
-"""Every token-level loss: value and gradient against a scalar formula with derivatives by hand, in float64.
+"""Every token-level loss: value, gradient and sums against a scalar formula with derivatives by hand, in float64.
 
 Over masks with gaps and empty rows, NaN and infinities in masked places, probabilities near 0 and 1, and log-ratios of
 tens of nats.
@@ -31,9 +31,12 @@ def ppo_term(lp, h, old, a, w, *, low, high, dual=None, bonus=0.0):
     if 1 - low <= r <= 1 + high:
         candidates = candidates[:1]
     value, slope = max(candidates, key=lambda c: c[0])
-    if dual is not None and a < 0 and value > -dual * a:
+    dually = dual is not None and a < 0 and value > -dual * a
+    if dually:
         value, slope = -dual * a, 0.0
-    return w * value - bonus * h, w * slope, -bonus
+    sums = {"approx_kl": r - 1 - math.log(r), "clipped_low": a < 0 and r < 1 - low,
+            "clipped_high": a > 0 and r > 1 + high, "clipped_dual": dually}  # fmt: skip
+    return w * value - bonus * h, w * slope, -bonus, sums
 
 
 def dppo_term(lp, h, mu_log, a, w, *, kind, delta, cap):
@@ -44,23 +47,26 @@ def dppo_term(lp, h, mu_log, a, w, *, kind, delta, cap):
         one_pi, one_mu = -math.expm1(min(lp, -1e-7)), -math.expm1(min(mu_log, -1e-7))
         kl = mu * (mu_log - lp) + (1 - mu) * math.log(one_mu / one_pi)
         outside = kl > delta and ((a > 0 and pi > mu) or (a < 0 and pi < mu))
-    factor = 0.0 if outside else w * a * min(ratio_of(lp, mu_log)[0], cap)
-    return -factor * lp, -factor, 0.0
+    r, _ = ratio_of(lp, mu_log)
+    factor = 0.0 if outside else w * a * min(r, cap)
+    return -factor * lp, -factor, 0.0, {"outside": outside, "capped": r > cap}
 
 
 def cispo_term(lp, h, old, a, w, *, low, high):
-    factor = w * a * min(max(ratio_of(lp, old)[0], 1 - low), 1 + high)
-    return -factor * lp, -factor, 0.0
+    r, _ = ratio_of(lp, old)
+    factor = w * a * min(max(r, 1 - low), 1 + high)
+    return -factor * lp, -factor, 0.0, {"clipped_low": r < 1 - low, "clipped_high": r > 1 + high}
 
 
 def apa_term(lp, h, init, a, w, *, lam):
     error = lp - a / lam - init
-    return w * error**2, 2 * w * error, 0.0
+    return w * error**2, 2 * w * error, 0.0, {"error": abs(error)}
 
 
 def kl_term(lp, h, ref, w, *, coef):
     d = min(20.0, ref - lp)
-    return coef * w * (math.expm1(d) - d), coef * w * -math.expm1(d) if ref - lp <= 20 else 0.0, 0.0
+    kl = math.expm1(d) - d
+    return coef * w * kl, coef * w * -math.expm1(d) if ref - lp <= 20 else 0.0, 0.0, {"kl": kl}
 
 
 def idft_term(lp, h, w, *, beta, low, high):
@@ -70,7 +76,7 @@ def idft_term(lp, h, w, *, beta, low, high):
         g = math.inf
     g = min(max(g, low), high)
     factor = w * math.exp(g * lp)
-    return -factor * lp, -factor, 0.0
+    return -factor * lp, -factor, 0.0, {"exponent": g}
 
 
 def implicit_term(lp, h, ref, w, *, kind, beta):
@@ -83,12 +89,17 @@ def implicit_term(lp, h, ref, w, *, kind, beta):
         phi, slope = x / (1 + x), 1 / (1 + x) ** 2
     else:
         phi, slope = -9.0 + 100 * (x + 0.9), 100.0  # the tangent at -0.9
-    return -w * phi, -w * slope * beta, 0.0
+    return -w * phi, -w * slope * beta, 0.0, {"reward": x}
 
 
 def exopd_term(lp, h, teacher, base, w, *, lam):
     a = lam * (teacher - base) - (lp - base)
-    return -w * a * lp, -w * a, 0.0
+    return -w * a * lp, -w * a, 0.0, {"advantage": a}
+
+
+def dft_term(lp, h, w):
+    p = math.exp(lp)
+    return -w * p * lp, -w * p, 0.0, {"probability": p}
 
 
 CASES = {
@@ -107,24 +118,33 @@ CASES = {
     "cispo": (partial(losses.cispo, clip_low=0.2, clip_high=0.3), OLD, partial(cispo_term, low=0.2, high=0.3)),
     "cispo without a lower bound": (losses.cispo, OLD, partial(cispo_term, low=1.0, high=4.0)),
     "apa": (losses.apa, ("init_logprobs", "advantages", "weights"), partial(apa_term, lam=0.1)),
-    "reinforce": (losses.reinforce, ("advantages", "weights"), lambda lp, h, a, w: (-w * a * lp, -w * a, 0.0)),
+    "reinforce": (losses.reinforce, ("advantages", "weights"), lambda lp, h, a, w: (-w * a * lp, -w * a, 0.0, {})),
     "kl_penalty": (partial(losses.kl_penalty, coef=0.3), REF, partial(kl_term, coef=0.3)),
     "entropy_bonus": (
         partial(losses.entropy_bonus, coef=0.3),
         ("weights",),
-        lambda lp, h, w: (-0.3 * w * h, 0.0, -0.3 * w),
+        lambda lp, h, w: (-0.3 * w * h, 0.0, -0.3 * w, {"entropy": h}),
     ),
     "grpo": (losses.grpo, OLD, partial(ppo_term, low=0.2, high=0.2)),
     "dr_grpo": (losses.dr_grpo, OLD, partial(ppo_term, low=0.2, high=0.2)),
     "dapo": (losses.dapo, OLD, partial(ppo_term, low=0.2, high=0.28)),
-    "sft": (losses.sft, ("weights",), lambda lp, h, w: (-w * lp, -w, 0.0)),
-    "dft": (losses.dft, ("weights",), lambda lp, h, w: (-w * math.exp(lp) * lp, -w * math.exp(lp), 0.0)),
+    **{
+        f"{name}, dual clip": (
+            partial(getattr(losses, name), dual_clip=1.5),
+            OLD,
+            partial(ppo_term, low=0.2, high=h, dual=1.5),
+        )
+        for name, h in (("grpo", 0.2), ("dr_grpo", 0.2), ("dapo", 0.28))
+    },
+    "sft": (losses.sft, ("weights",), lambda lp, h, w: (-w * lp, -w, 0.0, {})),
+    "dft": (losses.dft, ("weights",), dft_term),
     "idft": (losses.idft, ("weights",), partial(idft_term, beta=1.0, low=0.1, high=2.0)),
     "idft, other bounds": (
         partial(losses.idft, beta=0.5, g_min=0.3, g_max=5.0),
         ("weights",),
         partial(idft_term, beta=0.5, low=0.3, high=5.0),
     ),
+    "implicit_reward": (losses.implicit_reward, REF, partial(implicit_term, kind="pearson", beta=1.0)),
     **{
         f"implicit_reward {kind}": (
             partial(losses.implicit_reward, divergence=kind, beta=0.7),
@@ -164,9 +184,11 @@ def test_flat_rows_parts_and_weights_left_out(name):
     torch.testing.assert_close(sum(p for p, _ in pieces), whole, rtol=1e-5, atol=1e-6)
     for key, value in aux.items():
         torch.testing.assert_close(sum(a[key] for _, a in pieces), value, rtol=1e-5, atol=1e-5, msg=key)
-    if name != "grpo":  # which takes means per sequence where it is given none
-        bare, _ = loss(given["logprob"], h, MASK, *tensors, normalizer=9.0)
+    if not name.startswith("grpo"):  # which takes means per sequence where it is given none
+        normalizer = torch.tensor(9.0, requires_grad=True)
+        bare, _ = loss(given["logprob"], h, MASK, *tensors, normalizer=normalizer)
         assert torch.equal(bare, whole)
+        assert torch.autograd.grad(bare, normalizer, allow_unused=True) == (None,)
     for normalizer in (0, torch.tensor(0), 1.0):
         nothing, aux = loss(given["logprob"], h, torch.zeros_like(MASK), *tensors, ones, normalizer=normalizer)
         (grad,) = torch.autograd.grad(nothing + given["logprob"].nan_to_num().sum() * 0, [given["logprob"]])
@@ -187,10 +209,19 @@ def test_statistics_are_sums_over_tokens():
     weights = torch.tensor([0.0, 1.0, 0.0, 1.0])
     _, weighted = losses.ppo(lp, None, mask, old, a, weights, normalizer=1)
     assert weighted == aux  # what IcePop leaves out is clipped all the same
-    _, aux = losses.dppo(lp, None, mask, old, a, normalizer=1, ratio_cap=1.5)
-    assert [aux[k].item() for k in ("tokens", "outside", "capped")] == [4, 2, 1]
-    _, aux = losses.cispo(lp, None, mask, old, a, normalizer=1, clip_low=0.3, clip_high=0.3)
-    assert [aux[k].item() for k in ("tokens", "clipped_low", "clipped_high")] == [4, 1, 1]
+    for loss in (partial(losses.dppo, ratio_cap=1.5), partial(losses.cispo, clip_low=0.3, clip_high=0.3)):
+        assert loss(lp, None, mask, old, a, weights, normalizer=1)[1] == loss(lp, None, mask, old, a, normalizer=1)[1]
+    loss, _ = losses.ppo(lp, torch.full((4,), math.nan), mask, old, a, normalizer=1)
+    assert loss.isfinite()  # the entropy is for a bonus
+
+
+def test_sums_are_added_in_float64():
+    lp = -torch.rand(2, 3001)
+    mask = torch.rand(2, 3001) > 0.1
+    assert torch.equal(losses.sequence_sums(lp, mask), lp.double().masked_fill(~mask, 0).sum(-1).float())
+    total = lp.double()[mask].sum()
+    assert losses.sft(lp, None, mask, normalizer=7)[0] == (-total / 7).float()
+    assert losses.sft(lp, None, mask, lp.double().abs(), normalizer=7)[0].dtype == torch.float64  # of any input
 
 
 def test_kl_penalty_far_from_the_reference():
@@ -250,6 +281,9 @@ VALID = {"logprob": torch.zeros(2, 3), "mask": torch.ones(2, 3).bool(), "t": tor
         (lambda v: losses.dapo(v["logprob"], None, v["mask"], torch.zeros(3, 2), v["t"], normalizer=1), ValueError,
          r"dapo: old_logprobs has shape \(3, 2\)"),
         (lambda v: losses.sft(v["logprob"], None, v["mask"].long(), normalizer=1), TypeError, "sft: mask has dtype"),
+        (lambda v: losses.mean_weights(v["mask"].long()), TypeError, "mean_weights: mask has dtype"),
+        (lambda v: losses.entropy_bonus(v["t"][0], v["t"], v["mask"], normalizer=1, coef=1.0), ValueError,
+         r"entropy_bonus: entropy has shape \(2, 3\)"),
         (lambda v: losses.sft(v["logprob"], None, v["mask"], normalizer=-1), ValueError,
          "normalizer=-1 must be positive"),
         (lambda v: losses.sft(v["logprob"], None, v["mask"], normalizer=torch.ones(2)), ValueError, "pass a number"),
