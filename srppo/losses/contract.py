@@ -142,8 +142,8 @@ def sequence_means(logprob: Tensor, mask: Tensor) -> Tensor:
 
 
 def per_sequence(op: str, name: str, value: Tensor, mask: Tensor, *, mean: bool = False) -> Tensor:
-    """``[B]``, a constant: of ``[B, T]`` log-probs their sum (or mean), and ``[B]`` as it is; 0 in rows without
-    tokens."""
+    """``[B]``, a constant: of ``[B, T]`` log-probs their sum (or mean), and ``[B]`` as it is, in rows without tokens
+    too."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be a floating-point tensor; got {getattr(value, 'dtype', type(value))}")
     if value.device != mask.device:
@@ -152,7 +152,7 @@ def per_sequence(op: str, name: str, value: Tensor, mask: Tensor, *, mean: bool 
     if value.shape == mask.shape:
         return (sequence_means if mean else sequence_sums)(value, mask)
     if value.shape == mask.shape[:1]:
-        return value.to(compute_dtype(value)).masked_fill(~mask.any(-1), 0)
+        return value.to(compute_dtype(value))
     batch, time = mask.shape
     raise ValueError(
         f"{op}: {name} has shape {tuple(value.shape)}; pass one value a token, ({batch}, {time}), or one a sequence, "

@@ -199,8 +199,8 @@ def poft(
         shape = tuple(aligned_mean_logprobs.shape)
         raise ValueError(f"poft: aligned_mean_logprobs has shape {shape}; pass ({batch},) or (models, {batch})")
     live = mask.any(-1)
-    aligned = aligned_mean_logprobs.detach().to(logprob.device).masked_fill(~live, 0)
+    aligned = aligned_mean_logprobs.detach().to(logprob.device)
     aligned = aligned.mean(0) if aligned.dim() == 2 else aligned
-    margin = beta * (sequence_means(logprob, mask) - aligned) + gamma
+    margin = (beta * (sequence_means(logprob, mask) - aligned) + gamma).masked_fill(~live, 0)
     terms = (-logsigmoid(margin)).masked_fill(~live, 0)
-    return divided("poft", terms, normalizer), sums(sequences=live, margin=margin.masked_fill(~live, 0))
+    return divided("poft", terms, normalizer), sums(sequences=live, margin=margin)
