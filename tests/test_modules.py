@@ -49,6 +49,9 @@ def test_cross_entropy_with_mask_and_normalizer(given):
     for normalizer in (40, 40.0, torch.tensor(40)):  # num_items_in_batch of several micro-batches
         got = criterion(hidden, head, targets, mask=mask, normalizer=normalizer)
         torch.testing.assert_close(got, total / 40)
+    other = LinearCrossEntropy(ignore_index=7)(hidden, head, targets.masked_fill(targets == -100, 7), mask=mask)
+    live = mask & (targets != -100) & (targets != 7)
+    torch.testing.assert_close(other, each[live].sum() / live.sum())
     nothing = criterion(hidden, head, targets, mask=torch.zeros_like(mask))
     assert nothing == 0
     assert all(g.abs().sum() == 0 for g in gradients(nothing, hidden, head))
@@ -65,7 +68,9 @@ def test_logprob_and_head_options(given):
     torch.testing.assert_close(out.entropy, torch.where(live, -(logp.exp() * logp).sum(-1), 0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out.lse, torch.where(live, z.logsumexp(-1), 0), rtol=1e-4, atol=1e-4)
     assert isinstance(out, srppo.LinearLogprob)  # the named tuple keeps its name at the top
-    assert LinearLogprob()(hidden, head, targets).entropy is None
+    for name in ("entropy", "lse"):
+        one = LinearLogprob(**{name: True})(hidden, head, targets)
+        assert [getattr(one, n) is not None for n in ("entropy", "lse")] == [name == "entropy", name == "lse"]
 
 
 def test_ppo_loss(given):

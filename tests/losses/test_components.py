@@ -18,6 +18,7 @@ from srppo import losses
 from srppo.losses.sapo import EMA, Pair, PairBuffer, collate_pairs, random_segment, rewrite_segments, writer
 from srppo.losses.sgpo import TEMPLATE, improve, improver_prompts
 from srppo.roles import Role
+from srppo.rollout import collate
 
 
 def test_ema_follows_the_trained_parameters():
@@ -56,6 +57,7 @@ def test_ema_follows_the_trained_parameters():
         EMA(nn.Linear(2, 2).requires_grad_(False))
     with pytest.raises(ValueError, match="decay=1"):
         EMA(model, decay=1)
+    assert EMA(model).decay == 0.5
 
 
 def test_ema_of_16_bit_weights_is_kept_in_32():
@@ -76,6 +78,8 @@ def test_random_segments_are_uniform_and_whole_where_short():
     assert set(seen) == {(i, i + 4) for i in range(7)}
     assert all(850 < count < 1150 for count in seen.values())
     assert random_segment(3, 256) == (0, 3)
+    start, stop = random_segment(1000)
+    assert stop - start == 256
     with pytest.raises(ValueError, match="at least 1"):
         random_segment(0)
 
@@ -103,7 +107,13 @@ def test_segments_are_rewritten_in_place():
 
 def test_a_rewriting_that_stops_ends_the_answer_and_one_that_changes_nothing_is_left_out():
     chosen = [[10, 11, 12, 0]]
-    for written, rejected in (([0], [0]), ([9, 0, 7, 7], [9, 0]), ([9, 9], [9, 9]), ([10, 11, 12, 0, 5], None)):
+    for written, rejected in (
+        ([0], [0]),
+        ([9, 0, 7, 7], [9, 0]),
+        ([9, 9], [9, 9]),
+        ([9] * 5, [9] * 4),
+        ([10, 11, 12, 0, 5], None),
+    ):
         pairs = rewrite_segments([[1]], chosen, lambda *_, w=written: [w], stop_token_ids=[0])
         assert [p.rejected_ids for p in pairs] == ([] if rejected is None else [rejected])
     with pytest.raises(ValueError, match="2 continuations of 1"):
@@ -121,6 +131,9 @@ def test_buffer_is_first_in_first_out():
     assert list(buffer.pairs) == pairs[2:]
     drawn = buffer.sample(2, generator=torch.Generator().manual_seed(0))
     assert len({p.prompt_ids[0] for p in drawn}) == 2
+    draws = [buffer.sample(3, generator=torch.Generator().manual_seed(seed // 2)) for seed in range(20)]
+    assert draws[::2] == draws[1::2]
+    assert any(draw != draws[0] for draw in draws)
     assert sorted(p.prompt_ids[0] for p in buffer.sample(9)) == [2, 3, 4]
     other = PairBuffer()
     other.load_state_dict(buffer.state_dict())
@@ -129,6 +142,32 @@ def test_buffer_is_first_in_first_out():
     assert PairBuffer().pairs.maxlen == 2000
     with pytest.raises(ValueError, match="capacity=0"):
         PairBuffer(0)
+
+
+def test_a_batch_of_pairs_has_the_chosen_first():
+    pairs = [Pair([5], [7, 8, 0], [7, 9, 9, 0]), Pair([6, 6], [3, 0], [4])]
+    batch = collate_pairs(pairs, pad_token_id=1, stop_token_ids=[0])
+    rows = [ids[keep].tolist() for ids, keep in zip(batch.completions, batch.completion_mask, strict=True)]
+    assert rows == [[7, 8, 0], [3, 0], [7, 9, 9, 0], [4]]
+    prompts = [ids[keep.bool()].tolist()[:-n] for ids, keep, n in
+               zip(batch.input_ids, batch.attention_mask, batch.lengths, strict=True)]  # fmt: skip
+    assert prompts == [[5], [6, 6]] * 2
+
+
+def test_a_writer_gives_each_prefix_its_tokens_and_no_padding(monkeypatch):
+    asked = []
+
+    def generate(role, prompts, **options):
+        asked.append(options)
+        return collate(prompts, [[7, 8, 0], [3, 0]], pad_token_id=1, stop_token_ids=[0])
+
+    monkeypatch.setattr("srppo.rollout.generate", generate)
+    tokens = {"pad_token_id": 1, "stop_token_ids": [0]}
+    assert writer(None, **tokens)([[5], [6]], [1, 3]) == [[7], [3, 0]]
+    assert writer(None, **tokens, temperature=0.7, top_p=0.9, batch_size=4)([[5], [6]], [3, 3]) == [[7, 8, 0], [3, 0]]
+    common = {"max_completion_length": 3, **tokens}
+    assert asked == [{**common, "temperature": 1.0, "top_p": 1.0, "batch_size": None},
+                     {**common, "temperature": 0.7, "top_p": 0.9, "batch_size": 4}]  # fmt: skip
 
 
 def test_a_step_of_sapo():

@@ -197,6 +197,13 @@ def test_gemms_as_counted():
     assert work(fused, half, torch.ones(rows)) == pytest.approx(1.5)
     assert work(fused, half, advantages) == pytest.approx(0.5 + 2 * 0.25)
 
+    def on_pairs(mask):
+        given = (hidden.view(4, -1, 64), weight, targets.view(4, -1), mask.view(4, -1))
+        return losses.linear(partial(losses.orpo, normalizer=2), *given, backend="torch", plan="recompute")[0]
+
+    assert work(on_pairs, every) == pytest.approx(4)
+    assert work(on_pairs, torch.arange(rows) % 128 < 64) == pytest.approx(2)
+
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("way", ["linear", "whole, recompute", "whole, cache", "whole, one chunk"])
@@ -271,6 +278,12 @@ def test_linear_without_marks_and_with_head_options():
     assert losses.level_of(own) == "token"
     assert aux["n"] == p.live.sum()
     assert torch.equal(torch.cat(seen), p.live.view(-1))
+    other = p.targets.masked_fill(p.targets == -100, 7)
+    _, aux = losses.linear(own, p.hidden, p.weight, other, p.mask, torch.tensor(2.0), ignore_index=7)
+    assert aux["n"] == (p.mask & (other != 7)).sum()
+    pairs = partial(losses.orpo, normalizer=3)
+    colder, _ = losses.linear(pairs, p.hidden, p.weight, p.targets, p.mask, temperature=0.5)
+    torch.testing.assert_close(colder, losses.linear(pairs, p.hidden, 2 * p.weight, p.targets, p.mask)[0])
     z = (torch.where(p.live[..., None], p.hidden.double(), 0) @ p.weight.double().T + bias.double()) / 0.7
     want = z.log_softmax(-1).gather(-1, p.targets.clamp(min=0)[..., None]).squeeze(-1)[p.live].sum() * 2
     assert abs(loss - want) < 1e-4 * abs(want)
