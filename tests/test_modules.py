@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import srppo
+from srppo import modules
 from srppo.modules import LinearCrossEntropy, LinearLogprob, LinearPPOLoss
 
 B, T, D, V = 3, 7, 16, 101
@@ -78,7 +79,7 @@ def test_ppo_loss(given):
     mask = targets != -100
     old = LinearLogprob()(hidden, head, targets).logprob.detach() + 0.3 * torch.randn(B, T)
     advantages = torch.randn(B, T)
-    options = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 2.0, "entropy_coef": 0.02}
+    options = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.4, "entropy_coef": 0.02}
     got, stats = LinearPPOLoss(**options)(hidden, head, targets, old, advantages, mask, normalizer=9.0)
     logp = head(hidden).log_softmax(-1)
     taken = logp.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
@@ -88,6 +89,21 @@ def test_ppo_loss(given):
     for a, b in zip(gradients(got, hidden, head), gradients(want, hidden, head), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert stats.count == mask.sum()
+
+
+def test_every_option_of_the_head_reaches_the_op(given, monkeypatch):
+    hidden, head, targets = given
+    seen, options = [], {"ignore_index": 3, "temperature": 0.5, "logit_scale": 2.0, "softcap": 9.0, "plan": "recompute",
+                         "workspace_bytes": 5, "backend": "torch", "group": "a group"}  # fmt: skip
+    for name in ("linear_logprob", "linear_loss", "linear_ppo_loss"):
+        monkeypatch.setattr(modules, name, lambda *_, **given: seen.append(given) or (None, None))
+    LinearLogprob(**options)(hidden, head, targets)
+    LinearCrossEntropy(**options)(hidden, head, targets)
+    LinearPPOLoss(**options)(hidden, head, targets, targets.float(), targets.float(), targets > 0)
+    for given in seen:
+        assert {name: given[name] for name in options} == options
+        assert given["bias"] is head.bias
+    assert len(seen) == 3
 
 
 def test_they_hold_no_parameters_and_show_their_options():

@@ -10,6 +10,7 @@ import torch
 from bench.core import live_bytes
 from bench.method import (
     LEAD,
+    LONG,
     MARGIN,
     VERY_LONG,
     CpuClock,
@@ -60,9 +61,74 @@ def test_quantile_of_nothing_is_no_number():
     assert math.isnan(quantile([], 0.5))
 
 
-@pytest.mark.parametrize(("p20", "p80", "noisy"), [(1.0, 1.05, False), (1.0, 1.2, True), (math.nan, math.nan, True)])
+@pytest.mark.parametrize(("p20", "p80", "noisy"), [(1.0, 1.09, False), (1.0, 1.11, True), (math.nan, math.nan, True)])
 def test_a_row_is_noisy_by_its_own_spread(p20, p80, noisy):
     assert Spread(1.0, p20, p80).noisy is noisy
+
+
+def test_a_spread_is_the_median_with_p20_and_p80():
+    assert Spread.of([10.0, 1.0, 2.0]) == Spread(2.0, pytest.approx(1.4), pytest.approx(6.8))
+
+
+def test_a_cpus_clock_repeats_short_calls_and_tells_the_time_of_one(monkeypatch):
+    now, made = [0.0], []
+
+    def lasting(seconds):
+        def call():
+            now[0] += seconds
+            made.append(seconds)
+
+        return call
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    short, long, clock = lasting(3e-4), lasting(0.5), CpuClock()
+    assert [clock.repeats(call) for call in (short, long)] == [7, 1]  # 2.1 ms
+    made.clear()
+    assert clock.turn([(short, 7), (long, 1)]) == pytest.approx([3e-4, 0.5])
+    assert made == [3e-4] * 7 + [0.5]
+    assert all(map(math.isnan, clock.turn([(short, 7), (long, 1)], cold=True)))
+    assert len(made) == 8
+
+
+class Sizing(FakeClock):
+    """Every call is worth five repeats."""
+
+    def repeats(self, call):
+        self.order.append("size")
+        call()
+        return 5
+
+    def turn(self, work, cold=False):
+        self.order.append([(call()[0], repeats, cold) for call, repeats in work])
+        return [1.0 for _ in work]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_calls_are_sized_once_and_long_ones_and_cold_ones_made_once(paired):
+    clock, made = Sizing(paired), []
+
+    def named(name):
+        return lambda: (name, made.append(name))
+
+    effort, floor = Effort(seconds=0, least=1, samples=1), named("floor")
+    interleave(floor, [named("long"), named("short")], effort, clock, [2 * LONG, LONG / 2])
+    assert made[:3] == ["floor", "floor", "short"]  # the floor's warm-up, and one of each that is sized
+    pair = [("floor", 5), ("floor", 5)] if paired else []
+    turns = [] if paired else [[("floor", 5, False)]]
+    for name, repeats in (("long", 1), ("short", 5)):
+        work = [*pair, (name, repeats)]
+        turns += [[(n, times, False) for n, times in work], [(n, 1, True) for n, _ in work]]
+    assert clock.order == ["size", "size", *turns]
+
+
+def test_cold_calls_are_set_against_the_cold_floor():
+    class Flushed(FakeClock):
+        def turn(self, work, cold=False):
+            return [call()[1] * (3.0 if cold and call()[0] == "floor" else 1.0) for call, _ in work]
+
+    effort = Effort(seconds=0, least=1, samples=1)
+    _, (samples,) = interleave(lambda: ("floor", 1.0), [lambda: ("a", 6.0)], effort, Flushed(paired=True))
+    assert (samples.ratios, samples.cold_ratios) == ([6.0], [2.0])
 
 
 def test_providers_take_turns_in_a_rotating_order_with_the_floor_first():
