@@ -3,16 +3,17 @@
 import csv
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import srppo_kernels
 from bench import head, runner
-from bench.core import Case, Errors, Provider, Unavailable
+from bench.core import Case, Errors, Floor, Provider, Unavailable
 from bench.linear_logprob import OPS as HEAD_OPS
 from bench.log_ratio import OPS as RATIO_OPS
-from bench.method import Effort
+from bench.method import Effort, Samples
 from bench.peers import require
 from bench.run import OPS, main
 
@@ -170,6 +171,44 @@ def test_a_second_visit_adds_samples_on_new_inputs_and_leaves_rows_that_failed()
     late = [row.samples for row in visited.rows]
     runner.visit_again(visited, EFFORT, runner.Deadline(-1))
     assert [row.samples for row in visited.rows] == late
+
+
+def test_a_row_is_filled_from_the_samples_of_every_visit():
+    """Medians over all of them, intervals that span the visits' own, each column from its own samples."""
+    visits = [Samples([1.0, 2.0, 4.0], [10.0, 20.0, 40.0], [5.0, 6.0, 7.0], [3.0, 3.5, 4.5]),
+              Samples([8.0], [80.0], [9.0], [5.5])]  # fmt: skip
+    row = runner.blank(OPS[0], small_case(OPS[0]), runner.Entry(OPS[0].providers[0], "-"))
+    runner.fill(row, SimpleNamespace(useful_flops=6e12, useful_bytes=9e9), visits)
+    assert (row.median_ms, row.p20_ms, row.p80_ms) == pytest.approx((3000, 1400, 8000))
+    assert (row.ratio, row.ratio_p20, row.ratio_p80) == pytest.approx((30, 14, 80))
+    assert (row.cold_ms, row.cold_ratio) == pytest.approx((6500, 4))
+    assert (row.useful_tflops, row.useful_gbs) == pytest.approx((2, 3))
+    assert (row.samples, row.visits, row.noisy) == (4, 2, True)
+    calm = [Samples([s], [1.0], [s], [1.0]) for s in (1.0, 2.0, 3.0)]  # a machine that drifts leaves ratios alone
+    for number, noisy in ((2, True), (3, False)):  # two samples know no spread
+        runner.fill(row, SimpleNamespace(useful_flops=0, useful_bytes=0), calm[:number])
+        assert row.noisy is noisy
+
+
+def test_each_row_gets_the_samples_of_its_own_call_beside_the_median_of_the_floor(monkeypatch):
+    op = OPS[0]
+    rows = [runner.blank(op, small_case(op), runner.Entry(op.providers[0], "-")) for _ in range(3)]
+    visited = runner.Visited(op, small_case(op), [], rows, [[], [], []], [[], [], []])
+    known = []
+
+    def interleave(floor, calls, effort, clock, seconds, late):
+        known.append(seconds)
+        assert late() is False and floor == "the floor"
+        return Samples([1.0, 2.0, 4.0]), [Samples([float(call)], [float(call)], [1.0], [1.0]) for call in calls]
+
+    monkeypatch.setattr(runner, "interleave", interleave)
+    problem = SimpleNamespace(floor=lambda: Floor("copy", "the floor"), useful_flops=0, useful_bytes=0)
+    timed = [(at, runner.Checked(rows[at], call, 0.5 * at)) for at, call in ((0, 5), (2, 7))]
+    for _ in range(2):
+        runner.measure(problem, visited, timed, EFFORT, None, FOREVER)
+    assert [(row.median_ms, row.samples, row.visits) for row in rows[::2]] == [(5000, 2, 2), (7000, 2, 2)]
+    assert [(row.floor, row.floor_ms) for row in rows[::2]] == [("copy", 2000)] * 2
+    assert rows[1].samples == 0 and known == [[0.0, 1.0]] * 2
 
 
 def test_what_the_time_does_not_allow_is_a_row_too():
