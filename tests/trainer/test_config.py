@@ -450,6 +450,22 @@ def test_text_from_flags_and_yaml_becomes_the_fields_type(name, text, value):
     assert getattr(SRPPOConfig(**{name: text}), name) == value
 
 
+def test_what_decides_a_run_is_by_default_what_the_documents_say():
+    """The optimum is SFT, extrapolated; nothing saturates a summed log-ratio; the rest as in TRL's PPO."""
+    told = {
+        "kl_coef": 1.0, "kl_reference": "sft", "kl_estimator": "k1", "kl_target": None, "score_temperature": 1.0,
+        "temperature": 1.0, "top_p": 1.0, "reward_placement": "eos", "reward_normalization": "none",
+        "reward_scale": 1.0, "reward_clip": None, "missing_eos_penalty": None, "whiten_rewards": False,
+        "whiten_advantages": True, "gamma": 1.0, "lam": 0.95, "cliprange": 0.2, "cliprange_value": None,
+        "num_ppo_epochs": 4, "num_mini_batches": 1, "target_kl": None, "entropy_coef": 0.0, "learning_rate": 3e-6,
+        "value_learning_rate": None, "sft_learning_rate": 2e-5, "sft_num_train_epochs": 3, "max_grad_norm": 1.0,
+        "adam_betas": [0.9, 0.999], "lr_scheduler_type": "linear", "warmup_ratio": 0.0, "lora_r": 16,
+        "lora_alpha": 32, "importance_cap": None,
+    }  # fmt: skip
+    args = PipelineConfig()
+    assert {name: getattr(args, name) for name in told} == told
+
+
 def test_batch_arithmetic():
     args = SRPPOConfig(per_device_train_batch_size=3, gradient_accumulation_steps=4, num_mini_batches=5)
     assert (args.mini_batch_size, args.batch_size) == (12, 60)
