@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bench.compare import changes, main
+from bench.compare import changes, context, main
 from bench.method import Spread
 from bench.record import Row, write
 
@@ -14,8 +14,8 @@ from bench.record import Row, write
 def row(op, provider="srppo", **changes):
     values = {
         "plan": "-", "shape": "64x4096", "dtype": "float32", "mask_density": 1.0, "rows": "random", "device": "cpu",
-        "ratio": 2.0, "ratio_p20": 1.95, "ratio_p80": 2.05, "max_error": 1e-6, "grad_error": 1e-6, "extra_mib": 100.0,
-        "extra_low": 98.0, "extra_high": 102.0, "visits": 2,
+        "ratio": 2.0, "ratio_p20": 1.95, "ratio_p80": 2.05, "max_error": 1e-6, "grad_error": 1e-6,
+        "weight_grad_error": 1e-6, "extra_mib": 100.0, "extra_low": 98.0, "extra_high": 102.0, "visits": 2,
     }  # fmt: skip
     return Row(op=op, provider=provider, **{**values, **changes})
 
@@ -111,6 +111,7 @@ def test_an_op_with_half_a_millisecond_more_a_call_is_reported_and_it_alone():
     [
         ({"max_error": 1e-3}, "error"),
         ({"grad_error": 1e-3}, "gradient error"),
+        ({"weight_grad_error": 1e-3}, "dweight error"),
         ({"extra_mib": 200.0, "extra_low": 190.0, "extra_high": 210.0}, "extra MiB"),
         ({"extra_mib": 200.0, "extra_low": math.nan, "extra_high": math.nan}, "extra MiB"),
         ({"status": "failed", "reason": "x"}, "status"),
@@ -122,10 +123,29 @@ def test_errors_memory_and_status_are_compared_too(run, change, what):
     assert found.worse
 
 
+def test_what_got_better_is_told_and_is_no_reason_to_fail(run):
+    less = {"max_error": 1e-7, "extra_mib": 20.0, "extra_low": 18.0, "extra_high": 22.0}
+    found = list(changes(run, altered(run, 0, **less)))
+    assert [(c.what, c.worse) for c in found] == [("error", False), ("extra MiB", False)]
+    mended = {"status": "ok", "reason": ""}
+    assert [(c.what, c.worse) for c in changes(run, altered(run, 3, **mended))] == [("status", False)]
+    found = list(changes(run, run[:2]))
+    assert [(c.what, c.row.op, c.worse) for c in found] == [
+        ("gone", "ppo_loss", True), ("gone", "linear_logprob", False),
+    ]  # fmt: skip
+
+
+def test_what_else_differs_between_two_runs_is_told(run):
+    before, after = ([dataclasses.replace(r, machine="a", threads=n) for r in run] for n in (2, 4))
+    assert list(context(before, after)) == ["threads differs: 2 | 4"]
+    assert list(context(before, before)) == []
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"max_error": 1.05e-6},
+        {"max_error": 1.9e-6},
         {"extra_mib": 105.0, "extra_low": 104.0, "extra_high": 106.0},
         {"extra_mib": 150.0, "extra_low": 101.0, "extra_high": 190.0},  # one visit took no more than before
         {"extra_mib": 190.0, "extra_low": math.nan, "extra_high": math.nan},  # an old file: it had moves of this size

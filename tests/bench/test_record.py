@@ -4,9 +4,11 @@ import csv
 import dataclasses
 import math
 import re
+import subprocess
 
 import pytest
 
+from bench import record
 from bench.core import SelectionError
 from bench.record import Row, Run, read, require_writable, set_against_ours, slug, write
 
@@ -64,12 +66,45 @@ def test_a_file_that_cannot_be_written_is_refused_before_a_run_and_one_that_can_
 
 
 def test_times_ours_compares_within_a_case_only():
-    rows = [row(), row(provider="verl-loop", ratio=100.0), row(provider="verl-loop", ratio=7.0, shape="1x1"),
+    rows = [row(), row(provider="verl-loop", ratio=100.0), row(plan="recompute", ratio=5.0),
+            row(provider="verl-loop", ratio=7.0, shape="1x1"),
             row(provider="verl", status="unavailable", ratio=math.nan)]  # fmt: skip
     set_against_ours(rows, {"gae": "srppo"})
-    assert [rows[0].times_ours, rows[1].times_ours] == [1.0, 50.0]
-    assert math.isnan(rows[2].times_ours)
+    assert [r.times_ours for r in rows[:3]] == [1.0, 50.0, 2.5]
     assert math.isnan(rows[3].times_ours)
+    assert math.isnan(rows[4].times_ours)
+
+
+def test_what_tells_rows_and_cases_apart():
+    changed = {"op": "whiten", "shape": "1x1", "dtype": "bfloat16", "mask_density": 0.5, "rows": "peaked",
+               "device": "cuda", "provider": "verl-loop", "plan": "cache"}  # fmt: skip
+    for name, value in changed.items():
+        other = row(**{name: value})
+        assert other.key != row().key, name
+        assert (other.case_key == row().case_key) is (name in ("provider", "plan")), name
+
+
+def test_the_commit_says_where_the_measured_code_differs_from_it(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert record.commit() == "unknown"
+    for file in ("code.py", "bench/results/a.csv"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = record.commit()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "bench" / "results" / "a.csv").write_text("2")
+    (tmp_path / "notes.txt").write_text("untracked")
+    assert record.commit() == clean
+    (tmp_path / "code.py").write_text("2")
+    assert record.commit() == f"{clean}+changes"
 
 
 def test_a_run_knows_what_it_was_measured_with():
@@ -78,8 +113,8 @@ def test_a_run_knows_what_it_was_measured_with():
     assert run.commit
     assert run.native
     assert run.threads >= 1
-    assert run.file_name.startswith("cpu-")
-    assert run.file_name.endswith(".csv")
+    assert run.machine.startswith("cpu ") and run.machine.endswith(f" {run.threads} threads")
+    assert re.fullmatch(rf"{slug(run.machine)}-\d{{4}}-\d\d-\d\d-\d{{4}}\.csv", run.file_name)
 
 
 def test_a_slug_is_fit_for_a_file_name():
