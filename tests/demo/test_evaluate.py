@@ -126,6 +126,7 @@ class Answering:
         self.tokenizer, self.completions = tokenizer, completions
 
     def __call__(self, role, prompts, **options):
+        self.asked = options
         eos = self.tokenizer.eos_token_id
         rows = []
         for prompt in prompts:
@@ -145,12 +146,17 @@ def test_judge_counts_ways_in_and_out_of_domain(roles, tokenizer, monkeypatch):
         "upper badge>": ("BADGE", True),
         "swap badge>": ("eadgb", True),
     }
-    monkeypatch.setattr("srppo.demo.evaluate.generate", Answering(tokenizer, completions))
+    answering = Answering(tokenizer, completions)
+    monkeypatch.setattr("srppo.demo.evaluate.generate", answering)
     held_out = [Example(tokenizer(prompt)["input_ids"], None, None, "test") for prompt in completions]
-    found = judge(
-        Candidate("policy", roles["policy"]), roles["sft"], roles["base"], held_out, tokenizer,
-        max_completion_length=20, seed=0, batch_size=3,
-    )  # fmt: skip
+    candidate = Candidate("extrapolated", roles["policy"], 0.5)
+    found = judge(candidate, roles["sft"], roles["base"], held_out, tokenizer, max_completion_length=20, seed=0,
+                  batch_size=3)  # fmt: skip
+    assert answering.asked["extrapolate"] == (roles["base"], 0.5)
+    both = reward_and_kl(candidate, roles["sft"], roles["base"], answering("policy", [e.prompt_ids for e in held_out],
+                                                                           **answering.asked))  # fmt: skip
+    for domain, rows in ((found.in_domain, slice(0, 2)), (found.out_of_domain, slice(2, 8))):
+        assert [domain.reward, domain.kl_to_sft] == pytest.approx([x[rows].mean().item() for x in both], rel=1e-4)
     assert found.in_domain.score == 1 / 2
     assert found.in_domain.ways == {"right": 0.5, "ramble": 0.0, "echo": 0.5, "other": 0.0}
     assert found.in_domain.length == (6 + 10) / 2

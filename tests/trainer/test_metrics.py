@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import (
     QUIET,
     ROWS,
@@ -28,14 +28,14 @@ from tiny_runs import (
     with_plots,
 )
 
-from srppo import PipelineConfig, SRPPOTrainer, UserError, distributed, ppo, run_sft
+from srppo import PipelineConfig, SRPPOTrainer, UserError, distributed, evaluation, ppo, run_sft
 from srppo.evaluation import EVAL_METRICS, answers_match, completion_rows, evaluate_policy, write_completions
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
 from srppo.model_card import model_card
 from srppo.models import load_tokenizer
 from srppo.plots import plot_history
-from srppo.roles import frozen_roles
-from srppo.rollout import collate
+from srppo.roles import Role, frozen_roles
+from srppo.rollout import collate, generate
 from srppo.sft import SFT_METRICS
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -205,6 +205,53 @@ def test_evaluation_metrics_are_means_over_the_rows_it_returns(tiny_models, tmp_
     assert all(row["score_per_token"] == pytest.approx(row["score"] / row["length"]) for row in judged)
 
 
+@pytest.mark.parametrize("beta", [None, 0.5])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere2"])
+def test_evaluation_is_what_the_models_logits_give_in_float64(tmp_path, monkeypatch, kind, beta):
+    """Three models and three temperatures, so that none passes for another; soft-capped and scaled heads."""
+    settings = {"temperature": 0.7, "top_p": 0.9, "score_temperature": 1.5, "seed": 3}
+    args = config(tmp_path, **settings)
+    policy, sft, base = (Role(name, tiny_model(kind, seed=n)) for n, name in enumerate(("policy", "sft", "base")))
+    seen = {}
+
+    def sampled(role, prompts, **options):
+        drawn = generate(role, prompts, **options)
+        seen.update(options, role=role, prompts=prompts, rollout=drawn, seed=torch.initial_seed())
+        return drawn
+
+    monkeypatch.setattr(evaluation, "generate", sampled)
+    rows = examples([*ROWS[:3], {"prompt": "only a prompt"}])
+    metrics, judged = evaluate_policy(policy, sft, base, rows, args, tiny_tokenizer(), stop_token_ids=STOPS,
+                                      extrapolate=beta)  # fmt: skip
+    told = (seen["temperature"], seen["top_p"], seen["max_completion_length"], seen["seed"], seen["stop_token_ids"])
+    assert told == (0.7, 0.9, 5, 3, STOPS)
+    assert seen["role"] is policy and seen["extrapolate"] == (None if beta is None else (base, beta))
+    assert seen["prompts"] == [row.prompt_ids for row in rows]
+
+    def logits(role, prompt, completion):
+        with torch.no_grad():
+            return role.causal_lm(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+
+    def logp(role, prompt, completion, temperature):
+        z = logits(role, prompt, completion)
+        if role is policy and beta is not None:
+            z = (1 + 1 / beta) * z.log_softmax(-1) - 1 / beta * logits(base, prompt, completion).log_softmax(-1)
+        return (z / temperature).log_softmax(-1).gather(-1, torch.tensor(completion)[:, None]).sum().item()
+
+    drawn = seen["rollout"]
+    for n, (row, got) in enumerate(zip(rows, judged, strict=True)):
+        ids = drawn.completions[n][drawn.completion_mask[n]].tolist()
+        scores, kl = ([logp(role, row.prompt_ids, ids, t) for role in pair]
+                      for pair, t in (((sft, base), 1.5), ((policy, sft), 0.7)))  # fmt: skip
+        assert got["score"] == pytest.approx(scores[0] - scores[1], abs=1e-4)
+        assert got["kl"] == pytest.approx(kl[0] - kl[1], abs=1e-4)
+    demos = rows[:3]
+    for name, role in (("logp", policy), ("logp_sft", sft)):
+        total = sum(logp(role, row.prompt_ids, row.completion_ids, 1.0) for row in demos)
+        mean = total / sum(len(row.completion_ids) for row in demos)
+        assert metrics[f"eval/demonstrations/{name}"] == pytest.approx(mean, abs=1e-4)
+
+
 def test_likelihood_of_held_out_demonstrations_is_a_mean_over_their_tokens(tiny_models, tmp_path):
     args = config(tmp_path, per_device_train_batch_size=4)
     base, sft = frozen_roles(args, tiny_models.base, tiny_models.sft)
@@ -254,6 +301,9 @@ def test_a_judged_completion_is_without_its_stop_token_though_that_is_no_special
         judged = completion_rows(rows, sampled, *torch.zeros(2, 2), tokenizer, skip_special_tokens=skip)
         texts.append([row["completion"] for row in judged])
     assert texts == [["Paris", "Paris"], ["Paris#", "Paris"]]
+    scored = completion_rows(rows, sampled, torch.tensor([6.0, 5.0]), torch.zeros(2), tokenizer,
+                             skip_special_tokens=True)  # fmt: skip
+    assert [row["score_per_token"] for row in scored] == [1, 1]  # of all tokens, the stop token too
 
 
 # -- what a run leaves ------------------------------------------------------------------------------------------------
