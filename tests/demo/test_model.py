@@ -80,18 +80,26 @@ def test_pretraining_lowers_the_loss_and_is_deterministic(tokenizer):
     assert not model.training
 
 
-def test_pretraining_gives_prompts_and_padding_no_loss(tokenizer):
-    """The loss of one batch equals the mean over its completions' own tokens, each line run alone."""
+def test_pretraining_against_a_plain_loop(tokenizer):
+    """Prompts and padding have no loss: it is the mean over the completions' own tokens, each line run alone. AdamW,
+    clipped, under a linear warm-up and a cosine."""
     corpus = World(0).corpus(6)
-    model = build_model(tokenizer, ModelSize(16, 1, 2), seed=0)
-    total, count = 0.0, 0
-    for example in corpus:
-        ids = torch.tensor([tokenizer(example.prompt + example.completion)["input_ids"] + [tokenizer.eos_token_id]])
-        with torch.no_grad():
-            logits = model(ids).logits
-        start = len(example.prompt)
-        total += torch.nn.functional.cross_entropy(logits[0, start - 1 : -1], ids[0, start:], reduction="sum").item()
-        count += ids.shape[1] - start
-    settings = Pretraining(steps=1, batch_size=len(corpus))
+    settings = Pretraining(steps=5, batch_size=len(corpus), warmup_steps=2, max_grad_norm=0.5, learning_rate=1e-2)
+    model, plain = (build_model(tokenizer, ModelSize(16, 1, 2), seed=0) for _ in range(2))
     losses = pretrain(model, tokenizer, corpus, settings, seed=0, console=Console(quiet=True))
-    assert losses[0] == pytest.approx(total / count, rel=1e-5)
+    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    for got, factor in zip(losses, (0.5, 1, 1, 0.75, 0.25), strict=True):
+        total, count = 0.0, 0
+        for example in corpus:
+            ids = torch.tensor([tokenizer(example.prompt + example.completion)["input_ids"] + [tokenizer.eos_token_id]])
+            start = len(example.prompt)
+            logits = plain(ids).logits[0, start - 1 : -1]
+            total = total + torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum")
+            count += ids.shape[1] - start
+        optimizer.zero_grad()
+        (total / count).backward()
+        assert torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5) > 0.6
+        optimizer.param_groups[0]["lr"] = 1e-2 * factor
+        optimizer.step()
+        assert got == pytest.approx(total.item() / count, rel=1e-4)
+    assert losses[-1] < losses[0] - 0.1
