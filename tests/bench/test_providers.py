@@ -76,6 +76,14 @@ def test_a_gradient_in_a_masked_row_is_wrong():
     assert runner.is_wrong(Errors(0.0, worst), 1.0)
 
 
+@pytest.mark.parametrize(
+    ("errors", "wrong"),
+    [((0.9,), False), ((1.1,), True), ((math.nan,), True), ((0.0, math.inf), True), ((0.0, 0.5, math.inf), True)],
+)
+def test_what_is_wrong_is_not_timed(errors, wrong):
+    assert runner.is_wrong(Errors(*errors), 1.0) is wrong
+
+
 def test_peaked_rows_are_peaked():
     oracle = head.problem_inputs(Case("", (64, 64, 5000), "float32", 1.0, "peaked")).oracle
     p = oracle.logprob.exp()
@@ -171,6 +179,29 @@ def test_a_second_visit_adds_samples_on_new_inputs_and_leaves_rows_that_failed()
     late = [row.samples for row in visited.rows]
     runner.visit_again(visited, EFFORT, runner.Deadline(-1))
     assert [row.samples for row in visited.rows] == late
+
+
+def test_which_providers_and_plans_run():
+    (op,) = (op for op in RATIO_OPS if op.name == "log_ratio_reward")
+    made = [Provider("a", "", breaks), Provider("b", "", breaks, default=False),
+            Provider("c", "", breaks, applies=lambda case: False),
+            Provider("d", "", breaks, plans=("auto",), other_plans=("cache",))]  # fmt: skip
+    op = dataclasses.replace(op, providers=tuple(made))
+
+    def chosen(providers=(), plans=()):
+        return [(e.provider.name, e.plan) for e in runner.entries(op, small_case(op), providers, plans)]
+
+    assert chosen() == [("a", "-"), ("d", "auto")]
+    assert chosen(("b", "c")) == [("b", "-"), ("c", "-")]  # who asks gets what does not apply, too
+    assert chosen((), ("cache",)) == [("a", "-"), ("d", "cache")]
+
+
+def test_memory_is_the_median_of_the_visits_with_their_range():
+    visited = runner.Visited(OPS[0], small_case(OPS[0]), [], [runner.blank(OPS[0], small_case(OPS[0]),
+                             runner.Entry(OPS[0].providers[0], "-"))], [[]], [[]])  # fmt: skip
+    for mib in (5.0, math.nan, 1.0, 2.0):
+        visited.remember(0, mib)
+    assert (visited.rows[0].extra_mib, visited.rows[0].extra_low, visited.rows[0].extra_high) == (2, 1, 5)
 
 
 def test_a_row_is_filled_from_the_samples_of_every_visit():
