@@ -196,6 +196,17 @@ def test_which_providers_and_plans_run():
     assert chosen((), ("cache",)) == [("a", "-"), ("d", "cache")]
 
 
+def test_a_checked_row_has_each_error_in_its_column_and_the_figures_of_a_warm_call(monkeypatch):
+    op, peaks = dataclasses.replace(op_with(), gross_error=1.0), iter((80.0, 20.0))
+    monkeypatch.setattr(runner, "extra_memory", lambda call, device, empty: (call(), next(peaks)))
+    problem = SimpleNamespace(case=small_case(op), errors=lambda result: Errors(0.1, 0.2, 0.3))
+    entry = runner.Entry(Provider("other", "", lambda problem, plan: dict), "-")
+    checked = runner.check(op, problem, entry, FOREVER)
+    row = checked.row
+    assert (row.max_error, row.grad_error, row.weight_grad_error, row.extra_mib) == (0.1, 0.2, 0.3, 20)
+    assert checked.warm and checked.call is dict
+
+
 def test_memory_is_the_median_of_the_visits_with_their_range():
     visited = runner.Visited(OPS[0], small_case(OPS[0]), [], [runner.blank(OPS[0], small_case(OPS[0]),
                              runner.Entry(OPS[0].providers[0], "-"))], [[]], [[]])  # fmt: skip
