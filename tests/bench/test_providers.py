@@ -207,10 +207,19 @@ def test_a_checked_row_has_each_error_in_its_column_and_the_figures_of_a_warm_ca
     assert checked.warm and checked.call is dict
 
 
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_memory_of_a_first_call_is_left_to_the_next_visit(monkeypatch, warm):
+    case = small_case(op := op_with())
+    entry = runner.Entry(op.providers[0], "-")
+    row = dataclasses.replace(runner.blank(op, case, entry), extra_mib=9.0)
+    monkeypatch.setattr(runner, "check", lambda *_: runner.Checked(row, warm=warm))
+    assert runner.run_case(op, case, [entry], EFFORT, FOREVER).memory == [[9.0] if warm else []]
+
+
 def test_memory_is_the_median_of_the_visits_with_their_range():
     visited = runner.Visited(OPS[0], small_case(OPS[0]), [], [runner.blank(OPS[0], small_case(OPS[0]),
                              runner.Entry(OPS[0].providers[0], "-"))], [[]], [[]])  # fmt: skip
-    for mib in (5.0, math.nan, 1.0, 2.0):
+    for mib in (5.0, math.nan, 2.0, 1.0):
         visited.remember(0, mib)
     assert (visited.rows[0].extra_mib, visited.rows[0].extra_low, visited.rows[0].extra_high) == (2, 1, 5)
 

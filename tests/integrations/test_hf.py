@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from srppo import UserError
+from srppo.integrations import hf
 from srppo.integrations.hf import use_fused_cross_entropy
 
 KINDS = ("llama", "qwen2", "gpt2", "gemma2", "cohere2", "granite")
@@ -107,6 +108,7 @@ def test_labels_that_are_shifted_already_and_another_index_that_is_ignored() -> 
     labels = inputs["input_ids"]
     assert_equal(plain, fused, input_ids=labels, labels=labels, ignore_index=int(labels[0, 5]))
     inputs["shift_labels"] = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    inputs["labels"] = torch.full_like(labels, -100)  # which they stand in for
     assert_equal(plain, fused, **inputs)
 
 
@@ -149,6 +151,13 @@ def test_no_tensor_of_the_logits_size() -> None:
         gradients(fused, **inputs)
     assert theirs.numel >= rows * length * vocab  # the check sees logits where there are some
     assert ours.numel < rows * (length - 1) * vocab
+
+
+def test_the_workspace_is_the_one_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, original = [], hf.linear_loss
+    monkeypatch.setattr(hf, "linear_loss", lambda *a, **k: seen.append(k["workspace_bytes"]) or original(*a, **k))
+    use_fused_cross_entropy(training(), workspace_bytes=12345)(**batch())
+    assert seen == [12345]
 
 
 def test_without_labels_the_forward_is_the_models_own() -> None:
