@@ -209,10 +209,12 @@ def test_evaluation_metrics_are_means_over_the_rows_it_returns(tiny_models, tmp_
 @pytest.mark.parametrize("beta", [None, 0.5])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere2"])
 def test_evaluation_is_what_the_models_logits_give_in_float64(tmp_path, monkeypatch, kind, beta):
-    """Three models and three temperatures, so that none passes for another; soft-capped and scaled heads."""
+    """Three models and three temperatures, so that none passes for another; heads with softcap, scale and bias."""
     settings = {"temperature": 0.7, "top_p": 0.9, "score_temperature": 1.5, "seed": 3}
     args = config(tmp_path, **settings)
     policy, sft, base = (Role(name, tiny_model(kind, seed=n)) for n, name in enumerate(("policy", "sft", "base")))
+    for role in (policy, sft, base) if kind == "cohere2" else ():
+        role.causal_lm.lm_head = torch.nn.Linear(32, 264)
     seen = {}
 
     def sampled(role, prompts, **options):
