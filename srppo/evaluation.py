@@ -220,7 +220,8 @@ def extrapolated_logprobs(
 
 def capped_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """The logits themselves, ``[N, V]`` fp32."""
-    logits = torch.nn.functional.linear(hidden, head.weight.float(), head.bias) * head.logit_scale
+    bias = None if head.bias is None else head.bias.float()
+    logits = torch.nn.functional.linear(hidden, head.weight.float(), bias) * head.logit_scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 

@@ -32,7 +32,7 @@ from srppo import PipelineConfig, SRPPOTrainer, UserError, distributed, evaluati
 from srppo.evaluation import EVAL_METRICS, answers_match, completion_rows, evaluate_policy, write_completions
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
 from srppo.model_card import model_card
-from srppo.models import load_tokenizer
+from srppo.models import Head, load_tokenizer
 from srppo.plots import plot_history
 from srppo.roles import Role, frozen_roles
 from srppo.rollout import collate, generate
@@ -253,6 +253,12 @@ def test_evaluation_is_what_the_models_logits_give_in_float64(tmp_path, monkeypa
         total = sum(logp(role, row.prompt_ids, row.completion_ids, 1.0) for row in demos)
         mean = total / sum(len(row.completion_ids) for row in demos)
         assert metrics[f"eval/demonstrations/{name}"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_capped_logits_of_a_head_in_16_bit_with_everything():
+    hidden, weight, bias = torch.randn(3, 8), torch.randn(5, 8).bfloat16(), torch.randn(5).bfloat16()
+    got = evaluation.capped_logits(hidden, Head(weight, bias, 0.5, 3.0))
+    torch.testing.assert_close(got, 3 * torch.tanh((hidden @ weight.float().T + bias.float()) * 0.5 / 3))
 
 
 def test_likelihood_of_held_out_demonstrations_is_a_mean_over_their_tokens(tiny_models, tmp_path):
