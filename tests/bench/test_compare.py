@@ -72,6 +72,7 @@ def test_a_single_visit_knows_no_noise_between_runs(run, visits):
     assert list(changes(single(run), single(run, ratio=2.9, ratio_p20=2.8, ratio_p80=3.0))) == []
     (found,) = changes(single(run), altered(run, 2, ratio=3.1, ratio_p20=3.0, ratio_p80=3.2))
     assert found.what == "slower 1.55x"
+    assert list(changes(single(run), altered(run, 2, ratio=3.1, ratio_p20=3.0, ratio_p80=3.2), threshold=0.6)) == []
 
 
 def simulated(generator, visits, spread, slow=1.0):

@@ -76,8 +76,10 @@ def test_loss_gradient_and_metrics_are_verls(name: str, mode: str) -> None:
         assert gradient.abs().max() > 1e-3
         assert metrics.keys() == their_metrics.keys()
         for key, value in their_metrics.items():
-            if key == "actor/pg_clipfrac_lower" and "dppo" in name:
-                continue  # verl counts a capped ratio only inside the trust region
+            if key == "actor/pg_clipfrac_lower" and "dppo" in name:  # verl counts them only inside the trust region
+                ratio = (inputs["log_prob"] - inputs["old_log_prob"])[inputs["response_mask"].bool()].exp()
+                value = (ratio > 1.5).double().mean().item()
+                assert value > 0
             assert metrics[key] == pytest.approx(value, abs=1e-6), key
         assert their_metrics["actor/pg_clipfrac"] > 0
 
@@ -96,11 +98,13 @@ def test_asymmetric_clip_and_defaults() -> None:
 def test_counts_of_the_global_batch(mode: str) -> None:
     """Two micro-batches on two ranks, whose gradients verl averages: the same as all in one."""
     inputs = problem()
-    whole, gradient, _ = evaluate("srppo_ppo", actor(), inputs, loss_agg_mode=mode)
     mask = inputs["response_mask"]
+    scale = {"loss_scale_factor": 2 * mask.shape[-1]}
+    whole, gradient, _ = evaluate("srppo_ppo", actor(global_batch_info=scale), inputs, loss_agg_mode=mode)
+    if mode == "seq-mean-token-sum-norm":
+        torch.testing.assert_close(whole, evaluate("srppo_ppo", actor(), inputs, loss_agg_mode=mode)[0] / 2)
     batch = {
-        "dp_size": 2, "batch_num_tokens": int(mask.sum()), "global_batch_size": int(mask.any(-1).sum()),
-        "loss_scale_factor": mask.shape[-1],
+        "dp_size": 2, "batch_num_tokens": int(mask.sum()), "global_batch_size": int(mask.any(-1).sum()), **scale,
     }  # fmt: skip
     config, losses, gradients = actor(global_batch_info=batch), [], []
     for rows in (slice(0, 2), slice(2, 6)):

@@ -19,7 +19,7 @@ from tiny_runs import QUIET, ROWS, config, examples, trainer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 from srppo import SRPPOConfig, UserError, run_sft
-from srppo.data import Sampler, end_with_stop, load_rows, prepare, stop_tokens
+from srppo.data import Sampler, end_with_stop, filler_token, load_rows, prepare, stop_tokens
 
 TOKENIZER = tiny_tokenizer()
 END, USER, ASSISTANT = 0, 2, 3
@@ -261,8 +261,19 @@ def test_a_tokenizer_without_end_token_needs_stop_tokens():
         stop_tokens(tokenizer, None)
     assert stop_tokens(tokenizer, [5, 6]) == [5, 6]
     assert stop_tokens(TOKENIZER, None) == [END]
-    with pytest.raises(UserError, match="stop_token_ids has 260, but the tokenizer has 260 tokens"):
-        stop_tokens(TOKENIZER, [5, 260])
+    for bad in (260, -1):
+        with pytest.raises(UserError, match=f"stop_token_ids has {bad}, but the tokenizer has 260 tokens"):
+            stop_tokens(TOKENIZER, [5, bad])
+
+
+def test_padding_is_filled_with_the_pad_token_and_without_one_with_a_stop_token():
+    fillers = [filler_token(tiny_tokenizer(pad=pad), [5, 6]) for pad in ("<|pad|>", "<|end|>", None)]
+    assert fillers == [1, 0, 5]
+
+
+def test_the_longest_rows_allowed_are_taken_and_an_answer_of_zero_is_one():
+    (example,) = tokenised([{"prompt": "a" * 64, "completion": "b" * 63, "answer": 0}])
+    assert (len(example.prompt_ids), len(example.completion_ids), example.answer) == (64, 64, "0")
 
 
 def test_input_ids_are_taken_as_they_are():
@@ -286,6 +297,12 @@ def test_an_end_token_that_the_tokenizer_adds_to_the_prompt_is_taken_away_and_on
         single="<|user|> $A", special_tokens=[("<|user|>", USER)]
     )
     assert tokenised([{"prompt": "ab<|end|>"}], tokenizer=tokenizer)[0].prompt_ids == [USER, *ids("ab"), END]
+    text, chat = tokenised([{"prompt": "ab", "completion": "c"}, {"messages": CHAT}], tokenizer=tokenizer)
+    assert (text.prompt_ids, text.completion_ids) == (
+        [USER, *ids("ab")],
+        [*ids("c"), END],
+    )  # it begins the prompt alone
+    assert [*chat.prompt_ids, *chat.completion_ids] == [USER, *ids("hi"), END, ASSISTANT, *ids("yo"), END]
 
 
 # -- completions ------------------------------------------------------------------------------------------------------
