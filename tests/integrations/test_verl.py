@@ -178,6 +178,8 @@ def item(prompt: list[int], response: list[int], *, width: int = 5) -> Any:
 
 
 def test_rewards_by_token_ids_in_batches(models: dict[str, str]) -> None:
+    from verl import DataProto
+
     expected = SelfReward(**models).reward(PROMPTS, RESPONSES).tolist()
     sizes = []
 
@@ -186,11 +188,13 @@ def test_rewards_by_token_ids_in_batches(models: dict[str, str]) -> None:
         original = manager.reward.reward
         manager.reward.reward = lambda p, c: sizes.append(len(p)) or original(p, c)
         data = [item(p, c) for p, c in zip(PROMPTS, RESPONSES, strict=True)]
+        data[2] = DataProto.concat([data[0], data[2]])  # of several turns the last counts
         return await asyncio.gather(*(manager.run_single(one) for one in data))
 
     results = asyncio.run(run())
     assert [result["reward_score"] for result in results] == pytest.approx(expected, abs=1e-5)
-    assert results[0]["reward_extra_info"]["self_reward_per_token"] == pytest.approx(expected[0] / 3, abs=1e-5)
+    each = [result["reward_extra_info"]["self_reward_per_token"] for result in results]
+    assert each == pytest.approx([r / n for r, n in zip(expected, (3, 4, 1), strict=True)], abs=1e-5)
     assert sum(sizes) == 3 and len(sizes) == 2  # the first one alone, those that waited for it together
 
 
