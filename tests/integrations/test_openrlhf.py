@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from tiny import save, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from srppo import UserError
 from srppo.integrations.openrlhf import DEFAULT_CLIP, self_reward_agent, self_reward_func
@@ -56,11 +57,16 @@ def test_several_queries_at_once(models: tuple[str, str]) -> None:
     alone = [func([q], [p])["rewards"].item() for q, p in zip(queries, prompts, strict=True)]
     assert together == pytest.approx(alone, abs=1e-5)
     assert together[0] != together[1]
+    begins = tiny_tokenizer()
+    begins.backend_tokenizer.post_processor = TemplateProcessing(single="<|user|> $A", special_tokens=[("<|user|>", 2)])
+    func = self_reward_func(tiny_model(seed=0), tiny_model(seed=1), begins, clip_range=WIDE)
+    assert func(queries, prompts)["rewards"].tolist() == pytest.approx(together, abs=1e-5)  # it is in the text
 
 
-def test_the_default_clip_is_warned_of(models: tuple[str, str]) -> None:
+@pytest.mark.parametrize("scale", [100.0, -100.0])
+def test_the_default_clip_is_warned_of(models: tuple[str, str], scale: float) -> None:
     with pytest.warns(UserWarning, match=r"--reward\.clip_range"):
-        func = self_reward_func(*models, scale=100.0)
+        func = self_reward_func(*models, scale=scale)
     with pytest.warns(UserWarning, match="outside clip_range"):
         reward = func(["ab:xyz"], ["ab:"])["rewards"]
     assert reward.abs().max() > 10  # told, not changed: the clip is OpenRLHF's

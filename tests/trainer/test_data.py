@@ -427,6 +427,8 @@ def test_the_sampler_gives_every_example_once_before_any_comes_again(count, size
 
 def test_the_sampler_resumes_in_the_middle_of_a_pass():
     rows = examples([{"prompt": "x" * (n + 1)} for n in range(7)])
+    orders = [Sampler(rows, 7, seed).next() for seed in (0, 0, 99)]
+    assert orders[0] == orders[1] != orders[2]
     first, second = Sampler(rows, 3, 0), Sampler(rows, 3, 99)
     first.next()
     second.load_state_dict(first.state_dict())
