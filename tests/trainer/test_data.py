@@ -183,6 +183,14 @@ def test_a_missing_file_and_a_missing_hub_name_are_named(tmp_path):
         load_rows("no-such-dataset", "train")
 
 
+def test_a_data_set_of_the_hub_gives_the_split_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": [{"prompt": "a"}], "dev": [{"prompt": "b"}]})
+    assert load_rows("some/name", "dev") == [("some/name, dev row 0", {"prompt": "b"})]
+    assert load_rows("some/name", "test", missing_split_ok=True) == []
+    with pytest.raises(UserError, match="some/name has no split 'test': it has train, dev; see dataset_train_split"):
+        load_rows("some/name", "test")
+
+
 def test_a_folder_with_two_files_for_a_split_or_with_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="it has no data files"):
         load_rows(str(tmp_path), "train")
