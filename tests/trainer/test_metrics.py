@@ -28,11 +28,12 @@ from tiny_runs import (
     with_plots,
 )
 
-from srppo import PipelineConfig, SRPPOTrainer, UserError, distributed, evaluation, ppo, run_sft
+from srppo import PipelineConfig, SRPPOTrainer, UserError, distributed, evaluation, ppo, run_sft, sft
 from srppo.evaluation import EVAL_METRICS, answers_match, completion_rows, evaluate_policy, write_completions
+from srppo.learner import Learner
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
 from srppo.model_card import model_card
-from srppo.models import Head, load_tokenizer
+from srppo.models import Head, load_model, load_tokenizer
 from srppo.plots import plot_history
 from srppo.roles import Role, frozen_roles
 from srppo.rollout import collate, generate
@@ -62,13 +63,49 @@ def test_every_metric_of_a_run_is_documented_and_every_documented_one_is_written
     assert all(len(text) > 10 for text in {**METRICS, **EVAL_METRICS, **SFT_METRICS}.values())
 
 
-def test_every_metric_of_sft_is_documented(tiny_models, tmp_path):
-    rows = examples(ROWS)
-    args = config(tmp_path, base_model_name_or_path=tiny_models.base)
+def test_every_metric_of_sft_is_documented_and_what_a_computation_by_hand_gives(tiny_models, tmp_path, monkeypatch):
+    rows, modes, limits = examples(ROWS), [], []
+    loss_of, step = sft.demonstration_loss, Learner.step
+    recomputes = lambda role: role.causal_lm.model.layers[0].gradient_checkpointing  # noqa: E731
+    monkeypatch.setattr(
+        sft,
+        "demonstration_loss",
+        lambda role, *rest: modes.append((role.model.training, recomputes(role))) or loss_of(role, *rest),
+    )
+    monkeypatch.setattr(Learner, "step", lambda self, limit: limits.append(limit) or step(self, limit))
+    args = config(
+        tmp_path, base_model_name_or_path=tiny_models.base, warmup_ratio=0.0, sft_learning_rate=1e-3,
+        gradient_checkpointing=True,
+    )  # fmt: skip
     run_sft(args, train_dataset=rows, eval_dataset=rows[:3], output_dir=tmp_path / "sft", console=QUIET)
     history = read_jsonl(tmp_path / "sft" / "metrics.jsonl")
     assert {name for entry in history for name in entry} - {"step"} == set(SFT_METRICS)
     assert [entry["step"] for entry in history if "eval/loss" in entry] == [2, 4]  # the end of each epoch
+    assert [entry["lr"] for entry in history] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert limits == [args.max_grad_norm] * 4
+    assert [training for training, _ in modes] == [True, True, True, False, False] * 2  # no dropout on those held out
+    assert all(asked for _, asked in modes)
+    first = torch.randperm(6, generator=torch.Generator().manual_seed(args.seed))[:4].tolist()
+    for folder, given, found in (
+        (tiny_models.base, [rows[i] for i in first], history[0]["sft/loss"]),
+        (tmp_path / "sft", rows[:3], history[-1]["eval/loss"]),
+    ):
+        model, losses = load_model(folder, args), []
+        for row in given:
+            ids, begin = torch.tensor([*row.prompt_ids, *row.completion_ids]), len(row.prompt_ids)
+            with torch.no_grad():
+                logits = model(ids[None]).logits[0, begin - 1 : -1]
+            losses += torch.nn.functional.cross_entropy(logits, ids[begin:], reduction="none").tolist()
+        assert found == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_sft_ends_at_a_gradient_that_is_not_finite(tiny_models, tmp_path, monkeypatch):
+    loss_of = sft.demonstration_loss
+    monkeypatch.setattr(sft, "demonstration_loss", lambda *given: loss_of(*given) * math.inf)
+    args = config(tmp_path, base_model_name_or_path=tiny_models.base)
+    with pytest.raises(UserError, match="SFT gradient is not finite"):
+        run_sft(args, train_dataset=examples(ROWS), output_dir=tmp_path / "sft", console=QUIET)
+    assert not (tmp_path / "sft").exists()
 
 
 def test_metrics_are_what_a_computation_by_hand_gives(tmp_path):

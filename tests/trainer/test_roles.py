@@ -44,7 +44,7 @@ from transformers import (
 
 from srppo import SelfReward, SRPPOTrainer, UserError, ppo, run_sft
 from srppo.data import Example
-from srppo.models import check_adapter, disable_dropout, load_model, load_tokenizer
+from srppo.models import check_adapter, check_positions, disable_dropout, load_model, load_tokenizer
 from srppo.roles import Role, build_roles, check_head, frozen_roles
 from srppo.rollout import generate
 from srppo.sft import sft_role
@@ -350,7 +350,7 @@ def test_head_transform_of_each_architecture_matters(kind, attribute, neutral):
     assert (ppo.logprobs(role(model), rollout())[0] - with_it).abs().max() > 0.1
 
 
-def test_a_head_transform_that_nobody_knows_is_refused():
+def test_a_head_transform_that_nobody_knows_is_refused(tmp_path):
     model = tiny_model("llama")
     plain = model.forward
 
@@ -360,8 +360,15 @@ def test_a_head_transform_that_nobody_knows_is_refused():
         return output
 
     model.forward = squared
-    with pytest.raises(UserError, match=r"LlamaForCausalLM computes its logits in a way .* not supported"):
-        check_head(role(model))
+    args, other = config(tmp_path), tiny_model("llama", seed=1)
+    for use in (
+        lambda: check_head(role(model)),
+        lambda: sft_role(args, model),
+        lambda: frozen_roles(args, model, other),
+        lambda: frozen_roles(args, other, model),
+    ):
+        with pytest.raises(UserError, match=r"LlamaForCausalLM computes its logits in a way .* not supported"):
+            use()
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -658,13 +665,14 @@ def test_missing_and_damaged_models_are_named(tiny_models, tmp_path):
 def test_sequences_beyond_the_models_positions_are_refused_before_training(tiny_models, tmp_path):
     with pytest.raises(UserError, match=r"may reach \d+ tokens, and the model has 128 positions"):
         trainer(tiny_models, tmp_path, max_completion_length=124)
-    long = examples([{"prompt": "a" * 64, "completion": "b" * 63}])
-    with pytest.raises(UserError, match="128 positions"):
-        run_sft(
-            config(tmp_path, base_model_name_or_path=tiny_models.base),
-            train_dataset=[*long, Example([5] * 80, [6] * 60, None, "")],
-            output_dir=tmp_path / "never", console=QUIET,
-        )  # fmt: skip
+    check_positions(tiny_model().config, 128)  # as many as there are
+    long = [*examples([{"prompt": "a" * 64, "completion": "b" * 63}]), Example([5] * 80, [6] * 60, None, "")]
+    for rows, held_out in ((long, ()), (examples(ROWS), long)):
+        with pytest.raises(UserError, match="128 positions"):
+            run_sft(
+                config(tmp_path, base_model_name_or_path=tiny_models.base), train_dataset=rows, eval_dataset=held_out,
+                output_dir=tmp_path / "never", console=QUIET,
+            )  # fmt: skip
 
 
 def test_full_roles_are_four_models_of_their_own(tmp_path):
