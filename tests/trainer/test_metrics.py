@@ -159,13 +159,16 @@ def test_metrics_are_what_a_computation_by_hand_gives(tmp_path):
     assert abs(expected["objective/kl"]) > 1e-3
     for name, value in expected.items():
         assert got[name] == pytest.approx(value, abs=2e-5, rel=2e-5), name
+    clipped = result.policy._replace(clipfrac_low=torch.tensor(0.25), clipfrac_high=torch.tensor(0.125))
+    result = dataclasses.replace(result, policy=clipped)
+    assert iteration_metrics(given, scores, targets, result)["policy/clipfrac_avg"] == 0.375  # on either side
     assert set(got) - set(expected) == {"grad_norm", "value_grad_norm"}
     assert got["grad_norm"] > 0 and got["value_grad_norm"] > 0
 
 
 def test_clip_fraction_counts_the_tokens_whose_clipped_term_was_the_smaller_one(tmp_path):
     """The second epoch sees the weights after the first step: they are made here by an update of one epoch."""
-    settings = {"learning_rate": 0.05, "max_grad_norm": None, "kl_coef": 0.0, "lr_scheduler_type": "constant"}
+    settings = {"learning_rate": 5e-4, "max_grad_norm": None, "kl_coef": 0.0, "cliprange": 0.4}
     given, rows, outcomes = rollout(), [[torch.arange(4)]], []
     for epochs in (1, 2):
         args = config(tmp_path, num_ppo_epochs=epochs, **settings)
@@ -179,12 +182,13 @@ def test_clip_fraction_counts_the_tokens_whose_clipped_term_was_the_smaller_one(
     mask = given.completion_mask
     ratio = (ppo.logprobs(moved.policy, given)[0] - scores.policy)[mask].double().exp()
     advantage = targets.advantages[mask]
-    clipped = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0))
+    clipped = ((ratio > 1.4) & (advantage > 0)) | ((ratio < 0.6) & (advantage < 0))
     assert 0 < clipped.sum() < 10
     assert got["policy/clipfrac_avg"] == pytest.approx(clipped.double().mean().item() / 2)  # the first epoch has none
     assert got["val/ratio"] == pytest.approx((1 + ratio.mean().item()) / 2, rel=1e-3)
     k3 = (ratio - 1 - ratio.log()).mean().item()
     assert got["policy/approxkl_avg"] == pytest.approx(k3 / 2, rel=1e-3)
+    assert result.policy.count == result.value.count == 20  # of both epochs
 
 
 def test_metrics_that_are_no_number_are_left_out(tmp_path):

@@ -347,9 +347,12 @@ def test_a_single_token_in_the_whole_batch_gives_no_gradient_and_no_nan(tmp_path
     """Whitening one advantage gives 0: nothing can be learnt, and nothing may break."""
     args = config(tmp_path)
     given = collate([[10]], [[0]], pad_token_id=1, stop_token_ids=[0])
-    _, targets, result = one_update(full_roles(args), args, given)
+    roles = full_roles(args)
+    before = snapshot(roles.policy.model)
+    _, targets, result = one_update(roles, args, given)
     assert targets.advantages.item() == 0
     assert result.grad_norm == 0 and result.skipped_steps == 0
+    assert all(torch.equal(value, before[name]) for name, value in roles.policy.model.state_dict().items())  # no decay
 
 
 def test_target_kl_ends_the_epochs(tmp_path):
@@ -361,9 +364,9 @@ def test_target_kl_ends_the_epochs(tmp_path):
     assert result.policy.approx_kl > 0
 
 
-def test_target_kl_looks_at_the_epoch_that_ended_and_not_at_the_mean_of_all(tmp_path):
-    def run(epochs: int, target: float | None = None):
-        args = config(tmp_path, num_ppo_epochs=epochs, learning_rate=1e-2, target_kl=target)
+def test_target_kl_looks_at_the_epoch_that_ended_and_at_all_of_it(tmp_path):
+    def run(epochs: int, target: float | None = None, **batches: int):
+        args = config(tmp_path, num_ppo_epochs=epochs, learning_rate=1e-2, target_kl=target, **batches)
         return one_update(full_roles(args), args, rollout())[2]
 
     of_two = run(2).policy.approx_kl.item()
@@ -371,6 +374,9 @@ def test_target_kl_looks_at_the_epoch_that_ended_and_not_at_the_mean_of_all(tmp_
     assert of_two > 1e-6
     assert run(3, target=(of_two + of_second) / 2).epochs == 2
     assert run(3, target=1.1 * of_second).epochs == 3
+    halves = {"num_mini_batches": 2, "gradient_accumulation_steps": 1}
+    of_first = run(1, **halves).policy.approx_kl.item()  # all of its second half's, where its first half's is 0
+    assert of_first > 1e-6 and run(2, target=1.1 * of_first, **halves).epochs == 2
 
 
 def test_gradient_that_is_not_finite_is_skipped_and_counted_and_the_run_goes_on(tiny_models, tmp_path, monkeypatch):
@@ -477,12 +483,11 @@ def test_clipping_bounds_the_gradient_norm_and_reports_what_it_was(tmp_path, mon
     for limit in (1e-3, None, 0.0):
         args = config(tmp_path, max_grad_norm=limit, num_ppo_epochs=1)
         one_update(full_roles(args), args, rollout())
-    assert [limit for limit, _ in norms[::2]] == [1e-3, None, 0.0]
+    assert [limit for limit, _ in norms] == [1e-3, 1e-3, None, None, 0.0, 0.0]  # of policy and critic
     before = [norm for _, norm in norms]
-    assert before[0] == pytest.approx(before[2]) and before[0] > 1e-2
-    assert taken[0] == pytest.approx(1e-3, rel=1e-3)
-    assert taken[2] == pytest.approx(before[2], rel=1e-5)
-    assert taken[4] == pytest.approx(before[4], rel=1e-5)  # 0 means off, as in transformers
+    assert before[:2] == pytest.approx(before[2:4]) and min(before) > 1e-2
+    assert taken[:2] == pytest.approx([1e-3] * 2, rel=1e-3)
+    assert taken[2:] == pytest.approx(before[2:], rel=1e-5)  # 0 means off, as in transformers
 
 
 def test_split_rows_is_a_partition_into_mini_batches_of_micro_batches(tmp_path):
@@ -510,13 +515,13 @@ def test_every_epoch_draws_mini_batches_of_its_own(tmp_path, monkeypatch):
     assert len({str(epoch) for epoch in epochs}) > 2
 
 
-def test_loss_is_divided_by_the_mini_batchs_tokens_and_not_by_its_sequences(tmp_path):
-    """A mini-batch of one long and one short completion weighs every token alike."""
+def test_loss_is_divided_by_the_mini_batchs_tokens_and_not_by_its_sequences(tmp_path, gradients):
+    """A mini-batch of long and short completions weighs every token alike, whatever the other one has."""
     args = config(tmp_path, num_ppo_epochs=1, entropy_coef=0.0, whiten_advantages=False)
-    roles = full_roles(args)
     given = rollout()
-    _, targets, result = one_update(roles, args, given, mini_batches=rows([0, 1, 2, 3]))
-    tokens = targets.advantages[given.completion_mask]
-    assert result.policy_loss == pytest.approx(-tokens.mean().item(), abs=1e-5)  # ratio 1: the loss is -A
-    returns = targets.returns[given.completion_mask]
-    assert result.value_loss == pytest.approx(0.5 * returns.square().mean().item(), rel=1e-5)  # V = 0
+    _, targets, result = one_update(full_roles(args), args, given, mini_batches=rows([0, 1], [2]) + rows([3]))
+    of = lambda values: [values[mini][given.completion_mask[mini]] for mini in ([0, 1, 2], [3])]  # noqa: E731
+    losses = [-tokens.mean().item() for tokens in of(targets.advantages)]  # ratio 1: the loss is -A
+    assert result.policy_loss == pytest.approx(sum(losses) / 2, abs=1e-5)
+    losses = [0.5 * tokens.square().mean().item() for tokens in of(targets.returns)]  # V = 0
+    assert result.value_loss == pytest.approx(sum(losses) / 2, rel=1e-5)
