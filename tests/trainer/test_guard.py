@@ -126,6 +126,7 @@ def test_held_out_likelihood_is_per_token_with_the_error_of_a_ratio(tmp_path):
     rows = examples(ROWS)
     held_out = HeldOut(rows, args, roles.sft, pad_token_id=1, stop_token_ids=[0])
     assert held_out.look(roles.sft)[1:] == (0.0, 0.0)
+    assert not held_out.logprobs(roles.policy).requires_grad, "a look keeps no activations"
     logp, gain, error = held_out.look(roles.base)
     pairs = [ppo.logprobs(role, held_out.rollout)[0].sum(-1).double() for role in (roles.base, roles.sft)]
     lengths = torch.tensor([len(row.completion_ids) for row in rows], dtype=torch.float64)
@@ -161,9 +162,14 @@ def test_the_kl_that_is_watched_is_to_sft_whatever_the_penalty_pulls_towards(tmp
     given, generator = rollout(), torch.Generator().manual_seed(0)
     draw = lambda: -torch.rand(given.completion_mask.shape, generator=generator) * given.completion_mask  # noqa: E731
     scores = ppo.Scores(*(draw() for _ in ppo.Scores.__dataclass_fields__))
-    args = config(tmp_path, kl_reference=reference)
-    seen = look_at(scores, ppo.advantages(given, scores, args), given, args)
+    args = config(tmp_path, kl_reference=reference, missing_eos_penalty=2.0)
+    targets = ppo.advantages(given, scores, args)
+    seen = look_at(scores, targets, given, args)
     assert seen.kl == pytest.approx((scores.policy - getattr(scores, compared)).sum(-1).mean().item())
+    objective = targets.shaped_scores - (scores.policy - scores.reference).sum(-1)  # with penalty and beta 1
+    assert seen.objective == pytest.approx(objective.mean().item(), abs=1e-6)
+    assert seen.objective_error == pytest.approx(objective.std().item() / 2, rel=1e-5)
+    assert seen.reward == pytest.approx(targets.scores.mean().item()) != pytest.approx(seen.objective)
 
 
 # -- beta -------------------------------------------------------------------------------------------------------------
@@ -189,7 +195,11 @@ def test_a_run_with_guard_and_target_resumes_bit_for_bit(tiny_models, tmp_path):
     settings = {"max_steps": 4, "save_steps": 2, "kl_target": 0.01, "learning_rate": 3e-3, "num_ppo_epochs": 1}
     rows = examples(ROWS)
     straight = trainer(tiny_models, tmp_path / "a", eval_dataset=rows, **settings)
+    look, seen = straight.guard.look, []
+    straight.guard.look = lambda step, given, **options: seen.append((step, given)) or look(step, given, **options)
     straight.train()
+    assert [step for step, _ in seen] == [0, 1, 2, 3]  # each policy before its update
+    assert [given.gain_error > 0 for _, given in seen] == [False, True, True, True]
     betas = [entry["objective/kl_coef"] for entry in straight.history]
     assert betas[0] == betas[1] == 1.0 and len(set(betas)) == 3, betas
     resumed = trainer(

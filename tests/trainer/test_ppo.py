@@ -210,7 +210,10 @@ def test_advantages_are_what_plain_python_gives(tmp_path, settings):
     args = config(tmp_path, whiten_advantages=False, **settings)
     given = rollout()
     scores = made_up_scores(given)
-    got = ppo.advantages(given, scores, args, reward_fn=lambda prompts, completions: [len(c) for c in completions])
+    other = dataclasses.replace(args, kl_coef=args.kl_coef + 5)  # of a run that adapts beta
+    got = ppo.advantages(
+        given, scores, other, reward_fn=lambda prompts, completions: [len(c) for c in completions], kl_coef=args.kl_coef
+    )
     shaped, expected = by_hand(given, scores, args, extra=(3.0, 1.0, 4.0, 2.0))
     torch.testing.assert_close(got.shaped_scores.double(), torch.tensor(shaped, dtype=torch.float64), atol=1e-5, rtol=0)
     for row, mine in enumerate(expected):
@@ -278,6 +281,9 @@ def test_running_normalisation_leaves_a_score_alone_that_has_nothing_to_be_compa
     one = rollout().select([0])
     got = ppo.advantages(one, made_up_scores(one), args, moments=ppo.RunningMoments())
     torch.testing.assert_close(got.shaped_scores, got.scores)
+    moments = ppo.RunningMoments()
+    moments.update(torch.full((3,), 0.7))
+    assert moments.std == 1, "nor do scores that are all the same"
 
 
 def test_reward_fn_gets_token_ids_without_padding(tmp_path):
@@ -291,6 +297,8 @@ def test_reward_fn_gets_token_ids_without_padding(tmp_path):
     ppo.advantages(given, made_up_scores(given), config(tmp_path), reward_fn=reward)
     assert seen["prompts"] == [[10, 11, 12], [13], [14, 15, 16, 17, 18], [19, 20]]
     assert seen["completions"] == [[30, 31, 0], [0], [32, 33, 34, 35], [36, 0]]
+    placed = ppo.at_last_token(torch.tensor([2.0, 3.0]), torch.tensor([[True, True, False], [False, False, False]]))
+    assert placed.tolist() == [[0, 2, 0], [0, 0, 0]]  # an empty completion has no place for one
 
 
 @pytest.mark.parametrize("given", [{"callbacks": [object()]}, {"reward_fn": [len]}])
