@@ -348,6 +348,14 @@ def test_changing_a_field_changes_something(world, name):
     assert observe(world, **{name: one}) != observe(world, **{name: other})
 
 
+def test_the_seed_decides_the_order_of_prompts_and_the_mini_batches_too(world):
+    drawn = []
+    for seed in (0, 1):
+        run = trainer(world.models, world.fresh(), seed=seed)
+        drawn.append((run.sampler.next(), torch.randperm(99, generator=run.generator).tolist()))
+    assert all(one != other for one, other in zip(*drawn, strict=True))
+
+
 @pytest.mark.parametrize("observe", [rewards, scored, updated, sampled, trained, fine_tuned, loaded, adapted, batches])
 def test_an_observation_without_a_change_is_always_the_same(world, observe):
     """Otherwise the table would prove nothing."""

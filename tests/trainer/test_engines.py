@@ -82,14 +82,23 @@ def test_a_run_samples_from_a_server_that_is_given_every_new_policy(tiny_models,
     assert all(body["temperature"] == 1.0 and set(body["stop_token_ids"]) == set(STOPS) for body in asked)
 
 
-def test_a_server_with_an_old_policy_shows_in_the_metrics(tiny_models, tmp_path, server):
-    run = run_with(tiny_models, tmp_path, server.url, max_steps=2, learning_rate=1e-2)
-    synchronise = run.engine.synchronise
+def test_a_server_with_an_old_policy_shows_in_the_metrics_and_in_the_weights(
+    tiny_models, tmp_path, server, monkeypatch
+):
+    run = run_with(tiny_models, tmp_path, server.url, max_steps=2, learning_rate=1e-2, importance_cap=1.5)
+    synchronise, advantages, seen = run.engine.synchronise, ppo.advantages, []
     first_name = f"{run.engine.prefix}0"
     run.engine.synchronise = lambda policy, name: synchronise(policy, first_name)
+
+    def watched(given, scores, *rest, weights, **options):
+        seen.append((weights, importance_weights(given, scores.policy, 1.5)))
+        return advantages(given, scores, *rest, weights=weights, **options)
+
+    monkeypatch.setattr(ppo, "advantages", watched)
     run.train()
     first, second = (entry["sampling/logp_difference/max"] for entry in run.history)
     assert first < 1e-4 < 1e-2 < second
+    assert all(torch.equal(used, expected) for used, expected in seen) and seen[1][0].max() > 1.01
 
 
 def test_what_a_killed_run_left_on_the_server_is_taken_off_and_in_nobodys_way(tiny_models, tmp_path, server):
@@ -125,6 +134,10 @@ def test_what_a_checkpoint_asks_for_in_its_generation_config_does_not_reach_the_
     assert torch.equal(samples[0].input_ids, samples[1].input_ids)
     _, asked = server.requests[-1]
     assert (asked["top_k"], asked["min_p"], asked["repetition_penalty"]) == (0, 0.0, 1.0)
+    run.engine.sampling = dataclasses.replace(SAMPLING, temperature=0.7, top_p=0.9, max_completion_length=3)
+    run.engine.sample(run.roles.policy, PROMPTS[:1], step=0)
+    _, asked = server.requests[-1]
+    assert (asked["temperature"], asked["top_p"], asked["max_tokens"]) == (0.7, 0.9, 3)
 
 
 def change(**changes):
