@@ -67,9 +67,12 @@ def test_equals_the_models_own_log_probs(pair, batch_size):
     assert got.abs().min() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma2", "cohere2", "granite"])
-def test_heads_that_scale_or_cap_their_logits(kind):
-    base, sft = tiny_model(kind, seed=0), tiny_model(kind, seed=1)
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma2", "cohere2", "granite", "bias"])
+def test_heads_that_scale_cap_or_shift_their_logits(kind):
+    base, sft = (tiny_model("llama" if kind == "bias" else kind, seed=seed) for seed in range(2))
+    if kind == "bias":
+        for model in (base, sft):
+            model.lm_head.bias = nn.Parameter(torch.randn(264))
     want = [own_score(sft, base, p, c).sum() for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     got = SelfReward(base, sft, stop_token_ids=[0]).reward(PROMPTS, COMPLETIONS)
     torch.testing.assert_close(got.double(), torch.stack(want), atol=5e-5, rtol=1e-5)

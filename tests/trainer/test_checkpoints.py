@@ -166,6 +166,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_models, t
     run.console.warn = said.append
     run.train()
     assert len(said) == 2 and "best is gone" not in said[0]  # the second: best/ was not copied
+    assert run.guard.best is not None and (tmp_path / "run" / "best").is_dir(), "judged anew"
     assert re.fullmatch(r"checkpoint \S+checkpoint-4 cannot be read \(.+\); trying checkpoint-2", said[0])
     assert without_times(run.history) == without_times(history)
     assert all(torch.equal(value, final[name]) for name, value in weights(run).items())

@@ -131,6 +131,10 @@ def test_a_model_that_mixes_packed_sequences_is_given_padded_ones(tmp_path, monk
     monkeypatch.undo()
     roles = build_roles(config(tmp_path), tiny_model(), tiny_model(seed=1))
     assert [r.layout for r in roles] == [Layout.SHARED] * 4
+    asked = iter([Layout.SHARED, Layout.PADDED])
+    monkeypatch.setattr("srppo.roles.layout_of", lambda _: next(asked))
+    roles = build_roles(config(tmp_path), tiny_model(), tiny_model(seed=1))
+    assert [r.layout for r in roles] == [Layout.PADDED] * 4, "what one of the two takes"
 
 
 # -- nothing depends on it --------------------------------------------------------------------------------------------

@@ -88,6 +88,9 @@ def test_every_cell_starts_from_sft_trains_policy_and_critic_and_leaves_the_froz
     for name, logp in expected.items():
         got = ppo.logprobs(getattr(roles, name), given)[0].double()
         torch.testing.assert_close(got, logp, atol=2e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    learning = {id(p) for r in (roles.policy, roles.critic) for _, p in r.parameters()}
+    for r in (roles.base, roles.sft):
+        assert not any(p.requires_grad for p in r.model.parameters() if id(p) not in learning), r.name
     with roles.critic.active(), torch.no_grad():
         assert roles.critic.values(given).abs().max() == 0
         trunk = roles.critic.hidden(given)
@@ -764,8 +767,8 @@ def test_tokens_that_the_model_has_no_embedding_for_are_refused_before_training(
     run(ROWS).train()
     with pytest.raises(UserError, match=r"row 1: token 230 is outside of the model's vocabulary of 200 tokens"):
         run([{"prompt": "ab"}, {"input_ids": [5, 230]}])
-    with pytest.raises(UserError, match=r"a stop token or the pad token: token 201 is outside"):
-        run(ROWS, stop_token_ids=[0, 201])
+    with pytest.raises(UserError, match=r"a stop token or the pad token: token 200 is outside"):
+        run(ROWS, stop_token_ids=[0, 200])
     rows = [Example([5], [230, 0], None, "row 7")]
     with pytest.raises(UserError, match=r"row 7: token 230 is outside"):
         run_sft(

@@ -86,8 +86,10 @@ def test_what_a_checkpoint_asks_for_in_its_generation_config_does_not_reach_the_
 
 def test_training_modes_are_those_from_before_module_by_module():
     model = tiny_model().train()
-    frozen = model.model.layers[0].eval()
+    frozen, modes = model.model.layers[0].eval(), []
+    model.model.norm.register_forward_hook(lambda module, *_: modes.append(module.training))
     sample(model, [PROMPT], length=2)
+    assert modes and not any(modes), "samples are without dropout, and with a cache"
     assert model.training and model.lm_head.training and not frozen.training and not frozen.mlp.training
 
 
@@ -193,6 +195,11 @@ def test_a_completion_ends_with_the_first_of_several_stop_tokens():
         assert len(tokens) == 6 or not cut
     assert {len(tokens) for tokens in completions(drawn)} >= {1, 2, 3}
     assert drawn.truncated.any() and not drawn.truncated.all()
+    ((likeliest,),) = completions(sample(model, [PROMPT], temperature=0.0))
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    sample(model, [PROMPT], length=6, stops=((likeliest + 1) % V, likeliest), temperature=0.0)
+    assert len(forwards) == 1, "sampling ends with the last completion, whichever stop token it was"
 
 
 @pytest.mark.parametrize("pad", [0, 1, 4])
