@@ -8,7 +8,6 @@ that is loaded can run code.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -113,12 +112,14 @@ def claimed(folder: Path) -> Iterator[None]:
         return
     try:
         try:
+            import fcntl
+
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"output_dir {folder} is in use by another run: end that one, or choose another folder"
             ) from None
-        except OSError:
+        except (ImportError, OSError):  # a system or a file system without such locks
             pass
         CLAIMED.add(place)
         yield
