@@ -237,6 +237,14 @@ class SRPPOConfig:
         """Reads a YAML file of ``name: value`` lines; ``overrides`` win."""
         return cls.from_dict({**read_yaml(path), **overrides}, source=str(path))
 
+    def of_all_processes(self) -> dict[str, Any]:
+        """What no process may have otherwise than the rest. A path or a name may be another on another machine."""
+        values = {}
+        for field, hint in fields_and_types(type(self)):
+            value = getattr(self, field.name)
+            values[field.name] = value is None if str in (hint, *typing.get_args(hint)) else value
+        return values
+
     def to_yaml(self) -> str:
         """All settings, defaults included, in the order of their definition."""
         import yaml

@@ -10,6 +10,7 @@ boundary too; every demonstration ends in a stop token.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import operator
@@ -46,6 +47,14 @@ class Example:
     def key(self) -> dict[str, int | str]:
         """What tells which row an output is about, where the row has an id."""
         return {} if self.id is None else {"id": self.id}
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """What tells rows from others."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(repr((example.prompt_ids, example.completion_ids, example.answer)).encode())
+    return found.hexdigest()
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

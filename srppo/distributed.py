@@ -27,7 +27,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -149,6 +149,22 @@ def on_main(function: Callable[[], T]) -> T:
         raise ToldByMain(outcome[1])
     result: T = outcome[0]
     return result
+
+
+def require_alike(values: Callable[[], Mapping[str, Any]]) -> None:
+    """Stops every rank where one has other values than the rest of what each was given or read for itself: it would
+    take other steps, and the rest wait for it, or all would learn from different data in silence.
+
+    Args:
+        values: gives them by name, small and plain; not called alone.
+    """
+    if size() == 1:
+        return
+    found: list[Any] = [None] * size()
+    dist.all_gather_object(found, values())
+    other = [name for name in found[0] if any(of_rank.get(name) != found[0][name] for of_rank in found)]
+    if other:
+        raise UserError(f"the processes do not have the same {', '.join(other)}: give all of them the same")
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

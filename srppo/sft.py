@@ -20,7 +20,7 @@ from srppo import distributed, sharding
 from srppo.checkpoint import atomic_folder, require_new_folder, save_model
 from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Console
-from srppo.data import Dataset, Example, as_examples, filler_token, stop_tokens
+from srppo.data import Dataset, Example, as_examples, digest, filler_token, stop_tokens
 from srppo.errors import UserError
 from srppo.learner import Learner
 from srppo.metrics import MetricsWriter
@@ -100,6 +100,7 @@ def run_sft(
             "SFT needs demonstrations, and no row has a completion: add a 'completion' column, or messages that end in "
             "an assistant turn, or give sft_model_name_or_path"
         )
+    distributed.require_alike(lambda: {**args.of_all_processes(), "data": digest([*train, *held_out])})
     model = model or load_model(starting_model(args), args)
     check_positions(model.config, max(len(e.prompt_ids) + len(e.completion_ids or ()) for e in [*train, *held_out]))
     pad = filler_token(tokenizer, stops)

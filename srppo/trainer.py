@@ -24,7 +24,7 @@ import torch
 from srppo import checkpoint, distributed, memory, ppo, sharding, startup, training_state
 from srppo.config import SRPPOConfig
 from srppo.console import Bar, Console
-from srppo.data import Dataset, Example, Sampler, as_examples, filler_token, stop_tokens
+from srppo.data import Dataset, Example, Sampler, as_examples, digest, filler_token, stop_tokens
 from srppo.engines import Engine, Sampling, importance_weights, make_engine, sampling_metrics
 from srppo.errors import UserError
 from srppo.evaluation import completion_rows, evaluate_policy, table_rows, write_completions
@@ -104,24 +104,26 @@ class SRPPOTrainer:
         self.eval_dataset = [] if eval_dataset is None else self.examples(eval_dataset)
         if not self.train_dataset:
             raise UserError("there are no prompts to sample from: the training data is empty")
+        examples = [*self.train_dataset, *self.eval_dataset]
+        distributed.require_alike(lambda: {**args.of_all_processes(), "fsdp": fsdp, "data": digest(examples)})
         pad = filler_token(self.tokenizer, self.stop_token_ids)
         self.sampling = Sampling.of(args, self.stop_token_ids, pad)
         self.engine = engine or make_engine(args, self.sampling)
         self.importance_cap = importance_cap
         self.save_rollouts = None if save_rollouts is None else Path(save_rollouts)
         self.from_rollouts = None if from_rollouts is None else Path(from_rollouts)
-        self.console.note(f"  {memory.expectation(args, base_model, model, [*self.train_dataset, *self.eval_dataset])}")
+        self.console.note(f"  {memory.expectation(args, base_model, model, examples)}")
         torch.manual_seed(args.seed)
         self.roles: Roles = build_roles(args, base_model, model, peft_config)
         for role in (self.roles.policy, self.roles.critic):
             distributed.spread_from_main(parameter for _, parameter in role.parameters())
         distributed.seed_apart(args.seed)
+        distributed.require_alike(lambda: {"weights of base and SFT": self.roles.frozen_bits()})
         if fsdp:
             sharding.shard_roles(self.roles)
             self.console.note(
                 f"  memory: of weights, gradients and optimizer each process keeps 1/{distributed.size()}"
             )
-        examples = [*self.train_dataset, *self.eval_dataset]
         check_prompts(self.roles.policy.causal_lm.config, examples, args)
         check_tokens(self.roles.policy.causal_lm, examples, [*self.stop_token_ids, pad])
         self.policy = ppo.Learner.create(self.roles.policy, args, args.learning_rate, args.max_steps)

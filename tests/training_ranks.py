@@ -85,6 +85,7 @@ def steps(models: TinyModels, folder: Path, name: str) -> dict[str, Any]:
 def check(rank: int, size: int, *, models: TinyModels, folder: Path) -> None:
     for name in CASES:
         torch.save(steps(models, folder, name), folder / f"{name} {rank}.pt")
+    check_differences(rank, models=models, folder=folder / "differences")
     with without_plots():
         sft(models, folder / "sft-2")
         sft_cut(models, folder / "sft-cut")
@@ -156,6 +157,24 @@ def check_runs(rank: int, *, models: TinyModels, folder: Path, kind: str) -> Non
         {"straight": straight.history, "resumed": resumed.history, "drawn": drawn, "weights": weights(straight)},
         folder / f"{rank}.pt",
     )
+
+
+def check_differences(rank: int, *, models: TinyModels, folder: Path) -> None:
+    """What ranks were given or read for themselves and is not the same stops all of them."""
+    rows = examples(ROWS)
+    other = dataclasses.replace(models, base=models.sft) if rank == 1 else models
+    longer = config(folder, base_model_name_or_path=models.base, sft_num_train_epochs=1 + rank)
+    for said, run in {
+        "kl_target, max_steps:": lambda: tiny_runs.trainer(models, folder, max_steps=1 + rank, kl_target=rank or None),
+        "resume_from_checkpoint:": lambda: tiny_runs.trainer(
+            models, folder, resume_from_checkpoint=("latest" if rank else None)
+        ),
+        "data:": lambda: tiny_runs.trainer(models, folder, rows=rows[rank:]),
+        "weights of base and SFT:": lambda: tiny_runs.trainer(other, folder),
+        "sft_num_train_epochs, data:": lambda: run_sft(longer, train_dataset=rows[rank:], output_dir=folder / "sft"),
+    }.items():
+        with pytest.raises(UserError, match=f"the processes do not have the same {said} give all of them the same"):
+            run()
 
 
 def stop_on_the_last_rank(run: Any, step: int, metrics: dict[str, float]) -> None:
