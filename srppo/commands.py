@@ -102,12 +102,15 @@ def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
 
 
 def require_new_run(output: Path, *, makes_sft: bool) -> None:
-    """Stops where a run would write over another; of one that ended after its SFT stage it says how to go on."""
+    """Stops where a run would write over another; of one that ended in its SFT stage or after it says how to go on."""
     made = output / "sft"
     whole = any((made / name).is_file() for name in ("config.json", "adapter_config.json"))
-    hint = ""
-    if makes_sft and whole and list(output.iterdir()) == [made]:
+    hint, there = "", list(output.iterdir()) if output.is_dir() else []
+    left = [entry for entry in there if entry.name.startswith(".writing-")]  # by a process that was killed
+    if makes_sft and whole and there == [made]:
         hint = "; --resume_from_checkpoint latest goes on from the SFT model in it"
+    elif makes_sft and there == left:
+        hint = "; all in it is what a killed run was writing: --resume_from_checkpoint latest begins again"
     require_new_folder(output, hint=hint)
 
 

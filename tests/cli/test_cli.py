@@ -366,8 +366,13 @@ def test_a_folder_that_holds_only_the_sft_model_of_a_run_is_refused_with_how_to_
     (out / "thesis.txt").write_text("precious")
     assert main(arguments) == 2
     assert hint not in capfd.readouterr().err
-    (out / "thesis.txt").unlink()
+    shutil.move(out, tmp_path / "kept")
+    (out / ".writing-1").mkdir(parents=True)
+    assert main(arguments) == 2
+    assert "killed run was writing: --resume_from_checkpoint latest begins again" in capfd.readouterr().err
+    shutil.move(tmp_path / "kept" / "sft", out)
     assert main([*arguments, "--resume_from_checkpoint", "latest"]) == 0
+    assert not (out / ".writing-1").exists()
 
 
 def test_a_checkpoint_or_its_sft_model_that_is_not_there_is_no_name_for_a_hub(
