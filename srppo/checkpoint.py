@@ -86,6 +86,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         except BaseException:  # between the two: ``old`` goes at the end, and all that there is would go with it
             if aside.exists() and not target.exists():
                 os.replace(aside, target)
+            if not replace and target.is_dir() and any(target.iterdir()):
+                raise UserError(f"{target} was new or empty and is not any more: another run wrote to it") from None
             raise
         sync(target.parent)
 

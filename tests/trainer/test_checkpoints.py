@@ -459,7 +459,10 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
         (folder / "whole").write_text("x")
         assert not target.exists()
     assert [p.name for p in target.iterdir()] == ["whole"]
-    with pytest.raises(OSError, match="not empty"), checkpoint.atomic_folder(target) as folder:
+    with (
+        pytest.raises(UserError, match=r"model was new or empty .* another run wrote to it"),
+        checkpoint.atomic_folder(target) as folder,
+    ):
         (folder / "other").write_text("y")
     assert [p.name for p in target.iterdir()] == ["whole"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
