@@ -103,7 +103,7 @@ def test_compile_losses():
         return (a * logprob - 0.1 * entropy).sum(), {"a": a}
 
     def any_loss(hidden, weight):
-        loss, aux = linear_loss(hidden, weight, p.targets, loss_fn, advantages, mask=mask)
+        loss, aux = linear_loss(hidden, weight, p.targets, loss_fn, advantages, mask=mask, plan="precompute")
         return loss, aux["a"]
 
     def ratio(hidden, weight):
