@@ -142,20 +142,25 @@ def dtensor(rank: int, size: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-    p = make("random", n=20, d=8, v=301)
+    p = make("random", n=20, d=8, v=301, bias=True)
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
-    weight = distribute_tensor(p.weight.detach(), mesh, [Shard(0)]).requires_grad_()
+    weight, bias = (
+        distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_() for t in (p.weight, p.options["bias"])
+    )
+    plain = p.run().logprob.detach()
     want = torch.autograd.grad(p.run().logprob.sum(), p.inputs())
-    head = vocab_parallel_head(weight, mesh_dim="tp")
-    full, _ = full_head(weight)
+    head = vocab_parallel_head(weight, bias, mesh_dim="tp")
+    full, full_bias = full_head(weight, bias)
     for logprob, own in (
-        (linear_logprob(p.hidden, head.weight, p.targets, group=head.group).logprob, 1),
-        (linear_logprob(p.hidden, full, p.targets).logprob, 2 * (rank + 1) / (size + 1)),  # 1 on average over ranks
-    ):
-        dhidden, dweight = torch.autograd.grad(own * logprob.sum(), [p.hidden, weight])
+        (linear_logprob(p.hidden, head.weight, p.targets, bias=head.bias, group=head.group).logprob, 1),
+        (linear_logprob(p.hidden, full, p.targets, bias=full_bias).logprob, 2 * (rank + 1) / (size + 1)),
+    ):  # by which the gathered one's gradient is multiplied, 1 on average over ranks
+        assert (logprob - plain).abs().max() < 1e-5
+        dhidden, *of_head = torch.autograd.grad(own * logprob.sum(), [p.hidden, weight, bias])
         assert relative(dhidden, own * want[0].double()) < 1e-6
-        assert isinstance(dweight, DTensor)
-        assert relative(dweight.full_tensor(), want[1].double()) < 1e-6
+        for got, wanted in zip(of_head, want[1:], strict=True):
+            assert isinstance(got, DTensor)
+            assert relative(got.full_tensor(), wanted.double()) < 1e-6
     assert full_head(p.weight) == (p.weight, None)
     assert vocab_parallel_head(weight, mesh_dim=-1).group == head.group
     for other, said in (("dp", "is no dimension of the mesh, which has"), (1, "cut over mesh dimension 0")):
@@ -168,5 +173,8 @@ def dtensor(rank: int, size: int) -> None:
     ):
         with pytest.raises(error, match=text):
             vocab_parallel_head(bad)
+    for other in (p.options["bias"], distribute_tensor(p.options["bias"].detach(), mesh, [Replicate()])):
+        with pytest.raises(ValueError, match="bias is not placed as weight is"):
+            vocab_parallel_head(weight, other)
     with pytest.raises(TypeError, match="vocab_parallel_head"):  # its shards' meaning has to be said
         linear_logprob(p.hidden, weight, p.targets)
