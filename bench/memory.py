@@ -247,7 +247,7 @@ def positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 where a setting failed; 2 for a wrong selection; 130 where it was interrupted."""
     arguments = parser().parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)  # for the name of the machine, which says how many
     about = record.Run.here(device_of("auto"))

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,22 @@ def test_a_process_that_fails_or_a_setting_that_does_not_fit_is_a_row_that_says_
     assert math.isnan(row.ratio)
 
 
+def test_a_process_gets_its_threads_and_its_heap(monkeypatch):
+    seen = []
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setattr(memory.subprocess, "run", lambda command, env, **_: seen.append((command[2], env)))
+    for heap in memory_run.HEAPS:
+        memory.process("run", dataclasses.replace(SMALL, heap=heap), Path("models"), 3)
+    assert [(what, env["OMP_NUM_THREADS"]) for what, env in seen] == [("run", "3")] * 2
+    assert [env.get("MALLOC_MMAP_THRESHOLD_") for _, env in seen] == [None, "131072"]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="what is free is read from /proc")
+def test_what_is_free_is_in_bytes():
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert 0.2 * page * os.sysconf("SC_AVPHYS_PAGES") < memory.available() <= page * os.sysconf("SC_PHYS_PAGES")
+
+
 def test_what_weights_and_logits_need_is_counted():
     qwen = Setting("qwen2.5-0.5b")
     assert qwen.parameters == pytest.approx(494e6, rel=0.001)
@@ -102,7 +119,7 @@ def test_the_command_writes_its_rows_and_shows_a_table(tmp_path, monkeypatch, ca
             return memory.Row(setting, "skipped", "too large")
         peak = (1000 if setting.roles == "shared" else 3000) * 2**20
         told = {"before": 500 << 20, "models": 700 << 20, "estimate": 600 << 20, "metrics": {"loss/policy_avg": 0.5},
-                "peaks": {"loading": 2, "sampling": 3, "scoring": 4, "updating": peak}}  # fmt: skip
+                "peaks": {"loading": 2 << 20, "sampling": 3 << 20, "scoring": peak, "updating": 5 << 20}}  # fmt: skip
         return memory.row_of(setting, json.loads(json.dumps(told)))
 
     monkeypatch.setattr(memory, "measure", measured)
@@ -112,9 +129,13 @@ def test_the_command_writes_its_rows_and_shows_a_table(tmp_path, monkeypatch, ca
     assert [lines[name]["ratio"] for name in ("shared", "separate", "full")] == ["1", "0.2", "n/a"]
     assert lines["separate"]["whole_ratio"] == "0.333333"
     assert lines["full"]["reason"] == "too large"
+    names = ("peak", "beyond", "before", "models", "estimate", *memory.PHASES)
+    figures = [lines["separate"][f"{name}_mib"] for name in names]
+    assert figures == ["3000", "2500", "500", "700", "600", "2", "3", "3000", "5"]
     assert all(line["commit"] and line["versions"] and line["status"] for line in lines.values())
     text = " ".join(capsys.readouterr().out.split())
     assert "small full srppo: skipped: too large" in text
+    assert "separate srppo default 3000 2500 700 2 3 3000 5 0.200 0.333" in " ".join(text.replace("│", " ").split())
     assert memory.main(["--batch", "3"]) == 2
     assert memory.main(["--out", str(tmp_path)]) == 2
     assert f"cannot write {tmp_path}: " in capsys.readouterr().err
