@@ -82,6 +82,10 @@ def test_limits_of_each_architecture():
     assert made(80, spilled=129) and made(90, spilled=1) and made(100, spilled=129)
     assert made(80, shared=163 * 1024 + 1) and made(100, shared=227 * 1024 + 1)
     assert figures(PTXAS) == {"registers": 40, "spilled": 24, "shared": 96}
+    called = PTXAS.replace("16 bytes spill", "40 bytes spill").replace("Used 40", "Used 96")
+    assert figures(PTXAS + called) == {"registers": 96, "spilled": 64, "shared": 192}
+    older = [Compiled("kernel", a, True, tensor_core="mma.sync").faults() for a in (80, 90, 100)]
+    assert older == [[], ["multiplies matrices without wgmma"], ["multiplies matrices without tcgen05.mma"]]
     with pytest.raises(ValueError, match="ptxas reports no registers"):
         figures("ptxas: it changed its words")
 
