@@ -119,7 +119,7 @@ def test_dpo_and_spin(name, dtype, tolerance, spread, options):
 @DTYPES
 @pytest.mark.parametrize("options", [{}, {"weight": 0.3}])
 def test_orpo(dtype, tolerance, options):
-    given = batch((), seed=6)
+    given = batch((), seed=10)  # of which no pair is right, so that `correct` cannot be turned round
 
     def whole(rows, weight=0.05):
         loss, slopes, sums = 0.0, [0.0] * len(rows), []
