@@ -59,6 +59,14 @@ def test_gspo(dtype, tolerance, spread, options):
     torch.testing.assert_close(again, first, rtol=3e-5, atol=1e-6)
 
 
+def test_gspo_clips_as_tightly_as_its_source():
+    old = torch.full((4, 3), -1.0)
+    moved = old + torch.tensor([-2.5e-4, -3.5e-4, 3.5e-4, 4.5e-4])[:, None]
+    advantages = torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    _, aux = losses.gspo(moved, None, torch.ones(4, 3).bool(), old, advantages, normalizer=4)
+    assert (aux["clipped_low"], aux["clipped_high"]) == (1, 1)
+
+
 @DTYPES
 @pytest.mark.parametrize("options", [{}, {"beta": 0.8, "gamma": 0.3}])
 def test_poft(dtype, tolerance, options):
