@@ -45,8 +45,8 @@ class Learner:
         now = [rate * factor(done) for rate, factor in zip(rates, self.scheduler.lr_lambdas, strict=True)]
         sharding.load_optimizer(self.optimizer, optimizer)
         self.scheduler.load_state_dict({**scheduler, "base_lrs": rates, "_last_lr": now})
-        for group, own, peak, rate in zip(self.optimizer.param_groups, betas, rates, now, strict=True):
-            group.update(betas=own, initial_lr=peak, lr=rate)
+        for group, own, rate in zip(self.optimizer.param_groups, betas, now, strict=True):
+            group.update(betas=own, lr=rate)
         self.optimizer.zero_grad(set_to_none=True)  # Ctrl-C may have left a part of a gradient
 
     def make_gradients(self) -> None:
