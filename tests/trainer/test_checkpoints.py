@@ -64,8 +64,10 @@ def resume(tiny_models, folder: Path, source: Path, kind: str, **settings):
 def test_two_iterations_and_two_resumed_ones_equal_four_bit_for_bit(tiny_models, tmp_path, straight):
     kind, folder, history, final = straight
     torch.manual_seed(999)  # what the resuming process did before must not matter
-    run = resume(tiny_models, tmp_path, folder / "run" / "checkpoint-2", kind)
+    run, steps = resume(tiny_models, tmp_path, folder / "run" / "checkpoint-2", kind), []
+    run.callbacks = [lambda _, step, metrics: steps.append(step)]
     run.train()
+    assert steps == [3, 4], "it goes on from the checkpoint that was named, and not from the newest"
     assert without_times(run.history) == without_times(history)
     assert len(run.history) == 4
     got = weights(run)
@@ -161,6 +163,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_models, t
         metrics.write_text(metrics.read_text()[:-20])
     else:
         torch.save({"policy": {}}, state)
+        digests = {path.name: checkpoint.file_digest(path) for path in (state, metrics)}  # as another version writes it
+        (broken / checkpoint.CHECKSUMS).write_text(json.dumps(digests))
     run = resume(tiny_models, tmp_path, Path("latest") if wanted == "latest" else broken, kind)
     said, run.console = [], Console(quiet=True)
     run.console.warn = said.append
@@ -168,6 +172,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_models, t
     assert len(said) == 2 and "best is gone" not in said[0]  # the second: best/ was not copied
     assert run.guard.best is not None and (tmp_path / "run" / "best").is_dir(), "judged anew"
     assert re.fullmatch(r"checkpoint \S+checkpoint-4 cannot be read \(.+\); trying checkpoint-2", said[0])
+    assert damage != "another dict" or "it has no controller, critic, cuda_rng, " in said[0]
     assert without_times(run.history) == without_times(history)
     assert all(torch.equal(value, final[name]) for name, value in weights(run).items())
 
