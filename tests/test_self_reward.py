@@ -56,7 +56,7 @@ def test_equals_the_models_own_log_probs(pair, batch_size):
     reward = in_memory(pair, batch_size=batch_size)
     want = [own_score(pair[1], pair[0], p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     got = reward.reward(PROMPTS, COMPLETIONS)
-    assert got.dtype == torch.float32
+    assert got.dtype == torch.float32 and not got.requires_grad
     assert got.shape == (4,)
     torch.testing.assert_close(got.double(), torch.stack([w.sum() for w in want]), atol=2e-5, rtol=1e-5)
     tokens, mask = reward.token_rewards(PROMPTS, COMPLETIONS)

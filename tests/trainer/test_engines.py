@@ -17,7 +17,7 @@ from tiny_runs import STOPS, config, rollout, trainer
 from srppo import UserError, ppo
 from srppo.engines import HFEngine, Sampling, VLLMEngine, importance_weights, make_engine, sampling_metrics
 from srppo.rollout import collate, generate
-from srppo.rollout_store import path_of
+from srppo.rollout_store import path_of, problem
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_completion_length=5, stop_token_ids=tuple(STOPS), pad_token_id=1)
 PROMPTS = [[10, 11, 12], [13], [14, 15], [16, 17, 18]]
@@ -301,6 +301,19 @@ def test_a_saved_rollout_that_does_not_fit_is_refused_by_name(tiny_models, tmp_p
         run.train()
     assert "rollout_00001.safetensors" in str(caught.value)
     assert not (tmp_path / "b" / "run").exists()
+
+
+def test_a_rollout_with_a_gap_or_a_log_prob_that_is_no_number_is_told():
+    given = rollout()
+    logprobs, mask, attention = torch.zeros(4, 4), given.completion_mask.clone(), given.attention_mask.clone()
+    given = given.with_sampler_logprobs(logprobs)
+    assert problem(given, 264) is None
+    mask[2, 1] = False
+    attention[:, given.prompt_length :] = mask
+    gap = dataclasses.replace(given, completion_mask=mask, attention_mask=attention)
+    assert problem(gap, 264) == "its masks contradict each other"
+    logprobs[2, 1] = math.nan
+    assert problem(given, 264) == "its sampler_logprobs are not a finite number per completion token"
 
 
 def test_rollouts_from_a_folder_that_is_not_there_are_refused_at_the_start(tiny_models, tmp_path):

@@ -328,11 +328,11 @@ def test_evaluation_of_extrapolated_decoding_measures_the_policy_that_sampled(sm
 
 
 def test_evaluation_leaves_the_random_state_alone_and_repeats_itself(tiny_models, tmp_path):
-    base, sft = frozen_roles(config(tmp_path), tiny_models.base, tiny_models.sft)
+    args = config(tmp_path, temperature=0.7)
+    base, sft = frozen_roles(args, tiny_models.base, tiny_models.sft)
     rows = examples([{"prompt": "ab"}, {"prompt": "cde"}])
     state = torch.get_rng_state()
-    one, two = (
-        evaluate_policy(sft, sft, base, rows, config(tmp_path), tiny_tokenizer(), stop_token_ids=[0]) for _ in range(2)
-    )
+    one, two = (evaluate_policy(sft, sft, base, rows, args, tiny_tokenizer(), stop_token_ids=[0]) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert one == two
+    assert one[0]["eval/objective/kl"] == 0, "of SFT itself, at the temperature that it samples at"
