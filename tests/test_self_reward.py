@@ -98,6 +98,15 @@ def test_no_logits_are_built(pair, monkeypatch):
     assert reward.reward(PROMPTS, COMPLETIONS).isfinite().all()
 
 
+def test_models_of_their_own_are_read_in_evaluation_mode_and_left_in_theirs():
+    pair, modes = [tiny_model(seed=seed).train() for seed in range(2)], []
+    reward = in_memory(pair)
+    for model in pair:
+        model.model.norm.register_forward_hook(lambda module, *_: modes.append(module.training))
+    reward.reward(PROMPTS, COMPLETIONS)
+    assert modes == [False, False] and all(model.training for model in pair)
+
+
 def test_options_are_those_of_the_trainer(pair):
     scores = in_memory(pair).reward(PROMPTS, COMPLETIONS)
     lengths = torch.tensor([3.0, 1.0, 4.0, 2.0])

@@ -63,6 +63,11 @@ def test_a_tied_head_is_counted_once_and_gpt2_has_linear_layers_too(tmp_path):
         assert memory.new_adapter_size(skeleton, config(tmp_path)) > 0
 
 
+def test_a_peak_is_that_of_the_update_or_that_of_sampling():
+    parts = {"weights": {"base": 1}, "learning": 2, "activations": 3, "head": 4}
+    assert [memory.Estimate(**parts, sampling=size).peak for size in (6, 9)] == [10, 12]
+
+
 def test_more_tokens_and_less_checkpointing_take_more(tiny_models, tmp_path):
     def peak(**settings) -> int:
         args = config(tmp_path, **settings)

@@ -89,6 +89,7 @@ def test_every_cell_starts_from_sft_trains_policy_and_critic_and_leaves_the_froz
         got = ppo.logprobs(getattr(roles, name), given)[0].double()
         torch.testing.assert_close(got, logp, atol=2e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     learning = {id(p) for r in (roles.policy, roles.critic) for _, p in r.parameters()}
+    assert run.critic.scheduler.base_lrs[0] == run.args.learning_rate, "the critic has no rate of its own unless asked"
     for r in (roles.base, roles.sft):
         assert not any(p.requires_grad for p in r.model.parameters() if id(p) not in learning), r.name
     with roles.critic.active(), torch.no_grad():
@@ -97,7 +98,6 @@ def test_every_cell_starts_from_sft_trains_policy_and_critic_and_leaves_the_froz
     with roles.sft.active(), torch.no_grad():
         torch.testing.assert_close(trunk, roles.sft.hidden(given), atol=2e-5, rtol=1e-4)
 
-    learning = {id(p) for r in (roles.policy, roles.critic) for _, p in r.parameters()}
     everything = {
         f"{r.name}.{name}": p
         for r in (roles.base, roles.sft, roles.policy, roles.critic)
