@@ -75,6 +75,13 @@ def vocab_parallel_head(
     if bias is not None and not (_is_dtensor(bias) and tuple(bias.placements) == tuple(placements)):  # type: ignore[attr-defined]
         raise ValueError("vocab_parallel_head: bias is not placed as weight is; distribute it with the same placements")
     group: dist.ProcessGroup = mesh.get_group(cut[0])
+    lines = mesh.mesh.movedim(cut[0], -1).reshape(-1, mesh.size(cut[0])).tolist()
+    own = next(line for line in lines if dist.get_rank() in line)
+    if own != dist.get_process_group_ranks(group):
+        raise ValueError(
+            f"vocab_parallel_head: the shards lie on ranks {own} in this order, and their process group counts them "
+            f"upwards: make the mesh with ascending ranks"
+        )
     local_bias = None if bias is None else bias.to_local()  # type: ignore[attr-defined]
     return VocabParallelHead(weight.to_local(), local_bias, group)  # type: ignore[attr-defined]
 

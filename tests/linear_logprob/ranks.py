@@ -139,7 +139,7 @@ def caches(rank: int, size: int) -> None:
 
 def dtensor(rank: int, size: int) -> None:
     """DTensor heads through parallel.py: vocabulary-parallel with uneven shards, and gathered."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     p = make("random", n=20, d=8, v=301, bias=True)
@@ -176,5 +176,8 @@ def dtensor(rank: int, size: int) -> None:
     for other in (p.options["bias"], distribute_tensor(p.options["bias"].detach(), mesh, [Replicate()])):
         with pytest.raises(ValueError, match="bias is not placed as weight is"):
             vocab_parallel_head(weight, other)
+    backwards = distribute_tensor(p.weight.detach(), DeviceMesh("cpu", list(reversed(range(size)))), [Shard(0)])
+    with pytest.raises(ValueError, match=r"shards lie on ranks \[1, 0\] in this order"):
+        vocab_parallel_head(backwards)
     with pytest.raises(TypeError, match="vocab_parallel_head"):  # its shards' meaning has to be said
         linear_logprob(p.hidden, weight, p.targets)
