@@ -28,6 +28,7 @@ class Learner:
         named = role.parameters()
         for _, parameter in named:
             parameter.requires_grad_(True)
+            parameter.grad = None  # the first step would add what an interrupted run or a loop before this one left
         parameters = tuple(parameter for _, parameter in named)
         betas = (args.adam_betas[0], args.adam_betas[1])
         # the value head apart: with fsdp the trunk is cut and the head is not, and one fused call takes either

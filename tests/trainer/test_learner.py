@@ -34,6 +34,8 @@ def test_an_adapters_gradients_are_made_before_its_backward(
     def learned() -> list[torch.Tensor]:
         torch.manual_seed(0)
         roles = trained_head(build_roles(args, tiny_models.base, getattr(tiny_models, kind)))
+        for parameter in (p for role in (roles.policy, roles.critic) for _, p in role.parameters()):
+            parameter.requires_grad_(True).grad = torch.ones_like(parameter)  # as what Ctrl-C ended leaves one
         given, taught = rollout(), learners(roles, args)
         mini_batches = [list(torch.arange(len(given)).split(2))]
         scores = ppo.score(roles, given, args, mini_batches[0])
