@@ -24,7 +24,14 @@ from srppo.data import Dataset, Example, as_examples, digest, filler_token, stop
 from srppo.errors import UserError
 from srppo.learner import Learner
 from srppo.metrics import MetricsWriter
-from srppo.models import check_positions, check_tokens, load_model, load_tokenizer, require_full_precision
+from srppo.models import (
+    check_positions,
+    check_tokens,
+    has_adapter_layers,
+    load_model,
+    load_tokenizer,
+    require_full_precision,
+)
 from srppo.packing import layout_of
 from srppo.plots import plot_history
 from srppo.ppo import split_micro_batches
@@ -81,7 +88,8 @@ def run_sft(
         ``output_dir``, as a path.
 
     Raises:
-        UserError: there is no demonstration, the model cannot be loaded, or ``fsdp`` has nothing to cut.
+        UserError: there is no demonstration, the model cannot be loaded or has adapters in it, or ``fsdp`` has nothing
+            to cut.
     """
     if not isinstance(args, PipelineConfig):
         raise UserError(f"run_sft reads sft_* settings: args must be a srppo.PipelineConfig, not {type(args).__name__}")
@@ -168,6 +176,11 @@ def starting_model(args: PipelineConfig) -> str:
 
 def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
     """The base model made trainable: whole, or with a new adapter."""
+    if has_adapter_layers(model):  # they would be trained on, and what is written would be without them
+        raise UserError(
+            "the model to fine-tune has adapter layers in it, of peft or an earlier run: load it again, or "
+            "merge_and_unload() them"
+        )
     role = Role("sft", model.eval(), trainable=True)  # the two looks at it are without its dropout
     check_head(role)
     layout = layout_of(role)

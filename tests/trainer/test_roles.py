@@ -536,6 +536,17 @@ def test_peft_model_in_memory_is_refused_as_it_would_be_scored_with_its_adapter_
             build(tmp_path, base, sft)
 
 
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_sft_refuses_a_model_with_adapters_which_what_it_writes_would_be_without(tmp_path, use_peft):
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    for model in (wrapped, wrapped.get_base_model()):
+        with pytest.raises(UserError, match="the model to fine-tune has adapter layers in it"):
+            run_sft(
+                config(tmp_path, use_peft=use_peft), model=model, tokenizer=tiny_tokenizer(),
+                train_dataset=examples(ROWS), output_dir=tmp_path / "never", console=QUIET,
+            )  # fmt: skip
+
+
 @pytest.mark.parametrize("sft", ["adapter", "sft"])
 def test_a_base_in_memory_that_another_run_put_adapters_into_is_refused(tiny_models, tmp_path, sft):
     """peft would load the second adapter into what is there of the first; a full SFT model would leave the first on."""
