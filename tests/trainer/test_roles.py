@@ -551,8 +551,11 @@ def test_sft_refuses_a_model_with_adapters_which_what_it_writes_would_be_without
 def test_a_base_in_memory_that_another_run_put_adapters_into_is_refused(tiny_models, tmp_path, sft):
     """peft would load the second adapter into what is there of the first; a full SFT model would leave the first on."""
     base = AutoModelForCausalLM.from_pretrained(tiny_models.base)
+    earlier = build(tmp_path, base, tiny_models.sft)  # and one that was made before is told when it reads its base
     first = SelfReward(base, tiny_models.adapter, tiny_tokenizer())
     before = first.reward([[10, 11]], [[12, 0]])
+    with pytest.raises(UserError, match="adapters were put into the model that plays base"):
+        ppo.score(earlier, rollout(), config(tmp_path))
     with pytest.raises(UserError, match=r"the base has (an adapter 'sft'|adapter layers) in it"):
         build(tmp_path, base, getattr(tiny_models, sft), use_peft=True)
     assert torch.equal(first.reward([[10, 11]], [[12, 0]]), before)
