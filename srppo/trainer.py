@@ -12,6 +12,7 @@ for each iteration:
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Callback = Callable[["SRPPOTrainer", int, dict[str, float]], None]
+
+# What a trainer makes its parts of: changed later, some would be ignored, and some would reach half of the parts.
+TAKEN_IN = ("max_completion_length", "temperature", "top_p", "stop_token_ids", "num_mini_batches", "kl_coef",
+            "kl_target", "learning_rate", "value_learning_rate", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "adam_betas", "lr_scheduler_type", "warmup_ratio", "seed", "output_dir",
+            "max_steps")  # fmt: skip
 
 
 class SRPPOTrainer:
@@ -93,6 +100,7 @@ class SRPPOTrainer:
     ) -> None:
         model, base_model = path_as_text(model), path_as_text(base_model)
         self.args, self.callbacks, self.reward_fn = args, callbacks or (), reward_fn
+        self.taken_in = {name: copy.copy(getattr(args, name)) for name in TAKEN_IN}
         require_functions(self.callbacks, reward_fn)
         distributed.start()
         self.console = console or Console(quiet=not distributed.is_main())
@@ -161,6 +169,7 @@ class SRPPOTrainer:
     def run(self) -> dict[str, Any]:
         """What :meth:`train` does in a folder that is this run's alone."""
         args, frozen = self.args, self.frozen
+        self.require_settings()
         self.resume()
         space = 3 * checkpoint.model_bytes(self.roles.policy) + 2**20
         distributed.on_main(lambda: checkpoint.require_space(self.output_dir, space))
@@ -198,6 +207,16 @@ class SRPPOTrainer:
         self.console.table("evaluation", [{"metric": n, "value": v} for n, v in last.items() if n.startswith("eval/")])
         return self.history[-1] if self.history else {}
 
+    def require_settings(self) -> None:
+        """Stops if a setting that the trainer was made with is another now."""
+        for name, value in self.taken_in.items():
+            if getattr(self.args, name) != value:
+                raise UserError(
+                    f"args.{name} was changed from {value} to {getattr(self.args, name)}, and this trainer was made "
+                    "with the former: make a new trainer, which can go on from a checkpoint with "
+                    "resume_from_checkpoint=latest"
+                )
+
     def call_back(self, metrics: dict[str, float]) -> bool:
         """Calls the callbacks; whether one of them wants the run to end. Those behind it are called all the same: other
         ranks, where it goes on, call them, and one that evaluates or saves is a collective."""
@@ -212,6 +231,7 @@ class SRPPOTrainer:
     def iterate(self, progress: Bar) -> dict[str, float]:
         """One PPO iteration."""
         args, start = self.args, time.perf_counter()
+        self.require_settings()  # callbacks have been called since
         self.begun = True
         progress.status("sampling")
         batch = self.sampler.next()

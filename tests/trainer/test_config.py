@@ -28,6 +28,7 @@ from srppo.models import load_model, lora_config
 from srppo.packing import Layout
 from srppo.roles import Role, build_roles, frozen_roles, is_peft
 from srppo.rollout import Rollout
+from srppo.trainer import TAKEN_IN
 
 FIELDS = [field.name for field in dataclasses.fields(PipelineConfig)]  # the trainer's and those around it
 
@@ -346,6 +347,24 @@ def test_the_table_has_every_field_of_the_configuration():
 def test_changing_a_field_changes_something(world, name):
     one, other, observe = EFFECTS[name]
     assert observe(world, **{name: one}) != observe(world, **{name: other})
+
+
+def test_a_setting_that_was_taken_in_is_not_changed_afterwards(tiny_models, tmp_path):
+    """Raised, max_steps trained at a rate of 0; a temperature was scored at and not sampled at. Others may change."""
+
+    def changes(run, step, metrics):
+        run.args.cliprange, run.args.temperature = 0.1, 1 - step / 4
+
+    run = trainer(tiny_models, tmp_path, callbacks=[changes])
+    for name in TAKEN_IN:
+        before = getattr(run.args, name)
+        setattr(run.args, name, [*before, 7] if isinstance(before, list) else "another")
+        with pytest.raises(UserError, match=f"args.{name} was changed"):
+            run.train()
+        setattr(run.args, name, before)
+    with pytest.raises(UserError, match=r"args.temperature was changed from 1.0 to 0.75"):
+        run.train()
+    assert run.step == 1
 
 
 def test_the_seed_decides_the_order_of_prompts_and_the_mini_batches_too(world):
