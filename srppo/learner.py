@@ -48,7 +48,6 @@ class Learner:
         self.scheduler.load_state_dict({**scheduler, "base_lrs": rates, "_last_lr": now})
         for group, own, rate in zip(self.optimizer.param_groups, betas, now, strict=True):
             group.update(betas=own, lr=rate)
-        self.optimizer.zero_grad(set_to_none=True)  # Ctrl-C may have left a part of a gradient
 
     def make_gradients(self) -> None:
         """An adapter's gradients, as zeros, before the backward that adds to them.

@@ -302,6 +302,8 @@ def update(
     losses, norms = [], []
     first, epoch = None, 0
     own = torch.cat([rows for mini_batch in mini_batches for rows in mini_batch]).sort().values
+    for learner in (policy, critic):
+        learner.optimizer.zero_grad(set_to_none=True)  # Ctrl-C or a callback may have left a gradient
     for epoch in range(1, args.num_ppo_epochs + 1):
         epoch_stats = []
         if epoch > 1:

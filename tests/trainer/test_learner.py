@@ -34,12 +34,16 @@ def test_an_adapters_gradients_are_made_before_its_backward(
     def learned() -> list[torch.Tensor]:
         torch.manual_seed(0)
         roles = trained_head(build_roles(args, tiny_models.base, getattr(tiny_models, kind)))
-        for parameter in (p for role in (roles.policy, roles.critic) for _, p in role.parameters()):
+        parameters = [p for role in (roles.policy, roles.critic) for _, p in role.parameters()]
+        for parameter in parameters:
             parameter.requires_grad_(True).grad = torch.ones_like(parameter)  # as what Ctrl-C ended leaves one
         given, taught = rollout(), learners(roles, args)
+        assert all(parameter.grad is None for parameter in parameters)
         mini_batches = [list(torch.arange(len(given)).split(2))]
         scores = ppo.score(roles, given, args, mini_batches[0])
         targets = ppo.advantages(given, scores, args)
+        for parameter in parameters:  # and a callback that measures something
+            parameter.requires_grad_(True).grad = torch.ones_like(parameter)
         ppo.update(*taught, given, scores, targets, args, mini_batches, generator=torch.Generator().manual_seed(4),
                    train_policy=train_policy)  # fmt: skip
         assert all(parameter.grad is None for learner in taught for parameter in learner.parameters)
