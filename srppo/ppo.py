@@ -278,6 +278,7 @@ class UpdateResult:
     epochs: int
 
 
+@torch.enable_grad()  # whatever the caller's notebook has set
 def update(
     policy: Learner,
     critic: Learner,

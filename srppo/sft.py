@@ -194,6 +194,7 @@ def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
     return role
 
 
+@torch.enable_grad()  # whatever the caller's notebook has set
 def sft_step(learner: Learner, rollout: Rollout, tokens: int, args: SRPPOConfig) -> float:
     """Accumulates the gradient of this rank's part of a mini-batch, a micro-batch at a time; returns the loss per token
     of the whole."""

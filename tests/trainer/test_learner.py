@@ -44,8 +44,9 @@ def test_an_adapters_gradients_are_made_before_its_backward(
         targets = ppo.advantages(given, scores, args)
         for parameter in parameters:  # and a callback that measures something
             parameter.requires_grad_(True).grad = torch.ones_like(parameter)
-        ppo.update(*taught, given, scores, targets, args, mini_batches, generator=torch.Generator().manual_seed(4),
-                   train_policy=train_policy)  # fmt: skip
+        with torch.no_grad():  # as a notebook may be all through
+            ppo.update(*taught, given, scores, targets, args, mini_batches, generator=torch.Generator().manual_seed(4),
+                       train_policy=train_policy)  # fmt: skip
         assert all(parameter.grad is None for learner in taught for parameter in learner.parameters)
         assert bool(taught[0].optimizer.state) is train_policy
         return [parameter.detach().clone() for learner in taught for parameter in learner.parameters]
