@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srppo.console import Console
-from srppo.demo import run
+from srppo.demo import plots, run
 from srppo.demo.run import QUICK, run_demo, sft_config, srppo_config
 from srppo.demo.world import TASKS, World
 from srppo.errors import UserError
@@ -149,6 +149,24 @@ def test_what_is_judged_is_what_was_written_and_each_figure_stands_at_its_place(
         {"step": step, "in_domain": j.in_domain.score, "out_of_domain": j.out_of_domain.score}
         for step, j in zip((0, 2), JUDGED, strict=False)
     ]  # fmt: skip
+
+
+def test_each_panel_shows_its_own_figures(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: drawn.append(figure.axes))
+    plots.plot_scores(tmp_path, {"one": (0.25, 0.5), "two": (0.75, 1.0)})
+    names = ("objective/scores", "objective/kl", "completions/mean_length", "eval/demonstrations/logp")
+    scores = [{"step": 6, "in_domain": 0.25, "out_of_domain": 0.5}]
+    plots.plot_iterations(tmp_path, [{"step": 8, **dict(zip(names, range(4), strict=True))}], scores)
+    ((bars,), panels) = drawn
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["one", "two"]
+    widths = {part.get_label(): [bar.get_width() for bar in part] for part in bars.containers}
+    assert widths == {"in domain": [0.25, 0.75], "out of domain": [0.5, 1.0]}
+    lines = [{line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()} for axes in panels]
+    assert lines[0] == {"in domain": [[6, 0.25]], "out of domain": [[6, 0.5]]}
+    assert [list(line.values()) for line in lines[1:]] == [[[[8, value]]] for value in range(4)]
+    titles = ("score", "reward", "KL to SFT", "length", "log pi of held-out")
+    assert all(axes.get_title().startswith(title) for axes, title in zip(panels, titles, strict=True))
 
 
 def test_every_setting_of_the_demo_reaches_its_stage(tmp_path):

@@ -407,6 +407,25 @@ def test_plots_are_png_files(finished):
         assert path.read_bytes().startswith(PNG) and path.stat().st_size > 2000
 
 
+def test_each_curve_has_its_own_metric_at_its_steps(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: drawn.update({path: figure.axes}))
+    history = [
+        {"step": 3, "objective/scores": 1.0, "eval/objective/scores": 5.0, "loss/value_avg": 7.0},
+        {"step": 4, "objective/scores": 2.0, "objective/rlhf_reward": 6.0},
+    ]
+    assert plot_history(history, tmp_path) == list(drawn) == [tmp_path / "reward.png", tmp_path / "losses.png"]
+    found = [
+        (axes.get_ylabel(), {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()})
+        for (axes,) in drawn.values()
+    ]
+    scores = {"objective/scores": [[3, 1], [4, 2]], "objective/rlhf_reward": [[4, 6]]}
+    assert found == [
+        ("nats per sequence", {**scores, "eval/objective/scores": [[3, 5]]}),
+        ("loss per token", {"loss/value_avg": [[3, 7]]}),
+    ]
+
+
 def test_a_plot_without_data_is_not_drawn(tmp_path):
     assert plot_history([{"step": 1, "other": 2.0}], tmp_path / "plots") == []
     assert not (tmp_path / "plots").exists()
