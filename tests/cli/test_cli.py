@@ -160,7 +160,9 @@ def test_score_gives_what_the_models_logits_give_in_float64(tiny_models, tmp_pat
         "dataset_name": source, "score_temperature": temperature, "per_device_train_batch_size": 4,
     }  # fmt: skip
     assert main(["score", *flags(options)]) == 0
-    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    printed = capfd.readouterr()
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    assert f"{len(ROWS)} completions, mean score {sum(row['score'] for row in rows) / len(ROWS):.4f}" in printed.err
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS]
     tokenizer = AutoTokenizer.from_pretrained(tiny_models.base)
     for row, source_row in zip(rows, ROWS, strict=True):
@@ -236,8 +238,14 @@ def test_eval_judges_sft_a_tuned_model_and_extrapolated_decoding(tiny_models, da
     assert same[0]["metrics"] == pytest.approx(sft[0]["metrics"], abs=1e-5)
     extrapolated = evaluate(tiny_models, data, out, extrapolate=0.2)
     assert extrapolated[0]["metrics"]["eval/objective/kl"] != 0
+    assert evaluate(tiny_models, data, out, extrapolate=0.4)[0]["metrics"] != extrapolated[0]["metrics"]
     adapter_on_full = {"sft_model_name_or_path": tiny_models.sft, "model_name_or_path": tiny_models.adapter}
-    assert evaluate(tiny_models, data, out, **adapter_on_full)[0]["metrics"]["eval/objective/kl"] != 0
+    judged = evaluate(tiny_models, data, out, **adapter_on_full)[0]["metrics"]
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_models.base), tiny_models.adapter)
+    merged.merge_and_unload().save_pretrained(tmp_path / "merged")
+    apart = {**adapter_on_full, "model_name_or_path": tmp_path / "merged"}
+    assert judged == pytest.approx(evaluate(tiny_models, data, out, **apart)[0]["metrics"], abs=1e-5)
+    assert judged["eval/objective/kl"] != 0
 
 
 def test_eval_puts_an_adapter_of_ppo_on_the_full_sft_model_that_it_was_made_on(tiny_models, data, tmp_path, capfd):
@@ -447,7 +455,7 @@ def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("command", ["score", "eval"])
-def test_an_output_file_that_cannot_be_written_is_told_before_anything_is_computed(
+def test_an_output_file_or_data_that_cannot_be_used_is_told_before_anything_is_computed(
     tiny_models, tmp_path, capfd, command
 ):
     data = write_jsonl(tmp_path / "data.jsonl", ROWS)
@@ -462,6 +470,18 @@ def test_an_output_file_that_cannot_be_written_is_told_before_anything_is_comput
     write_jsonl(tmp_path / "empty.jsonl", [])
     assert main([command, *flags({**options, "dataset_name": tmp_path / "empty.jsonl"})]) == 2
     assert "has no rows: there is nothing to" in capfd.readouterr().err
+    long = {"prompt": "ab:", "completion": "x" * 126}
+    options["dataset_name"] = write_jsonl(tmp_path / "long.jsonl", [long])
+    assert main([command, *flags({**options, "max_completion_length": 130})]) == 2
+    assert "the model has 128 positions" in capfd.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models.sft)
+    tokenizer.add_tokens(["<a>", "<b>", "<c>", "<d>", "<e>"])  # the last is beyond the models' embeddings
+    for name in ("base", "sft"):
+        options[f"{name}_model_name_or_path"] = shutil.copytree(getattr(tiny_models, name), tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    options["dataset_name"] = write_jsonl(tmp_path / "new.jsonl", [{"prompt": "<e>", "completion": "x"}])
+    assert main([command, *flags({**options, "max_completion_length": 8})]) == 2
+    assert "token 264 is outside of the model's vocabulary of 264 tokens" in capfd.readouterr().err
 
 
 def test_models_that_do_not_fit_are_refused_with_exit_code_two(tiny_models, data, tmp_path, capfd):
