@@ -263,8 +263,9 @@ def test_eval_puts_an_adapter_of_ppo_on_the_full_sft_model_that_it_was_made_on(t
 
 
 def test_eval_takes_the_train_split_of_a_single_file_and_says_so(tiny_models, tmp_path, capfd):
-    source = write_jsonl(tmp_path / "data.jsonl", ROWS)
-    assert len(evaluate(tiny_models, source, tmp_path / "out.jsonl")) == 1 + len(ROWS)
+    source = write_jsonl(tmp_path / "data.jsonl", [{**row, "id": number} for number, row in enumerate(ROWS)])
+    rows = evaluate(tiny_models, source, tmp_path / "out.jsonl")[1:]
+    assert [(row["id"], row["prompt"]) for row in rows] == [(i, row["prompt"]) for i, row in enumerate(ROWS)]
     assert "has no rows in a split 'test': judging on 'train'" in capfd.readouterr().err
 
 

@@ -110,6 +110,8 @@ def test_prompts_cover_all_tasks_equally_and_carry_no_completion():
         assert {task: sum(e.task == task for e in examples) for task in TASKS} == dict.fromkeys(TASKS, 20)
         assert all(example.completion is None for example in examples)
         assert sum(example.in_domain for example in examples) == 20
+        assert [example.task for example in examples[:6]] != list(TASKS)  # in random order
+    assert len({example.prompt.split()[1] for example in World(0).prompts(2000)}) == 2000
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -122,6 +124,8 @@ def test_no_string_is_in_two_splits(seed):
             assert not left & right
     for example in world.held_out_demonstrations(64):
         assert world.split_of(parse_prompt(example.prompt)[1]) == "held_out"
+    assert not letters_of(world.held_out_demonstrations(8)) & letters_of(world.held_out(2))  # drawn apart
+    assert {World(2).split_of(letters) for letters in seen[0]} == {"corpus", "demonstrations", "prompts", "held_out"}
 
 
 def test_equal_seeds_give_equal_data_and_other_seeds_other_data():
