@@ -93,7 +93,9 @@ def test_train_goes_from_a_base_model_and_demonstrations_to_a_tuned_model(tiny_m
     assert names >= {"sft", "srppo_config.yaml", "trainer_state.json", "README.md", "metrics.jsonl", "plots",
                      "completions", "tensorboard", "tokenizer.json"}  # fmt: skip
     assert (out / "plots" / "kl.png").exists() and (out / "sft" / "plots" / "sft_loss.png").exists()
-    assert [entry["step"] for entry in read_jsonl(out / "metrics.jsonl")] == [1, 2]  # with the evaluation in the last
+    metrics = read_jsonl(out / "metrics.jsonl")
+    assert [entry["step"] for entry in metrics] == [1, 2] and "eval/demonstrations/logp" in metrics[-1]
+    assert "eval/loss" in read_jsonl(out / "sft" / "metrics.jsonl")[-1]
     assert leftovers(tmp_path) == []
     assert (
         f"srppo train --config {out}/srppo_config.yaml --output_dir another-folder" in (out / "README.md").read_text()

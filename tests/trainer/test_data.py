@@ -19,7 +19,7 @@ from tiny_runs import QUIET, ROWS, config, examples, trainer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 from srppo import SRPPOConfig, UserError, run_sft
-from srppo.data import Sampler, end_with_stop, filler_token, load_rows, prepare, stop_tokens
+from srppo.data import Example, Sampler, digest, end_with_stop, filler_token, load_rows, prepare, stop_tokens
 
 TOKENIZER = tiny_tokenizer()
 END, USER, ASSISTANT = 0, 2, 3
@@ -33,6 +33,13 @@ def tokenised(rows, *, tokenizer=TOKENIZER, stops=(END,), longest=(64, 64)):
     return prepare(
         rows, tokenizer, stop_token_ids=stops, max_prompt_length=longest[0], max_completion_length=longest[1]
     )
+
+
+def test_a_digest_tells_rows_from_others_by_all_that_is_learnt_or_judged_from_them():
+    rows = [[Example([1], [2], "x", "here")], [Example([1, 2], [], "x", "here")], [Example([1], None, "x", "here")],
+            [Example([1], [2], None, "here")], [Example([1], [2], "x", "here")] * 2]  # fmt: skip
+    assert len({digest(examples) for examples in rows}) == len(rows)
+    assert digest(rows[0]) == digest([Example([1], [2], "x", "another place")])
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
