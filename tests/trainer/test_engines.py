@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_runs import STOPS, config, rollout, trainer
 
-from srppo import UserError, ppo
+from srppo import UserError, ppo, startup
 from srppo.engines import HFEngine, Sampling, VLLMEngine, importance_weights, make_engine, sampling_metrics
 from srppo.rollout import collate, generate
 from srppo.rollout_store import path_of, problem
@@ -52,18 +52,20 @@ def test_hf_engine_is_generate(tiny_models, tmp_path):
 
 @pytest.mark.parametrize(("window", "top_p"), [(None, 1.0), (None, 0.6), (2, 1.0), (2, 0.6)])
 def test_a_cache_that_drops_what_the_forward_reads_is_said(tiny_models, tmp_path, window, top_p):
-    run = trainer(tiny_models, tmp_path, max_steps=1, top_p=top_p)
-    run.roles.policy.causal_lm.config.sliding_window = (
-        window  # Llama's layers ignore it, and transformers' cache does not
-    )
+    """Once, of the first rollout."""
+    run = trainer(tiny_models, tmp_path, max_steps=2 if window else 1, top_p=top_p)
+    # Llama's layers ignore it, and transformers' cache does not
+    run.roles.policy.causal_lm.config.sliding_window = window
     said: list[str] = []
     run.console.warn = said.append
-    (entry,) = run.train() and run.history
-    gap = entry["sampling/logp_difference/mean"]
+    run.train()
+    gap = run.history[0]["sampling/logp_difference/mean"]
     if window is None:
         assert said == [] and (gap < 1e-5 if top_p == 1 else 0 < gap < -math.log(top_p))
     else:
         assert gap > 0.1 and ["sliding_window" in text and f"{gap:.2f} nats" in text for text in said] == [True]
+    apart = [startup.sampler_apart({"sampling/logp_difference/mean": mean}, 1.0) for mean in (0.09, 0.11)]
+    assert apart[0] is None and "0.11 nats a token" in str(apart[1])
 
 
 def test_a_run_samples_from_a_server_that_is_given_every_new_policy(tiny_models, tmp_path, server):
