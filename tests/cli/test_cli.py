@@ -523,6 +523,13 @@ def test_a_tilde_is_the_home_folder_where_no_shell_expands_it(tmp_path, monkeypa
     assert found == tuple(str(tmp_path / name) for name in ("base", "run", "kept", "out.jsonl", "run", "demo"))
 
 
+def test_the_demo_gets_its_seed_and_its_length(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("srppo.demo.run.run_demo", lambda folder, **options: asked.append((folder, options)))
+    assert main(["demo", f"--output_dir={tmp_path}"]) == main(["demo", "--seed", "7", "--quick"]) == 0
+    assert asked == [(tmp_path, {"seed": 0, "quick": False}), (Path("srppo-demo"), {"seed": 7, "quick": True})]
+
+
 def test_lists_and_switches_as_flags(monkeypatch):
     seen = {}
     monkeypatch.setattr(commands, "train", lambda args, options: seen.update(args=args))
