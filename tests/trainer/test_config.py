@@ -244,10 +244,11 @@ def replay(world: World, **settings: Any) -> Any:
 
 
 def capped(world: World, **settings: Any) -> Any:
-    """The advantages' weights that a run of the command would use."""
+    """The advantages' weights and the saved rollouts that a run of the command would use."""
     with pytest.MonkeyPatch.context() as patch:
         seen: list[Any] = []
-        patch.setattr("srppo.trainer.SRPPOTrainer.train", lambda run: seen.append(run.importance_cap))
+        patch.setattr("srppo.rollout_store.require_folders", lambda *_: None)  # before SFT; see the command's own tests
+        patch.setattr("srppo.trainer.SRPPOTrainer.train", lambda r: seen.append((r.importance_cap, r.from_rollouts)))
         replay(world, **settings)
     return seen
 
@@ -318,7 +319,7 @@ EFFECTS: dict[str, tuple[Any, Any, Observation]] = {
     "importance_cap": (None, 2.0, capped),
     "fsdp": (False, True, lambda world, **s: replay(world, max_steps=0, **s)),  # refused in one process
     "save_rollouts": (None, "kept", replay),
-    "from_rollouts": (None, "missing", replay),
+    "from_rollouts": (None, "missing", capped),
     "max_tokens_per_micro_batch": (10, 20, batches),
     "max_grad_norm": (None, 1e-6, updated),
     "adam_betas": ([0.9, 0.999], [0.5, 0.999], updated),
