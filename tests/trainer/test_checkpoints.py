@@ -273,9 +273,15 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(tiny_models, tmp_path
     with pytest.raises(UserError, match="in use by another run"):
         checkpoint.require_latest(tmp_path / "run", None)
     assert os.listdir(tmp_path / "run") == [".writing-1"]
-    os.close(other)
+    fcntl.flock(other, fcntl.LOCK_UN)
     with checkpoint.claimed(tmp_path / "run"), checkpoint.claimed(tmp_path / "run"):
         checkpoint.require_latest(tmp_path / "run", None)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(UserError, match="in use by another run"):  # nor has it still, after it let go
+        checkpoint.require_latest(tmp_path / "run", None)
+    os.close(other)
     with checkpoint.claimed(tmp_path / "new" / "run"):
         assert (tmp_path / "new" / "run").is_dir()
     assert os.listdir(tmp_path) == ["run"]
