@@ -395,6 +395,9 @@ def test_prompts_are_the_ids_that_were_sampled_from(tmp_path: Path, adapted: Cal
     trainer.train()
     first = tokenizer("T", add_special_tokens=False)["input_ids"]
     assert [prompt[:1] for prompts, *_ in seen for prompt in prompts] == [first] * 4
+    trainer.reward_funcs[0]([row["prompt"] for row in data[:2]], ["a", "b"], completion_ids=[[5, 0], [6, 0]])
+    for ids, row in zip(seen[-1][0], PROMPTS[:2], strict=True):
+        assert row["prompt"] in tokenizer.decode(ids)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -446,10 +449,13 @@ def test_what_is_refused(tmp_path: Path, adapted: Callable[[], PeftModel]) -> No
         use_fused_logprobs(trainer)
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path, adapted: Callable[[], PeftModel]) -> None:
+def test_tools_and_another_tokenizer_are_refused(tmp_path: Path, adapted: Callable[[], PeftModel]) -> None:
     model, other = adapted(), tiny_tokenizer()
     other.add_tokens(["<|new|>"])
     trainer = make(tmp_path, model=model, reward=SelfReward.from_peft(model, "sft", tiny_tokenizer()))
-    trainer.processing_class = other
+    trainer.tools = [len]
+    with pytest.raises(UserError, match="leave out tools"):
+        use_exact_prompts(trainer)
+    trainer.tools, trainer.processing_class = [], other
     with pytest.raises(UserError, match="policy's tokenizer is not that of base and SFT"):
         use_exact_prompts(trainer)
