@@ -511,6 +511,9 @@ def test_model_card_is_written_where_a_metric_was_no_number(tiny_models, tmp_pat
     first = {"objective/scores": 1.0, "objective/scores_per_token": 0.5, "objective/kl": 0.25}
     last = {"objective/scores": 2.0, "completions/mean_length": 3.0}
     card = model_card(run.args, run.roles, [first, last], sft="sft")
+    adapting = dataclasses.replace(run.args, kl_target=5.0)
+    steps = [{**first, "objective/kl_coef": 1.0}, {**last, "objective/kl_coef": 0.375}]
+    assert "sequence and 0.375 at the end" in model_card(adapting, run.roles, steps, sft="sft")
     assert "| `objective/kl` | 0.250 | - |" in card and "| `completions/mean_length` | - | 3.000 |" in card
 
 
