@@ -1,6 +1,9 @@
 """What every test shares: a fixed seed, `gpu` tests skipped where there is no GPU, and Triton interpreted there."""
 
+import itertools
 import os
+import random
+import sys
 import tempfile
 
 import pytest
@@ -22,6 +25,22 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILED.name
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """The interpreter takes programs in ascending order, a GPU in any: here shuffled, by another order every launch."""
+    if "triton.runtime.interpreter" not in sys.modules:
+        return
+    builder = sys.modules["triton.runtime.interpreter"].interpreter_builder
+    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
+    generator, order = random.Random(0), []
+
+    def shuffled(*grid: int) -> None:
+        set_grid_dim(*grid)
+        order[:] = itertools.product(*map(range, grid))
+        generator.shuffle(order)
+
+    builder.set_grid_dim, builder.set_grid_idx = shuffled, lambda *_: set_grid_idx(*order.pop())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
