@@ -88,6 +88,19 @@ def test_a_long_row_keeps_its_digits(spread):
     assert (got.double() - expected).abs().max() / expected.abs().max() <= 2e-7
 
 
+@pytest.mark.parametrize("spread", [False, True])
+def test_moments_of_more_rows_than_are_merged_at_a_time(spread):
+    from srppo_kernels.gae.triton_scan import gae_triton
+
+    rewards, values, mask, _ = inputs(40, 5, "gaps")
+    got, _, moments = gae_triton(
+        rewards, values, mask, 1.0, 0.95, None, None, None, True, None, with_moments=True, tile=16, spread=spread
+    )
+    x = got[mask].double()
+    exact = torch.stack([torch.tensor(float(len(x))), x.mean(), (x - x.mean()).square().sum()])
+    torch.testing.assert_close(moments, exact, rtol=1e-12, atol=0)
+
+
 def test_a_nan_on_a_valid_token_is_seen_and_only_where_it_reaches():
     rewards, values, mask, _ = inputs(1, 40, "full")
     rewards[0, 20] = float("nan")

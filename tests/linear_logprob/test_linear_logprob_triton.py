@@ -21,6 +21,17 @@ N, D, V = 37, 24, 300
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Loops and grids that small shapes would go through once take several turns, as those of large ones do."""
+    from srppo_kernels.linear_logprob import triton_dz, triton_passes, triton_scan
+
+    monkeypatch.setattr(triton_scan, "MERGED", (32, 2))
+    monkeypatch.setattr(triton_passes, "GATHERED", (8, 16))
+    monkeypatch.setattr(triton_passes, "SCALE_PROGRAMS", 1)
+    monkeypatch.setattr(triton_dz, "DZ_STILL_MAXIMA", 4)
+
+
 def small(kind: str = "random", **options: object) -> Problem:
     return make(kind, **{"n": N, "d": D, "v": V, "mask": torch.rand(N) > 0.3, **options})  # type: ignore[arg-type]
 
@@ -332,9 +343,11 @@ def test_rows_are_listed(n, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.9, 1.0])
 @pytest.mark.parametrize("n", [1, 60, 5000])
-def test_rows_with_a_gradient_fill_the_places_of_others(n, share):
+def test_rows_with_a_gradient_fill_the_places_of_others(n, share, monkeypatch):
+    from srppo_kernels.linear_logprob import triton_passes
     from srppo_kernels.linear_logprob.triton_passes import place
 
+    monkeypatch.setattr(triton_passes, "MOVED", (2, 2))
     live, log_sum, temperature = torch.rand(n) < 0.8, torch.rand(n) * 20, torch.rand(n) + 0.5
     log_sum[~live] = torch.nan
     order, g = live.nonzero()[:, 0], torch.randn(n).masked_fill(torch.rand(n) >= share, 0)

@@ -330,8 +330,11 @@ def test_a_loss_around_targets(emulated, kind, n, monkeypatch):
     [{}, {"bias": True, "softcap": 6.0, "logit_scale": 0.5}, {"row_temperature": True}],
     ids=lambda o: "-".join(o) or "plain",
 )
-def test_the_front(emulated, options):
+def test_the_front(emulated, options, monkeypatch):
     """Rows compacted, scanned, merged and put back, beside the Triton scan."""
+    from srppo_kernels.linear_logprob import triton_reference
+
+    monkeypatch.setattr(triton_reference, "REFERENCED", (4, 16))  # two steps of a row
     options = dict(options)
     per_row = options.pop("row_temperature", False)
     p = make(n=40, d=24, v=704, dtype=torch.bfloat16, mask=torch.rand(40) > 0.3, **options)

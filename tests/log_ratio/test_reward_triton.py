@@ -1,5 +1,6 @@
 """The self-reward's Triton kernel, interpreted, against the float64 reference."""
 
+import pytest
 import torch
 from backends import MASKS, make_mask, needs_triton, poison, same_bits
 from hypothesis import given, settings
@@ -8,6 +9,16 @@ from hypothesis import strategies as st
 from srppo_kernels.log_ratio import log_ratio_reward
 
 pytestmark = needs_triton
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Loops that small shapes would go through once take several turns, as those of large ones do."""
+    import triton.language as tl
+
+    from srppo_kernels import _triton_language
+
+    monkeypatch.setattr(_triton_language, "_SEARCH", tl.constexpr(512))
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,6 +14,17 @@ pytestmark = needs_triton
 SHAPES = [(0, 3), (2, 0), (1, 1), (3, 60), (5, 300), (1100,)]  # a program takes 512 tokens
 
 
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Loops that small shapes would go through once take several turns, as those of large ones do."""
+    import triton.language as tl
+
+    from srppo_kernels import _triton_language
+
+    monkeypatch.setattr(_triton_language, "_CHUNK", tl.constexpr(2))
+    monkeypatch.setattr(_triton_language, "_SEARCH", tl.constexpr(512))
+
+
 def tokens(shape: tuple[int, ...], kind: str, spread: float, seed: int) -> list[torch.Tensor]:
     """new, old, advantages, entropy, mask; no ratio within rounding of a clip bound that the tests use."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +149,7 @@ def test_padding_on_either_side_changes_no_bit(kind, reduction):
         gradients = torch.autograd.grad(loss + of_values, leaves)
         return [loss, of_values, *stats, *value_stats], [x[:, left : left + 600].contiguous() for x in gradients]
 
-    (want, gradients), (got, others) = run(0, 0), run(37, 1000)
+    (want, gradients), (got, others) = run(0, 0), run(637, 1000)
     assert all(same_bits(a, b) for a, b in zip(want, got, strict=True))
     assert all(same_bits(a, b) for a, b in zip(gradients, others, strict=True))
 
