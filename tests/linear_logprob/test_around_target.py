@@ -4,6 +4,8 @@ products straight from it, against float64.
 The scan is Triton's here, interpreted, and every row is settled from maxima of its own; test_sm90_host.py has the rest.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from backends import needs_triton
@@ -12,8 +14,9 @@ from linear_logprob.head_problems import make, relative, value_bound
 from linear_logprob.test_linear_logprob_sm90 import Call
 
 from srppo_kernels import _extension, linear_logprob, linear_loss, linear_ppo_loss
-from srppo_kernels.linear_logprob import sm90, triton_dz
-from srppo_kernels.linear_logprob.chunked import Residual
+from srppo_kernels.linear_logprob import sm90, triton_dz, triton_gradients
+from srppo_kernels.linear_logprob.backward import Destination
+from srppo_kernels.linear_logprob.chunked import Residual, RowOutputs
 
 pytestmark = needs_triton
 N, V = 40, 200
@@ -130,6 +133,25 @@ def test_what_is_kept(dense):
     assert ((kept[fine] - exact).abs() <= 1e-5 * exact.abs()).all()
     assert (kept[len(order) : N] == 0).all() and (kept[(order == 12).nonzero()[:, 0]] == 0).all()
     assert kept[N:].isnan().all()
+
+
+def test_offsets_of_what_is_kept_take_64_bits(monkeypatch):
+    """Of one row whose stride is 2^30: beyond it 32 bits overflow, in masked lanes as well, which is an error here."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    monkeypatch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
+    p = make(n=1, d=16, v=V, grad=(False, False))
+    call = Call(p, keep=True)
+    kept = torch.zeros(1, V).as_strided((1, V), (1 << 30, 1))
+    call.residual = Residual(kept, torch.zeros(1, 1).as_strided((1, 1), (1 << 30, 1)))
+    log_sum = RowOutputs.of(call.run(), entropy=False).log_sum
+    into = Destination(True, torch.empty(V, 16), None)
+    dhidden = triton_gradients.from_exponentials(
+        p.hidden, call.head, torch.ones(1), log_sum, None, into, call.residual, call.live, consume=True, dense=False
+    )
+    dz = -torch.softmax(p.hidden.double() @ p.weight.double().T, 1)
+    dz[0, p.targets] += 1
+    assert relative(dhidden, dz @ p.weight.double()) < 2e-5 and relative(into.weight, dz.T @ p.hidden.double()) < 2e-5
 
 
 def test_a_nan_without_a_gradient_reaches_nobody(formed):

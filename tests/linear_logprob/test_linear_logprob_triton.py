@@ -5,6 +5,8 @@ tiles, groups and steps of K, each with a rest. The interpreter truncates where 
 error; bounds for 16-bit gradients allow for it.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from linear_logprob.head_problems import KINDS, Problem, make, relative, value_bound
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from srppo_kernels import _triton, explain, linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
 from srppo_kernels.linear_logprob import fused, gpu
-from srppo_kernels.linear_logprob.chunked import Head, RowOutputs
+from srppo_kernels.linear_logprob.backward import Destination, RowScalars
+from srppo_kernels.linear_logprob.chunked import Head, Residual, RowOutputs
 from srppo_kernels.linear_logprob.rows import Rows
 
 pytestmark = pytest.mark.skipif(not _triton.interpreted(), reason=f"not interpreted here: {_triton.why()}")
@@ -457,6 +460,51 @@ def test_a_target_of_another_ranks_shard():
     assert (state[3] == 0).all()
     z = p.hidden.detach().double() @ p.weight.detach().double().T
     assert (state[0] + state[1].log() - torch.logsumexp(z, 1)).abs().max() < 1e-5
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Arithmetic in the interpreter that overflows 32 bits is an error, in masked lanes as well."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    monkeypatch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
+
+
+def far(t: Tensor) -> Tensor:
+    """One row, or one column, with a stride of 2^30."""
+    return t.as_strided(t.shape, tuple(1 if size > 1 else 1 << 30 for size in t.shape))
+
+
+@pytest.mark.parametrize("plan", ["cache", "recompute"])
+@pytest.mark.parametrize("shape", [(1, 40, 1), (5, 1, 70)])
+def test_offsets_take_64_bits(plan, shape, checked):
+    """Of hidden states and weights."""
+    n, d, v = shape
+    p = small(n=n, d=d, v=v, mask=None)
+    away = Problem(far(p.hidden.detach()).requires_grad_(), far(p.weight.detach()).requires_grad_(), p.targets, {})
+    check(away, plan)
+
+
+def test_offsets_of_exponentials_take_64_bits(checked):
+    """From a scan that keeps them to dz in their place, and the products of that."""
+    from srppo_kernels.linear_logprob.triton_gradients import over_vocabulary
+
+    v = 150
+    p = small(n=1, d=16, v=v, mask=None, grad=(False, False))
+    live, head = torch.ones(1, dtype=torch.bool), Head(p.weight, None, None, 1.0, 1.0, None)
+    residual = Residual(far(torch.zeros(1, v)), far(torch.zeros(1, -(-v // 32))))
+    state = gpu.scan(p.hidden, head, p.targets, None, Rows(0, 1, live=live), False, residual, None)
+    _, _, _, row_max, log_sum = RowOutputs.of(state, entropy=False)
+    dz = torch.softmax(p.hidden.double() @ p.weight.double().T, 1)
+    dz[0, p.targets] -= 1
+    scalars = RowScalars(torch.ones(1), None, dz[0, p.targets].float(), row_max, log_sum)
+    into = Destination(True, torch.empty(v, 16), torch.empty(v))
+    dhidden = over_vocabulary(
+        p.hidden, head, p.targets, live, scalars, None, into, residual, live, consume=True, dense=False, dz_bytes=BIG
+    )
+    for got, want in ((dhidden, dz @ p.weight.double()), (into.weight, dz.T @ p.hidden.double()), (into.bias, dz[0])):
+        assert relative(got, want) < 3e-6
+    assert relative(residual.kept, dz) < 3e-6
 
 
 def test_a_model_against_itself():
