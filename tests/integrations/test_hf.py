@@ -130,6 +130,18 @@ def test_a_lora_model_learns_the_same() -> None:
     assert_equal(plain, fused, **batch())
 
 
+def test_autocast_reaches_the_head_where_a_trainer_does_not_keep_it_in_32_bit() -> None:
+    model = tiny_model("llama")
+    model.lm_head.bias = nn.Parameter(torch.randn(model.config.vocab_size))
+    fused, hidden = hf.fuse(model), torch.randn(3, model.config.hidden_size)
+    for reaches, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        fused.autocast = reaches
+        with torch.autocast("cpu", torch.bfloat16):
+            got, head = hf.head_inputs(model, hidden)
+        assert (got.dtype, head.weight.dtype, head.bias.dtype) == (dtype,) * 3
+        assert torch.equal(got, hidden.to(dtype)) and torch.equal(head.bias, model.lm_head.bias.to(dtype))
+
+
 def test_autocast_is_followed_and_logits_are_not_rounded() -> None:
     exact = training()
     plain, fused = copy.deepcopy(exact), use_fused_cross_entropy(copy.deepcopy(exact))

@@ -189,6 +189,7 @@ def test_a_head_in_32_bit_on_a_model_in_16(tmp_path: Path, kind: str) -> None:
     settings = {"kind": kind, "cast_lm_head_to_fp32": True, "model_init_kwargs": {"dtype": "bfloat16"}}
     plain, fused = (make(tmp_path, **settings) for _ in range(2))
     use_fused_logprobs(fused)
+    assert not vars(fused.accelerator.unwrap_model(fused.model))["_srppo_fused"].autocast
     assert_same_step(plain, fused, rollout())
 
 
