@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +149,7 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
                 check_prompts(config, [*train_examples, *held_out], args)
             if isinstance(engine, VLLMEngine) and args.from_rollouts is None:
                 distributed.on_main(lambda: engine.models(adapters=args.use_peft))
-            with ExitStack() as stack:
-                distributed.on_main(lambda: stack.enter_context(claimed(output)))
+            with distributed.held_by_main(claimed(output)):
                 run_sft(args, train_dataset=train_examples, eval_dataset=held_out, output_dir=model,
                         tokenizer=tokenizer, console=console)  # fmt: skip
         elif not distributed.on_main(made.is_dir):

@@ -27,7 +27,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -149,6 +149,14 @@ def on_main(function: Callable[[], T]) -> T:
         raise ToldByMain(outcome[1])
     result: T = outcome[0]
     return result
+
+
+@contextlib.contextmanager
+def held_by_main(manager: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    """Inside of ``manager`` on the first rank; where it refuses, all ranks stop."""
+    with contextlib.ExitStack() as stack:
+        on_main(lambda: stack.enter_context(manager))
+        yield
 
 
 def require_alike(values: Callable[[], Mapping[str, Any]]) -> None:

@@ -16,7 +16,6 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,8 +161,7 @@ class SRPPOTrainer:
 
     def train(self) -> dict[str, Any]:
         """Runs all iterations and writes the result to ``args.output_dir``; returns the last metrics."""
-        with ExitStack() as stack:
-            distributed.on_main(lambda: stack.enter_context(checkpoint.claimed(self.output_dir)))
+        with distributed.held_by_main(checkpoint.claimed(self.output_dir)):
             return self.run()
 
     def run(self) -> dict[str, Any]:
