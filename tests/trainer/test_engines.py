@@ -16,6 +16,7 @@ from tiny_runs import STOPS, config, rollout, trainer
 
 from srppo import UserError, ppo, startup
 from srppo.engines import HFEngine, Sampling, VLLMEngine, importance_weights, make_engine, sampling_metrics
+from srppo.metrics import METRICS
 from srppo.rollout import collate, generate
 from srppo.rollout_store import path_of, problem
 
@@ -71,6 +72,8 @@ def test_a_cache_that_drops_what_the_forward_reads_is_said(tiny_models, tmp_path
 def test_a_run_samples_from_a_server_that_is_given_every_new_policy(tiny_models, tmp_path, server):
     run = run_with(tiny_models, tmp_path, server.url, max_steps=3, learning_rate=1e-2)
     run.train()
+    names = {"sampling/logp_difference/mean", "sampling/logp_difference/max"}
+    assert all(names <= set(entry) and names <= set(METRICS) for entry in run.history)
     largest = [entry["sampling/logp_difference/max"] for entry in run.history]
     assert all(0 < value < 1e-4 for value in largest), "the server's policy is the trainer's, up to rounding"
     moved = max(abs(run.history[2][name] - run.history[0][name]) for name in ("objective/kl", "objective/logp_sft"))
