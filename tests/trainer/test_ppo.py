@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from srppo.metrics import iteration_metrics
 from srppo.packing import Layout
 from srppo.roles import build_roles
 from srppo.rollout import Rollout, collate
-from srppo.startup import check_first_ratio
+from srppo.startup import check_first_ratio, check_start, forwards_apart
 
 STEP = ppo.Learner.step
 
@@ -58,8 +60,35 @@ def test_training_stops_when_the_first_ratio_is_not_one(tiny_models, tmp_path, m
 def test_a_first_mini_batch_of_empty_completions_has_no_ratio_to_stop_at(tmp_path):
     args = config(tmp_path)
     _, _, result = one_update(full_roles(args), args, rollout(completions=((),) * 4))
-    check_first_ratio(result)
+    assert "no token" in check_first_ratio(result)
     assert result.policy_loss == result.grad_norm == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "most"), [("cpu", "bfloat16", 0.0), ("cuda", "float32", 1e-3), ("cuda", "bfloat16", 0.1)]
+)
+def test_only_a_gpu_may_round_one_forward_otherwise_than_the_next(device, dtype, most):
+    head = SimpleNamespace(weight=torch.ones(1, dtype=getattr(torch, dtype)))
+    assert forwards_apart(SimpleNamespace(device=torch.device(device), head=head)) == most
+
+
+@pytest.mark.parametrize(("off", "apart", "stops"), [
+    (1e-6, 0.0, "policy"), (0.01, 0.1, None), (0.01, 1e-3, "policy"), (0.01, 1e-3, "ratio"), (math.nan, 0.1, "ratio"),
+    (0.2, 0.1, "ratio"),
+])  # fmt: skip
+def test_a_run_starts_where_forwards_differ_by_rounding_and_no_more(tiny_models, tmp_path, off, apart, stops):
+    args, given = config(tmp_path), rollout()
+    roles = build_roles(args, tiny_models.base, tiny_models.sft)
+    everything = [torch.arange(len(given))]
+    scores = ppo.score(roles, given, args, everything)
+    signs = torch.where(torch.arange(given.completion_mask.shape[1]) % 2 > 0, off, -off)  # a mean of next to nothing
+    scores = dataclasses.replace(scores, policy=scores.policy + signs * given.completion_mask)
+    targets = ppo.advantages(given, scores, args)
+    result = ppo.update(*learners(roles, args), given, scores, targets, args, [everything])
+    with pytest.raises(UserError, match=stops) if stops else nullcontext():
+        if stops != "ratio":
+            assert "differ by rounding" in check_start(roles, args, given, scores, everything, apart)
+        assert "by rounding" in check_first_ratio(result, apart)
 
 
 @pytest.mark.parametrize(
