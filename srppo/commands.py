@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,13 +177,18 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
         raise
 
 
+def training_nothing(args: PipelineConfig) -> PipelineConfig:
+    """The settings where all weights are frozen, and may be in 16 or 4 bit on a GPU as those under adapters are."""
+    return dataclasses.replace(args, use_peft=True)
+
+
 def score(args: PipelineConfig, options: argparse.Namespace) -> None:
     """JSON lines with the log-ratio of each given completion."""
     from srppo.cli import write_lines
     from srppo.ppo import logprobs
     from srppo.rollout import collate_demonstrations
 
-    console = Console()
+    console, args = Console(), training_nothing(args)
     require(args, "base_model_name_or_path", "sft_model_name_or_path", "dataset_name")
     require_file(options.output_file)
     assert args.base_model_name_or_path and args.sft_model_name_or_path and args.dataset_name
@@ -243,7 +249,7 @@ def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
     from srppo.cli import write_lines
     from srppo.evaluation import evaluate_policy
 
-    console = shared_console()
+    console, args = shared_console(), training_nothing(args)
     require(args, "base_model_name_or_path", "sft_model_name_or_path", "dataset_name")
     require_file(options.output_file)
     if options.extrapolate is not None and not options.extrapolate > 0:

@@ -62,7 +62,9 @@ class SRPPOConfig:
         "SFT model pi_sft: an adapter folder or a full model; srppo train alone makes one where none is given",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = option(
-        "auto", "dtype of the frozen weights; auto: bfloat16 for LoRA on a GPU, float32 otherwise; nf4: 4 bit, on a GPU"
+        "auto",
+        "dtype of the frozen weights; auto: on a GPU bfloat16 with LoRA and where nothing is trained, float32 "
+        "otherwise; nf4: 4 bit, on a GPU",
     )
     attn_implementation: str | None = option(None, "attention of transformers: eager, sdpa, flash_attention_2")
     use_peft: bool = option(

@@ -28,6 +28,8 @@ import srppo
 from srppo import checkpoint, commands, ppo
 from srppo import sft as sft_module
 from srppo.cli import COMMANDS, main
+from srppo.models import choose_dtype
+from srppo.roles import frozen_roles
 
 ROOT = Path(srppo.__file__).parents[1]
 
@@ -196,6 +198,22 @@ def test_score_writes_to_a_file_and_works_in_bfloat16(tiny_models, tmp_path, cap
     assert scores["float32"] != scores["bfloat16"]
     assert scores["bfloat16"] == pytest.approx(scores["float32"], abs=1.0)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("command", "options"), [("score", {}), ("eval", {"max_completion_length": 2})])
+def test_what_trains_nothing_loads_16_bit_on_a_gpu_and_takes_4_bit(
+    tiny_models, data, monkeypatch, capfd, command, options
+):
+    paths = {"base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.sft, **options}
+    told = []
+    monkeypatch.setattr(commands, "frozen_roles", lambda args, *paths: told.append(args) or frozen_roles(args, *paths))
+    data += "/test.jsonl"
+    assert main([command, *flags({**paths, "dataset_name": data})]) == 0
+    assert choose_dtype(told[0], torch.device("cuda")) == torch.bfloat16
+    assert choose_dtype(told[0], torch.device("cpu")) == torch.float32
+    capfd.readouterr()
+    assert main([command, *flags({**paths, "dataset_name": data, "dtype": "nf4"})]) == 2
+    assert "dtype=nf4 needs a" in capfd.readouterr().err  # GPU or package, not adapters
 
 
 def test_score_prints_utf8_whatever_the_locale_can_write(tiny_models, tmp_path, monkeypatch):
