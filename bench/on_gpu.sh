@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU, in a checkout: proves and measures, in two calls of five minutes or so, or in one of ten.
 #
-#     bench/on_gpu.sh FOLDER tests      triton small sm90 sanitizer, at once
+#     bench/on_gpu.sh FOLDER tests      triton small sm90 train sanitizer, at once
 #     bench/on_gpu.sh FOLDER measure    tiles bench
-#     bench/on_gpu.sh FOLDER [triton|small|sm90|sanitizer|tiles|bench|alltiles]...    without stages: tests, then measure
+#     bench/on_gpu.sh FOLDER [triton|small|sm90|train|sanitizer|tiles|bench|alltiles|demo]...    without stages: tests, measure
 #
-# Needs torch (a CUDA build, 2.11 or later), triton, pytest, hypothesis and rich there, and no network; uses pytest-xdist and
-# pytest-timeout where they are installed. Nothing is installed. An extension in srppo_kernels/ that imports and has CUDA kernels is
+# Needs torch (a CUDA build, 2.11 or later), triton, pytest, hypothesis and rich there, and no network; the trainer's stages,
+# train and demo, need all that the project depends on. Uses pytest-xdist and pytest-timeout where they are installed. Nothing
+# is installed. An extension in srppo_kernels/ that imports and has CUDA kernels is
 # taken as it is: carry one built from this tree. Else it is built in place; pybind11, ninja and nvcc have to be there then.
 #
 # Every stage writes its own file into FOLDER as it goes, ends at its own limit, and leaves the next its turn, whatever became
@@ -17,12 +18,15 @@ cd "$(dirname "$0")/.."
 out=${1:?a folder for the results}
 shift
 stages=" ${*:-tests measure} "
-stages=${stages/ tests / triton small sm90 sanitizer }
+stages=${stages/ tests / triton small sm90 train sanitizer }
 stages=${stages/ measure / tiles bench }
 for stage in $stages; do
     case $stage in
-        triton | small | sm90 | sanitizer | tiles | bench | alltiles) ;;
-        *) echo "unknown stage '$stage': tests, measure, triton, small, sm90, sanitizer, tiles, bench or alltiles" >&2 && exit 2 ;;
+        triton | small | sm90 | train | sanitizer | tiles | bench | alltiles | demo) ;;
+        *)
+            echo "unknown stage '$stage': tests, measure, triton, small, sm90, train, sanitizer, tiles, bench, alltiles or demo" >&2
+            exit 2
+            ;;
     esac
 done
 mkdir -p "$out"
@@ -43,7 +47,8 @@ run() {
     return $status
 }
 
-# Kernels compile on the CPU while others run: processes share the GPU. 16 cores: 5, 7, 3 and one of them, 100 seconds.
+# Kernels compile on the CPU while others run: processes share the GPU. 16 cores: 5, 7, 3 and one of them, 100 seconds,
+# and the trainer's one beside.
 has() { python3 -c "import $1" 2> /dev/null; }
 cores=$(nproc)
 patience=()
@@ -78,7 +83,7 @@ proven() { # waits for the tests: nothing is timed beside them
 }
 for stage in $stages; do
     [ "$stage" = triton ] || built
-    case $stage in triton | small | sm90 | sanitizer) ;; *) proven ;; esac
+    case $stage in triton | small | sm90 | train | sanitizer) ;; *) proven ;; esac
     case $stage in
         triton) prove triton 5 tests/linear_logprob/test_linear_logprob_gpu.py & ;;
         small)
@@ -86,6 +91,7 @@ for stage in $stages; do
                 tests/bench/test_method.py &
             ;;
         sm90) prove sm90 3 tests/linear_logprob/test_linear_logprob_sm90.py & ;;
+        train) prove train 1 tests/trainer/test_training_gpu.py tests/trainer/test_four_bit.py & ;;
         sanitizer)
             if command -v compute-sanitizer > /dev/null; then
                 run sanitizer 200 compute-sanitizer --error-exitcode 1 python3 -m pytest -m gpu -q -p no:cacheprovider \
@@ -101,9 +107,10 @@ for stage in $stages; do
             run bench "$left" python3 bench/run.py --device cuda --budget $((left - 40)) --no-plot --out "$out/results.csv" \
                 || failed=1
             ;;
+        demo) run demo 400 python3 -m srppo.cli demo --output_dir "$out/demo" || failed=1 ;;
         alltiles) run alltiles 500 python3 bench/tiles.py || failed=1 ;;
     esac
-    case $stage in triton | small | sm90 | sanitizer) provers+=($!) ;; esac
+    case $stage in triton | small | sm90 | train | sanitizer) provers+=($!) ;; esac
 done
 proven
 built

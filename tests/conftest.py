@@ -1,14 +1,26 @@
-"""What every test shares: a fixed seed, `gpu` tests skipped where there is no GPU, and Triton interpreted there."""
+"""What every test shares: a fixed seed; GPUs for `pytest -m gpu`, which has the tests of a device and no others, and
+hidden from the rest, with Triton interpreted, so that it is the same suite on every machine."""
 
+import argparse
 import itertools
 import os
 import random
+import re
+import shlex
 import sys
 import tempfile
 
 import pytest
 import torch
 
+if "SRPPO_TESTS" not in os.environ:  # which xdist's workers have from the process that was given the arguments
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-m", default="")
+    given = [*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *sys.argv[1:]]
+    expression = parser.parse_known_args(given)[0].m
+    os.environ["SRPPO_TESTS"] = "gpu" if re.search(r"(?<!not )\bgpu\b", expression) else "cpu"
+if os.environ["SRPPO_TESTS"] == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for devices
 if not torch.cuda.is_available():
     # Before anything imports triton: it reads the variable when it decorates a function.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -46,7 +58,7 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    skip = pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu")
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)

@@ -164,6 +164,11 @@ def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as the command line takes them."""
+    return [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from tiny import save, tiny_model
-from tiny_runs import ROWS, TinyModels, read_jsonl, with_plots, write_jsonl
+from tiny_runs import ROWS, TinyModels, flags, read_jsonl, with_plots, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import srppo
@@ -50,10 +50,6 @@ def train_flags(models: TinyModels, data: str, folder: Path, **settings) -> list
         "sft_num_train_epochs": 1, "num_ppo_epochs": 1, "report_to": "none", "log_completions": 1, **settings,
     }  # fmt: skip
     return flags(chosen)
-
-
-def flags(settings) -> list[str]:
-    return [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
