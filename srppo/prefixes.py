@@ -118,4 +118,4 @@ def tree_mask(attends: Tensor, dtype: torch.dtype, implementation: str) -> Tenso
     """The mask as an attention implementation of transformers takes it: ``sdpa`` as it is, ``eager`` to be added."""
     if implementation == "sdpa":
         return attends
-    return torch.zeros(attends.shape, dtype=dtype).masked_fill_(~attends, torch.finfo(dtype).min)
+    return attends.new_zeros(attends.shape, dtype=dtype).masked_fill_(~attends, torch.finfo(dtype).min)

@@ -244,3 +244,11 @@ def test_prompts_that_leave_a_sliding_window_are_not_shared(monkeypatch):
     shapes.clear()
     sampled(model, max_completion_length=7)
     assert shapes[0] == (8, 27)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_mask_of_a_tree_is_where_the_tree_is(attention):
+    attends = torch.ones(2, 1, 5, 5, dtype=torch.bool, device="meta")
+    mask = prefixes.tree_mask(attends, torch.bfloat16, attention)
+    assert (mask.device, mask.shape) == (attends.device, attends.shape)
+    assert mask.dtype == (torch.bool if attention == "sdpa" else torch.bfloat16)
