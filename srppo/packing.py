@@ -9,7 +9,8 @@ is asked first (:func:`keeps_sequences_apart`), and one that fails is given padd
 How wide is a row? Eager and sdpa attention compute the pairs that the mask hides, so a row of width ``W`` costs a layer
 of hidden size ``D`` about ``24 D^2 W`` operations in its matrices (of ``12 D^2`` weights) and ``4 D W^2`` in attention,
 and ``R`` rows cost, up to a constant, ``R W (6 D + W)``: few wide rows have no gaps, many narrow ones waste no
-attention. The cheapest of both is taken. flash-attn computes no hidden pair: there one row holds everything.
+attention. The cheapest of both is taken. flash-attn computes no hidden pair: there one row holds everything. Where a
+model counts places in a row instead of positions, no row of several sequences reaches those that it tells apart.
 
 Sequences that begin alike are laid out as a tree (:mod:`srppo.prefixes`) where that is cheaper still, the model takes a
 mask that says who attends to whom, and it attends to all that came before: eager and sdpa attention do the former, and
@@ -77,13 +78,14 @@ def fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 @functools.lru_cache(maxsize=4096)  # each micro-batch of a rollout goes through all roles and epochs
-def plan(lengths: tuple[int, ...], hidden_size: int, one_row: bool) -> tuple[int, tuple[int, ...]]:
-    """The width of the rows, and the place of each sequence's first token: ``row * width + offset``."""
+def plan(lengths: tuple[int, ...], hidden_size: int, one_row: bool, widest: int = 2**31) -> tuple[int, tuple[int, ...]]:
+    """The width of the rows, and the place of each sequence's first token: ``row * width + offset``. What is longer
+    than ``widest`` has a row of its own."""
     longest, total = max(lengths), sum(lengths)
     best: tuple[int, int, list[list[int]]] | None = None
     rows = 1
     while best is None or (not one_row and rows < 2 * len(lengths)):
-        bins = fill(lengths, max(longest, -(-total // rows)))
+        bins = fill(lengths, min(widest, max(longest, -(-total // rows))))
         width = max(sum(lengths[i] for i in members) for members in bins)
         cost = row_cost(hidden_size, len(bins), width)
         if best is None or cost < best[0]:
@@ -109,16 +111,19 @@ class Packed:
     attends: Tensor | None = None  # [R, 1, W, W] bool, which tokens of its row a token sees; absent, see position_ids
 
 
-def pack(rollout: Rollout, hidden_size: int, *, one_row: bool = False, widest_tree: int = 0) -> Packed:
+def pack(
+    rollout: Rollout, hidden_size: int, *, one_row: bool = False, widest_tree: int = 0, widest_row: int = 2**31
+) -> Packed:
     """The tokens of a rollout, without its padding.
 
     Args:
         one_row: all of them in one row.
         widest_tree: rows of at most so many tokens may be trees, if that is cheaper.
+        widest_row: a sequence beside others ends within so many tokens of its row.
     """
     keep, device = rollout.attention_mask.bool(), rollout.input_ids.device
     lengths = tuple(rollout.sequence_lengths)
-    width, starts = plan(lengths, hidden_size, one_row)
+    width, starts = plan(lengths, hidden_size, one_row, widest_row)
     rows = max(starts) // width + 1
     if widest_tree:
         sequences = prefixes.in_order(rollout.input_ids, keep)
@@ -214,12 +219,23 @@ def attention_of(config: PreTrainedConfig) -> str:
     return config._attn_implementation or "eager"
 
 
+def narrowest(config: PreTrainedConfig, *names: str) -> int:
+    """The smallest of a model's settings whose names end so."""
+    settings = config.get_text_config().to_dict()
+    return min([2**31, *(n for key, n in settings.items() if key.endswith(names) and type(n) is int)])
+
+
 def widest_tree(config: PreTrainedConfig) -> int:
     """How wide a row may be that is a tree: as wide as the narrowest window or chunk that some layer attends in, since
     the mask of a tree is the same for all of them."""
-    ends = ("window", "window_size", "chunk_size")
-    settings = config.get_text_config().to_dict()
-    return min([2**31, *(n for key, n in settings.items() if key.endswith(ends) and type(n) is int)])
+    return min(narrowest(config, "window", "window_size", "chunk_size"), widest_row(config))
+
+
+def widest_row(config: PreTrainedConfig) -> int:
+    """How wide a row of several sequences may be, since some models count places in a row and restart with no sequence:
+    the chunks and the temperature of Llama 4's attention, and the blocks of keys of which MiniMax M3 chooses some. What
+    they are asked at the start is shorter."""
+    return narrowest(config, "attention_chunk_size", "floor_scale", "index_block_size") - 1
 
 
 def fill_padded(prompts: Sequence[int], completions: Sequence[int], capacity: int) -> list[list[int]]:

@@ -47,7 +47,7 @@ from srppo.models import (
     trunk_of,
     warn_of_another_base,
 )
-from srppo.packing import Layout, attention_of, layout_of, pack, widest_tree
+from srppo.packing import Layout, attention_of, layout_of, pack, widest_row, widest_tree
 from srppo.prefixes import tree_mask
 from srppo_kernels import linear_logprob
 
@@ -174,6 +174,7 @@ class Role:
             config.get_text_config().hidden_size,
             one_row="flash" in attention if one_row is None else one_row,
             widest_tree=widest_tree(config) if self.layout == Layout.SHARED else 0,
+            widest_row=widest_row(config),
         )
         mask = None if packed.attends is None else tree_mask(packed.attends, self.causal_lm.dtype, attention)
         states = sharding.states_of(

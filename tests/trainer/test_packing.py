@@ -6,16 +6,19 @@ import itertools
 
 import pytest
 import torch
+import transformers
 from hypothesis import given as over
 from hypothesis import settings as examples_settings
 from hypothesis import strategies as st
 from ppo_steps import assert_same_gradients, laid_out, one_update, trained_head
 from tiny import ATTENTIONS, tiny_model
 from tiny_runs import config, full_roles, role, rollout, trainer, widened
+from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel
 
 from srppo import SelfReward, UserError, ppo
 from srppo.packing import Layout, fill, fill_padded, keeps_sequences_apart, layout_of, pack, plan
 from srppo.roles import Role, build_roles
+from srppo.rollout import collate
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
@@ -45,13 +48,16 @@ def test_padded_micro_batches_hold_every_sequence_once_within_the_limit(pairs, l
 
 
 @examples_settings(deadline=None, max_examples=60)
-@over(LENGTHS, st.sampled_from([1, 64, 4096]), st.booleans())
-def test_rows_hold_every_sequence_in_one_piece_and_apart(lengths, hidden_size, one_row):
-    width, starts = plan(tuple(lengths), hidden_size, one_row)
+@over(LENGTHS, st.sampled_from([1, 64, 4096]), st.booleans(), st.sampled_from([20, 2**31]))
+def test_rows_hold_every_sequence_in_one_piece_and_apart(lengths, hidden_size, one_row, widest):
+    width, starts = plan(tuple(lengths), hidden_size, one_row, widest)
     taken = [place for start, n in zip(starts, lengths, strict=True) for place in range(start, start + n)]
     assert len(set(taken)) == sum(lengths)
     assert all(start // width == (start + n - 1) // width for start, n in zip(starts, lengths, strict=True))
-    if one_row:
+    for start, n in zip(starts, lengths, strict=True):
+        row = [(other, m) for other, m in zip(starts, lengths, strict=True) if other // width == start // width]
+        assert len(row) == 1 or start % width + n <= widest
+    if one_row and widest > sum(lengths):
         assert width == sum(lengths) and sorted(taken) == list(range(width))
 
 
@@ -94,6 +100,44 @@ def test_packed_states_are_those_of_each_sequence_alone(kind, attention):
             got = packing.packed_states(given, one_row=one_row)
             torch.testing.assert_close(got, alone, atol=2e-6 * alone.abs().max().item(), rtol=1e-5)
     assert keeps_sequences_apart(packing)
+
+
+def counting_places(kind: str) -> PreTrainedModel:
+    """A model that counts places in a row, from more of them on than it is asked with at the start."""
+    sizes = {
+        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if kind == "llama4":
+        config = Llama4TextConfig(
+            **sizes, intermediate_size=16, intermediate_size_mlp=16, num_local_experts=2, attention_chunk_size=32,
+            floor_scale=32, no_rope_layers=[1, 0],
+        )  # fmt: skip
+        return Llama4ForCausalLM(config).eval()
+    if not hasattr(transformers, "MiniMaxM3VLForCausalLM"):
+        pytest.skip("this transformers has no MiniMax M3")
+    config = transformers.MiniMaxM3VLTextConfig(
+        **sizes, intermediate_size=16, dense_intermediate_size=16, shared_intermediate_size=16, rotary_dim=4,
+        num_local_experts=2, num_experts_per_tok=1, index_n_heads=1, index_head_dim=8, index_block_size=32,
+        index_topk_blocks=2, layer_types=["full_attention", "minimax_m3_sparse"],
+    )  # fmt: skip
+    return transformers.MiniMaxM3VLForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama4", "minimax_m3"])
+def test_rows_are_no_wider_than_a_model_counts_places_alike(kind):
+    """The chunks and the temperature of Llama 4, and MiniMax M3's blocks of keys, begin at a place in the row: what it
+    is asked at the start is shorter, and a micro-batch that is wider had other log-probs, in silence."""
+    model = counting_places(kind)
+    asked = role(model, layout=layout_of(role(model)))
+    assert asked.layout == Layout.SHARED
+    words = [[(7 * i + shift) % 60 for i in range(n)] for shift, n in ((0, 20), (3, 25), (11, 45), (5, 18), (2, 6))]
+    given = collate([w[:5] for w in words], [w[5:] for w in words], pad_token_id=0, stop_token_ids=[63])
+    alone = torch.cat([ppo.logprobs(asked, given.select([i]))[0].flatten() for i in range(len(words))])
+    for layout in (Layout.PACKED, Layout.SHARED):
+        together = ppo.logprobs(role(model, layout=layout), given)[0]
+        torch.testing.assert_close(together[given.completion_mask], alone, atol=1e-4, rtol=0)
 
 
 def test_sequences_that_see_each_other_are_found_out(monkeypatch):
