@@ -204,7 +204,7 @@ def score(args: PipelineConfig, options: argparse.Namespace) -> None:
         console.note(f"{len(rows) - len(scorable)} of {len(rows)} rows have no completion and are skipped")
     rows = scorable
     base, sft_model = frozen_roles(args, args.base_model_name_or_path, args.sft_model_name_or_path)
-    check_positions(base.causal_lm.config, max(len(r.prompt_ids) + len(r.completion_ids or ()) for r in rows))
+    check_positions(base.causal_lm.config, [len(r.prompt_ids) + len(r.completion_ids or ()) for r in rows])
     pad = filler_token(tokenizer, stops)
     check_tokens(base.causal_lm, rows, [*stops, pad])
     results: list[dict[str, Any]] = []

@@ -192,19 +192,39 @@ def config_of(path: str, args: SRPPOConfig) -> PretrainedConfig | None:
         return None
 
 
-def check_positions(config: PretrainedConfig, longest: int) -> None:
-    """Stops before a sequence runs past the positions that a model knows, which fails or degrades midway."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+def check_positions(config: PretrainedConfig, lengths: Iterable[int]) -> None:
+    """Stops before a sequence runs past the positions that a model knows, which fails or degrades midway; and before
+    short and long ones meet in a batch of a model that rotates all of it as its longest (longrope).
+
+    Args:
+        lengths: of sequences, prompt and completion; the shortest and the longest will do.
+    """
+    text, lengths = config.get_text_config(), list(lengths)
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise UserError(
             f"the longest prompt and completion together may reach {longest} tokens, and the model has {positions} "
             "positions: lower max_completion_length, or drop the longest prompts"
         )
+    rope = getattr(text, "rope_parameters", None) or {}
+    for settings in (rope, *rope.values()):  # of some models by the type of layer
+        if isinstance(settings, dict) and settings.get("rope_type") == "longrope":
+            switch = getattr(text, "original_max_position_embeddings", None)
+            switch = switch or settings.get("original_max_position_embeddings", positions)
+            if switch is not None and shortest <= switch < longest:
+                raise UserError(
+                    f"prompt and completion together may have from {shortest} to {longest} tokens, and the model "
+                    f"(longrope) computes short sequences otherwise where one of their batch has more than {switch}, "
+                    f"so that log-probs would depend on the batch: stay below with max_completion_length and without "
+                    "the longest prompts, or above it with all of them"
+                )
 
 
 def check_prompts(config: PretrainedConfig, examples: Sequence[Example], args: SRPPOConfig) -> None:
     """:func:`check_positions` of what may be sampled after these prompts."""
-    check_positions(config, max(len(example.prompt_ids) for example in examples) + args.max_completion_length)
+    prompts = [len(example.prompt_ids) for example in examples]
+    check_positions(config, [min(prompts) + 1, max(prompts) + args.max_completion_length])
 
 
 def require_there(what: str, path: str | Path, args: SRPPOConfig | None = None) -> None:

@@ -223,9 +223,9 @@ class SelfReward:
             )
         stops = torch.tensor(self.stop_token_ids)
         completions = [until_stop(torch.tensor(completion, dtype=torch.int64), stops) for completion in completions]
-        longest = max((len(p) + len(c) for p, c in zip(prompts, completions, strict=False)), default=0)
+        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=False)]
         for role in (self.base, self.sft):
-            check_positions(role.causal_lm.config, longest)
+            check_positions(role.causal_lm.config, lengths)
         filler = self.stop_token_ids[0] if self.tokenizer is None else filler_token(self.tokenizer, self.stop_token_ids)
         return collate(
             prompts, completions, pad_token_id=filler, stop_token_ids=self.stop_token_ids, device=self.base.device

@@ -110,7 +110,7 @@ def run_sft(
         )
     distributed.require_alike(lambda: {**args.of_all_processes(), "data": digest([*train, *held_out])})
     model = model or load_model(starting_model(args), args)
-    check_positions(model.config, max(len(e.prompt_ids) + len(e.completion_ids or ()) for e in [*train, *held_out]))
+    check_positions(model.config, [len(e.prompt_ids) + len(e.completion_ids or ()) for e in [*train, *held_out]])
     pad = filler_token(tokenizer, stops)
     check_tokens(model, [*train, *held_out], [*stops, pad])
     torch.manual_seed(args.seed)
