@@ -124,13 +124,22 @@ def test_start_check_stops_a_policy_that_is_not_sft(tiny_models, tmp_path):
         run.train()
 
 
+def test_start_check_lets_rounding_pass(tiny_models, tmp_path):
+    """torch rounds otherwise under a weight that is trained than under a frozen one where what it multiplies is
+    strided: Jamba and Falcon Mamba were refused for 5e-7 nats."""
+    run = trainer(tiny_models, tmp_path, max_steps=1)
+    with torch.no_grad():
+        run.roles.policy.parameters()[0][1].mul_(1 + 1e-6)
+    run.train()
+
+
 @pytest.mark.parametrize("kl_reference", ["sft", "base"])
-def test_start_check_is_exact_at_another_sampling_temperature(tiny_models, tmp_path, kl_reference):
+def test_start_check_compares_at_another_sampling_temperature(tiny_models, tmp_path, kl_reference):
     run = trainer(tiny_models, tmp_path, temperature=0.7, kl_reference=kl_reference, max_steps=1)
     run.train()  # would stop
     fresh = trainer(tiny_models, tmp_path / "moved", temperature=0.7, kl_reference=kl_reference, max_steps=1)
     with torch.no_grad():
-        fresh.roles.policy.parameters()[0][1].mul_(1 + 1e-6)  # about 1e-6 nats: only an exact check sees it
+        fresh.roles.policy.parameters()[0][1].mul_(1 + 1e-3)  # about 1e-3 nats
     with pytest.raises(UserError, match="does not start as the SFT model"):
         fresh.train()
 
