@@ -156,7 +156,7 @@ def separate_roles(args: Any, base: str, sft: str, peft_config: Any = None) -> A
     pair = laid_out_alike(Role("base", copy()), Role("sft", model("sft"), "sft"))
     layout = pair[0].layout
     policy = Role("policy", model("policy"), "policy", trainable=True, layout=layout)
-    critic = Role("critic", model("value"), "value", trainable=True, layout=layout,
+    critic = Role("critic", model("critic"), "critic", trainable=True, layout=layout,
                   value_head=new_value_head(policy.causal_lm))  # fmt: skip
     roles = Roles(*pair, policy, critic)
     settle(args, roles)

@@ -136,7 +136,6 @@ class Role:
         head."""
         named = list(self.model.named_parameters())
         if is_peft(self.model):
-            # ".value." alone would also find attention layers that call their projection "value"
             own = re.compile(rf"\.(lora_\w+|modules_to_save)\.{self.adapter}(\.|$)")
             named = [(name, p) for name, p in named if own.search(name)]
         elif self.value_head is not None:  # a critic never uses the head of its language model
@@ -399,8 +398,8 @@ def build_roles(
     ==================  ============================================  ==================================
     SFT model is        with ``use_peft``                             without
     ==================  ============================================  ==================================
-    an adapter folder   one base; adapters sft, policy, value         merged; policy and critic copied
-    a full model        base; SFT with adapters policy, value on it   policy and critic copied
+    an adapter folder   one base; adapters sft, policy, critic        merged; policy and critic copied
+    a full model        base; SFT with adapters policy, critic on it  policy and critic copied
     ==================  ============================================  ==================================
     """
     value_model = {"auto": "adapter" if args.use_peft else "separate"}.get(args.value_model, args.value_model)
@@ -411,7 +410,8 @@ def build_roles(
         policy = Role("policy", thawed(copy.deepcopy(sft_role.causal_lm)), trainable=True)
         trunk = Role("critic", thawed(copy.deepcopy(sft_role.causal_lm)), trainable=True)
     else:
-        names = ["policy", "value"] if value_model == "adapter" else ["policy"]
+        # peft's save_pretrained leaves out whatever has another adapter's name in its own, as BERT's "value" projection
+        names = ["policy", "critic"] if value_model == "adapter" else ["policy"]
         if value_model == "separate":
             own = copy.deepcopy(sft_role.model)
             own = own if sft_role.adapter is None else merged(own)
@@ -429,7 +429,7 @@ def build_roles(
             sft_role = dataclasses.replace(sft_role, model=shared)
         policy = Role("policy", shared, "policy", trainable=True)
         if value_model == "adapter":
-            trunk = Role("critic", shared, "value", trainable=True)
+            trunk = Role("critic", shared, "critic", trainable=True)
     policy = dataclasses.replace(policy, layout=sft_role.layout)
     critic = dataclasses.replace(trunk, layout=sft_role.layout, value_head=new_value_head(policy.causal_lm))
     roles = Roles(base_role, sft_role, policy, critic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,10 @@ def restore(run: SRPPOTrainer, folder: Path, tensors: Mapping[str, Any], state: 
     """
     for role in (run.roles.policy, run.roles.critic):
         own, saved = dict(role.parameters()), tensors[role.name]
+        if role.adapter is not None:  # an older checkpoint calls the critic's "value"
+            saved = {
+                re.sub(r"\.(lora_\w+|modules_to_save)\.value\b", rf".\1.{role.adapter}", n): saved[n] for n in saved
+            }
         if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in saved.items()}:
             raise UserError(f"checkpoint {folder} is of another model: its {role.name} has other parameters")
         with torch.no_grad():

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srppo import UserError, checkpoint, ppo
 from srppo.console import Console
+from srppo.training_state import restore
 
 TIMES = ("time", "per_second", "perf/")
 
@@ -609,3 +610,16 @@ def test_too_little_disk_space_is_found_before_training(tiny_models, tmp_path, m
         run.train()
     assert run.step == 0
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_from_when_the_critics_adapter_was_called_value_is_read(tiny_models, tmp_path):
+    run = trainer(tiny_models, tmp_path, kind="adapter", max_steps=1, save_steps=1)
+    run.train()
+    folder = tmp_path / "run" / "checkpoint-1"
+    tensors, state = checkpoint.load_checkpoint(folder)
+    older = {n.replace(".critic.", ".value."): p for n, p in tensors["critic"].items()}
+    assert older.keys() != tensors["critic"].keys()
+    fresh = trainer(tiny_models, tmp_path / "fresh", kind="adapter", max_steps=1)
+    restore(fresh, folder, {**tensors, "critic": older}, state)
+    for (name, got), (_, expected) in zip(fresh.roles.critic.parameters(), run.roles.critic.parameters(), strict=True):
+        assert torch.equal(got, expected), name

@@ -11,10 +11,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from ppo_steps import one_update, trained_head
+from safetensors.torch import load_file, save_file
 from tiny import save, tiny_model, tiny_tokenizer
 from tiny_runs import (
     QUIET,
@@ -208,7 +210,7 @@ def alone(tiny_models, tmp_path, which: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_adapters_gradient_is_that_of_a_model_with_this_adapter_alone(tiny_models, tmp_path, checkpointing):
     shared = adapter_gradients(tiny_models, tmp_path, checkpointing=checkpointing)
-    for which, adapter in (("policy", "policy"), ("critic", "value")):
+    for which, adapter in (("policy", "policy"), ("critic", "critic")):
         expected = alone(tiny_models, tmp_path, which)
         got = {n.replace(f".{adapter}.", "."): g for n, g in shared[which].items() if not n.startswith("value_head")}
         assert got.keys() == expected.keys()
@@ -293,7 +295,7 @@ def test_adapters_are_switched_for_a_mini_batch_and_not_for_each_micro_batch(tin
     monkeypatch.setattr(roles.policy.model, "set_adapter", lambda name, **k: switched.append(name) or switch(name, **k))
     one_update(roles, args, rollout())
     on = [name for name in switched if name != "sft"]  # the one that is on outside
-    assert on == ["policy", "value"] * 4  # scores, and three epochs of one mini-batch
+    assert on == ["policy", "critic"] * 4  # scores, and three epochs of one mini-batch
 
 
 def test_base_with_adapters_off_equals_the_plain_base_bit_for_bit(tiny_models, tmp_path):
@@ -452,6 +454,18 @@ def test_an_adapter_on_a_tied_embedding_or_head_is_not_merged_into_both(tmp_path
     given = rollout()
     for model in (merged, AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()):
         torch.testing.assert_close(own_logprobs(model, given), own_logprobs(adapted, given), atol=2e-5, rtol=1e-5)
+
+
+def test_a_policy_is_saved_whole_beside_the_critic_whatever_its_modules_are_called(tmp_path):
+    """BERT's attention calls a projection "value": peft left the policy's adapters on it out of what it saved, as they
+    had the name of the critic's adapter in theirs."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    models = [BertGenerationDecoder(BertGenerationConfig(**sizes, vocab_size=64, is_decoder=True)) for _ in range(2)]
+    settings = LoraConfig(r=2, target_modules=["query", "value"], task_type="CAUSAL_LM", init_lora_weights=False)
+    roles = build_roles(config(tmp_path, use_peft=True), *models, settings)
+    save_weights(roles.policy, tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == len(roles.policy.parameters()) == 4 == len(roles.critic.parameters()) - 2
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -760,7 +774,7 @@ def test_a_frozen_weight_that_changes_in_one_bit_is_told_at_the_end_of_the_run(t
         trainer(tiny_models, tmp_path, callbacks=[touch], max_steps=1).train()
 
 
-@pytest.mark.parametrize(("kind", "other"), [("adapter", "sft"), ("sft", "value")])
+@pytest.mark.parametrize(("kind", "other"), [("adapter", "sft"), ("sft", "critic")])
 def test_an_adapter_that_would_learn_for_two_roles_is_refused(tiny_models, tmp_path, monkeypatch, kind, other):
     """What an optimizer made from all parameters that require a gradient would be given."""
     own = Role.parameters
