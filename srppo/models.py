@@ -313,10 +313,10 @@ def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:
         )
     try:
         check_adapter(f"the adapter in {path}", adapter_config(path))
-        if is_peft(model):
-            model.load_adapter(str(path), adapter_name=name)  # type: ignore[operator]
-            return model
-        return PeftModel.from_pretrained(model, str(path), adapter_name=name).eval()
+        adapted: Any = (
+            model if is_peft(model) else PeftModel.from_pretrained(model, str(path), adapter_name=name).eval()
+        )
+        found = adapted.load_adapter(str(path), adapter_name=name)  # what it lacks, from_pretrained only warns of
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
@@ -324,6 +324,29 @@ def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:
             f"the adapter in {path} could not be loaded onto the base model, is it for another one? "
             f"({first_line(error)})"
         ) from None
+    if found.missing_keys:
+        raise UserError(
+            f"the adapter in {path} could not be loaded onto the base model whole, as its folder lacks weights or peft "
+            f"seeks them under other names, first {found.missing_keys[0]}: merge it where it was made and give the "
+            "full model"
+        )
+    return adapted
+
+
+def check_read_back(adapted: Any, name: str) -> None:
+    """Stops before an adapter is trained that peft would not load again as it was: it renames some models' weights on
+    the way in (laguna's, Inkling's) and not on the way out."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    own = {n: p.detach().clone() for n, p in adapted.named_parameters() if f".{name}." in f"{n}." and "lora_" in n}
+    state = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    found = set_peft_model_state_dict(adapted, state, adapter_name=name)
+    lost = [n for n, p in adapted.named_parameters() if n in own and (n in found.missing_keys or (p != own[n]).any())]
+    if lost:
+        raise UserError(
+            f"peft would not load an adapter on {type(adapted.get_base_model()).__name__} again as it was saved, first "
+            f"{lost[0]}: name other lora_target_modules, or train all weights (use_peft=false)"
+        )
 
 
 def check_adapter(what: str, config: Any) -> None:

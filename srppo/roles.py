@@ -31,6 +31,7 @@ from srppo.models import (
     adapters_off,
     attach_adapter,
     check_adapter,
+    check_read_back,
     check_same_vocabulary,
     disable_dropout,
     first_line,
@@ -444,9 +445,11 @@ def new_adapter(model: PreTrainedModel, args: SRPPOConfig, peft_config: Any, nam
     config = peft_config or lora_config(args, model)
     check_adapter("peft_config", config)
     try:
-        return get_peft_model(model, config, adapter_name=name)
+        adapted = get_peft_model(model, config, adapter_name=name)
     except ValueError as error:
         raise UserError(f"no adapter could be made, check lora_target_modules: {first_line(error)}") from None
+    check_read_back(adapted, name)
+    return adapted
 
 
 def thawed(model: PreTrainedModel) -> PreTrainedModel:

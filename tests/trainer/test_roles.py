@@ -635,6 +635,33 @@ def test_kasa_which_drops_singular_values_of_the_base_is_refused():
         check_adapter("it", SimpleNamespace(peft_type="LORA", kasa_config={"beta": 1e-4}))  # new in peft 0.21
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_an_adapter_that_comes_without_some_of_its_weights_is_refused(tiny_models, tmp_path, use_peft):
+    """peft warns of the first one loaded and says nothing of others, and what is missing stays as it starts."""
+    part = Path(shutil.copytree(tiny_models.adapter, tmp_path / "part"))
+    weights = load_file(part / "adapter_model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.1.mlp.up_proj" not in k}, part / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"part could not be loaded .* whole.*layers\.1\.mlp"):
+        build(tmp_path, tiny_models.base, str(part), use_peft=use_peft)
+    shared = attach_adapter(tiny_model(), tiny_models.adapter, "sft")
+    with pytest.raises(UserError, match=r"lacks weights or peft seeks them under other names, first .*layers\.1\.mlp"):
+        attach_adapter(shared, part, "policy")
+
+
+def test_an_adapter_that_peft_would_not_load_again_is_refused_before_it_is_trained(tiny_models, tmp_path, monkeypatch):
+    """peft renames laguna's and Inkling's weights when it loads them, and those of an adapter with them."""
+    load = peft.set_peft_model_state_dict
+
+    def renaming(model, state, **options):
+        return load(model, {k.replace("mlp.up_proj", "mlp.ups_proj"): v for k, v in state.items()}, **options)
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", renaming)
+    with pytest.raises(UserError, match=r"peft would not load an adapter on LlamaForCausalLM again .*mlp\.up_proj"):
+        build(tmp_path, tiny_models.base, tiny_models.sft, use_peft=True)
+    build(tmp_path, tiny_models.base, tiny_models.sft, use_peft=True, lora_target_modules=["q_proj"])
+
+
 def test_adapter_of_another_base_is_refused(tiny_models, tmp_path):
     wide = save(tiny_model(hidden=64), tmp_path / "wide")
     with pytest.raises(UserError, match="could not be loaded onto the base model, is it for another one"):
