@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -72,6 +73,21 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
     if trunk is None:
         raise UserError(f"{type(model).__name__} does not say what is under its head: it is not supported yet")
     return trunk
+
+
+@contextmanager
+def from_tokens_alone(model: nn.Module) -> Iterator[None]:
+    """Tells of a model whose forward fails, as one that is half of another model or has a bug, in words."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = "with its adapter (see lora_target_modules) " if has_adapter_layers(model) else ""
+        raise UserError(
+            f"{type(model).__name__} {what}fails on a few tokens and nothing else ({type(error).__name__}: "
+            f"{first_line(error)}): this architecture is not supported yet"
+        ) from error
 
 
 # -- the head ---------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from srppo import distributed, prefixes, sharding
 from srppo.errors import UserError
+from srppo.models import from_tokens_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -156,8 +157,10 @@ def layout_of(role: Role) -> Layout:
 def check_padding(role: Role) -> tuple[Rollout, Tensor]:
     """Stops if padding changes what a role's model computes of the tokens behind it, as in one that knows no mask;
     returns what it asked with, for :func:`keeps_sequences_apart`."""
-    alone = states_alone(role, APART)
-    if not gets_the_states_of_each_alone(role, alone, Layout.PADDED):
+    with from_tokens_alone(role.causal_lm):
+        alone = states_alone(role, APART)
+        same = gets_the_states_of_each_alone(role, alone, Layout.PADDED)
+    if not same:
         raise UserError(
             f"{type(role.causal_lm).__name__} gives a sequence other states where it is padded on the left, so that "
             "its log-probs would depend on the batch: this architecture is not supported yet"

@@ -36,6 +36,7 @@ from srppo.models import (
     disable_dropout,
     first_line,
     freeze,
+    from_tokens_alone,
     has_adapter_layers,
     head_of,
     is_adapter_folder,
@@ -271,7 +272,10 @@ def check_head(role: Role) -> None:
         rows = torch.arange(8, device=role.device).repeat(2, 1)
         rows[1, 4:] += 1  # the same four tokens, and others behind them
         rows = rows.remainder(model.config.get_text_config().vocab_size)
-        states, head = trunk_of(model)(input_ids=rows, use_cache=False).last_hidden_state, role.head
+        trunk = trunk_of(model)
+        with from_tokens_alone(model):
+            states = trunk(input_ids=rows, use_cache=False).last_hidden_state
+        head = role.head
         one, other = states[:, :4].double()
         # in 16 bit, tokens behind may change how experts round; an encoder's states change by more
         if (other - one).norm() > (1e-4 if states.dtype.itemsize >= 4 else 0.2) * one.norm():

@@ -39,6 +39,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaModel,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     Phi3Config,
@@ -409,6 +410,30 @@ def test_a_model_for_images_too_has_the_cap_of_its_text_configuration():
     with nullcontext() if capped else pytest.raises(UserError, match="does not reproduce"):
         check_head(role(model))
     assert role(model).head.softcap == 5.0
+
+
+@pytest.mark.parametrize("what", ["tokens alone", "a mask", "its adapter"])
+def test_a_model_whose_forward_fails_is_refused_in_words(tmp_path, monkeypatch, what):
+    """As Gemma 4's assistants, which are half of a model, Reformer beyond a chunk, and PhiMoE with LoRA on its router:
+    each ended in a traceback out of transformers or peft."""
+    model, plain = tiny_model(), LlamaModel.forward
+
+    def fails(self, **given):
+        if what == "tokens alone" or (what == "a mask" and given.get("attention_mask") is not None):
+            raise KeyError("sliding_attention")
+        return plain(self, **given)
+
+    if what == "its adapter":
+        monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: (x @ self.weight.T,))
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(
+            UserError, match=r"LlamaForCausalLM with its adapter .*lora_target_modules.* fails on .*tuple"
+        ):
+            check_head(role(adapted, adapter="default"))
+        return
+    monkeypatch.setattr(LlamaModel, "forward", fails)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM fails on a few tokens .*KeyError: 'sliding_attention'\)"):
+        build_roles(config(tmp_path), model, tiny_model(seed=1))
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
