@@ -466,7 +466,7 @@ def check_same_vocabulary(
     sft_path: str | Path | None,
 ) -> None:
     """Base and SFT must give probabilities to the same tokens, or their difference is no reward."""
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (base, sft)]
+    sizes = [head_of(model).weight.shape[0] for model in (base, sft)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"base and SFT model have different vocabularies ({sizes[0]} and {sizes[1]} tokens): the reward compares "

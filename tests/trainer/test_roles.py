@@ -40,6 +40,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaModel,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     Phi3Config,
@@ -522,6 +524,14 @@ def test_an_adapter_that_changes_the_head_is_refused_as_folder_and_as_peft_confi
         build(tmp_path, tiny_models.base, str(tmp_path / "adapter"), use_peft=True)
     with pytest.raises(UserError, match=r"adapter or a modules_to_save on lm_head is not supported"):
         build(tmp_path, tiny_models.base, tiny_models.sft, settings, use_peft=True)
+
+
+def test_a_model_of_several_heads_is_refused(tmp_path):
+    """As MusicGen's decoder, with a head for each codebook."""
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "num_codebooks": 2}
+    models = [MusicgenForCausalLM(MusicgenDecoderConfig(**sizes, vocab_size=64)) for _ in range(2)]
+    with pytest.raises(UserError, match="the LM head is a ModuleList, not a plain linear layer"):
+        build(tmp_path, *models)
 
 
 def test_vocabularies_of_different_size_are_refused(tiny_models, tmp_path):
