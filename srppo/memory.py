@@ -110,6 +110,8 @@ def estimate(
         if separate:
             weights["critic float32"] = 4 * total
     config = sft_model.config.get_text_config()
+    if not (hasattr(config, "hidden_size") and hasattr(config, "num_hidden_layers")):  # BLT's parts have their own
+        return None
     hidden, layers = config.hidden_size, config.num_hidden_layers
     mlp = widest(config, "intermediate_size") or 4 * hidden
     length = longest_prompt + args.max_completion_length

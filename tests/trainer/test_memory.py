@@ -14,7 +14,7 @@ import torch
 from rich.console import Console as RichConsole
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import QUIET, ROWS, config, examples
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BltConfig, BltForCausalLM, MambaConfig, MambaForCausalLM
 
 import srppo
 from srppo import SRPPOTrainer, memory
@@ -121,6 +121,18 @@ def test_a_model_that_cannot_be_read_is_an_error_of_loading_and_not_of_the_estim
     with pytest.raises(srppo.UserError, match="no causal language model could be loaded"):
         SRPPOTrainer("nowhere", "nowhere", config(tmp_path), examples(ROWS), console=QUIET,
                      processing_class=tiny_tokenizer())  # fmt: skip
+
+
+def test_a_model_of_parts_that_says_no_size_is_left_to_the_checks_behind_the_estimate(tmp_path):
+    """BLT has encoder, patches and decoder: the estimate before its refusal ended in an AttributeError."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    parts = {f"{part}_config": {**sizes, "vocab_size": 64, "head_dim": 8} for part in ("encoder", "decoder", "patcher")}
+    whole = BltConfig(
+        **parts, global_config={**sizes, "hidden_size": 32, "head_dim": 16}, vocab_size=64,
+        encoder_hash_byte_group_vocab=50, encoder_hash_byte_group_size=[3],
+    )  # fmt: skip
+    models = [BltForCausalLM(whole) for _ in range(2)]
+    assert memory.estimate(config(tmp_path), *models, longest_prompt=4) is None
 
 
 def test_a_state_space_model_has_no_cache_of_tokens(tmp_path):
