@@ -104,7 +104,7 @@ def estimate(
         weights = {f"base {name}": frozen[0]}
         if not adapter:
             weights[f"SFT {name}"] = frozen[1]
-        adapters = ["SFT"] * adapter + ["policy"] + ["value"] * (not separate)
+        adapters = ["SFT"] * adapter + ["policy"] + ["critic"] * (not separate)
         weights[f"adapters {', '.join(adapters)} float32"] = 4 * own * len(adapters)
         trained = own + (total if separate else own)
         if separate:
