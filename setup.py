@@ -108,8 +108,12 @@ def extension_arguments():
         import pybind11
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         say(f"{error.name} is not there to build against, so the extension is not built: {LOST}")
+        return {}
+    except (ImportError, OSError) as error:  # torch opens some of its libraries itself, and fails with an OSError
+        reason = (str(error) or repr(error)).splitlines()[0]
+        say(f"what to build against does not load ({reason}), so the extension is not built: {LOST}")
         return {}
 
     nvcc = shutil.which("nvcc") or (str(Path(CUDA_HOME) / "bin" / "nvcc") if CUDA_HOME else None)

@@ -201,6 +201,24 @@ def test_a_failing_build_leaves_an_installation(tmp_path):
     assert not list((tmp_path / "lib").rglob("_C*"))
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("ModuleNotFoundError('no', name='torch')", "torch is not there to build against, so"),
+        ("ImportError('undefined symbol: fork2', name='_C')", "does not load (undefined symbol: fork2), so"),
+        ("OSError('libcudart.so.99: cannot open')", "does not load (libcudart.so.99: cannot open), so"),
+    ],
+)
+def test_a_torch_that_does_not_load_leaves_an_installation(tmp_path, raised, said):
+    (tmp_path / "torch.py").write_text(f"raise {raised}")
+    command = [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path}/t", f"--build-lib={tmp_path}/lib"]
+    environment = {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("srppo: "))
+    assert said in line and "runs on plain torch without its native kernels" in line
+
+
 def test_the_mark_for_the_compiler_is_the_one_that_torch_sets():
     def ours() -> int:
         return 1
