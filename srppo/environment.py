@@ -26,7 +26,9 @@ def describe() -> Iterator[str]:
     """Lines of ``name: value``, for people and for issue reports."""
     yield f"python: {platform.python_version()} on {platform.platform()}"
     for package in PACKAGES:
-        yield f"{package}: {version(package) or 'not installed'}"
+        # torch itself names its build (+cpu, +cu130), which its package leaves out where it comes from PyPI.
+        installed = torch.__version__ if package == "torch" else version(package)
+        yield f"{package}: {installed or 'not installed'}"
     yield f"threads: {torch.get_num_threads()}"
     yield f"cpu: {torch.backends.cpu.get_cpu_capability()} as torch sees it"
     yield f"native kernels: {'on' if _extension.available() else 'off'}: {_extension.why()}"
