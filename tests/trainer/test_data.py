@@ -111,6 +111,9 @@ def test_tool_calls_in_a_table_are_rendered_as_in_lines(tmp_path, kind, content)
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", **content, "tool_calls": calls}]
     rows = [{"messages": [*turns, {"role": "user", "content": "y"}, {"role": "assistant", "content": "z"}]}]
     example = tokenised(load_rows(str(write(kind, tmp_path, rows)), "train"), tokenizer=tokenizer, longest=(128, 8))[0]
+    if kind == "parquet":  # pyarrow 17 sorts the fields of a table that it makes from rows
+        order = [field.name for field in pyarrow.array(calls).type]
+        calls = [{name: call[name] for name in order} for call in calls]
     assert tokenizer.decode(example.prompt_ids) == f"x{json.dumps(calls)}y"
 
 
