@@ -416,8 +416,8 @@ def adapter_config(adapter: str | Path) -> Any:
 
 
 def adapter_base(adapter: str | Path) -> str:
-    """The model that an adapter folder says it was made on."""
-    return str(adapter_config(adapter).base_model_name_or_path)
+    """The model that an adapter folder says it was made on, or "None": of one in memory older pefts say ""."""
+    return str(adapter_config(adapter).base_model_name_or_path or None)
 
 
 def warn_of_another_base(adapter: str | Path, base: str | Path | None) -> None:

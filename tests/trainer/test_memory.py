@@ -111,7 +111,7 @@ def test_the_estimate_is_said_before_the_models_are_loaded_and_the_peak_after(ti
     monkeypatch.setattr(srppo.trainer, "build_roles", lambda *a: (before.append(said.getvalue()), build(*a))[1])
     args = config(tmp_path, max_steps=1, use_peft=True)
     run = SRPPOTrainer(tiny_models.adapter, tiny_models.base, args, examples(ROWS), console=console)
-    assert "memory: about" in before[0] and "adapters SFT, policy, value float32" in before[0]
+    assert "memory: about" in before[0] and "adapters SFT, policy, critic float32" in before[0]
     run.train()
     assert "at the peak, of the whole process" in said.getvalue()
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ from srppo.models import (
     load_model,
     load_tokenizer,
 )
-from srppo.roles import Role, build_roles, check_head, frozen_roles
+from srppo.roles import Role, build_roles, check_head, frozen_roles, made_on
 from srppo.rollout import generate
 from srppo.sft import sft_role
 
@@ -712,6 +713,19 @@ def test_an_adapter_of_another_folders_model_is_warned_of(tiny_models, tmp_path)
         build(tmp_path, str(copy), tiny_models.adapter, use_peft=True)
     with pytest.warns(UserWarning, match=r"and is loaded onto the base"):
         load_model(tiny_models.adapter, config(tmp_path, base_model_name_or_path=str(copy)))
+
+
+@pytest.mark.parametrize("named", [None, ""])
+def test_an_adapter_of_a_model_in_memory_is_not_warned_of(tiny_models, tmp_path, named):
+    """It names no folder: older pefts write "", which as a path is the working directory."""
+    adapter = shutil.copytree(tiny_models.adapter, tmp_path / "adapter")
+    said = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": named}
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* was made on")
+        build(tmp_path, tiny_models.base, str(adapter), use_peft=True)
+    with pytest.raises(UserError, match="was made on None, which is neither the base nor the SFT model"):
+        made_on(str(adapter), {".": role(tiny_model())})
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
