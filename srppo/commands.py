@@ -123,7 +123,7 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     console = shared_console()
     require(args, "base_model_name_or_path", "dataset_name")
     output, resume = Path(args.output_dir), args.resume_from_checkpoint
-    made = (output if resume in (None, "latest") else Path(resume).parent) / "sft"  # by this run's SFT stage
+    made = (output if resume is None or resume == "latest" else Path(resume).parent) / "sft"  # by this run's SFT stage
     model = args.sft_model_name_or_path
     if resume is None and not (model is not None and Path(model).resolve() == made.resolve()):
         # with the SFT model that is there, a run goes on after its first stage
