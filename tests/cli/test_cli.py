@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from srppo import sft as sft_module
 from srppo.cli import COMMANDS, main
 from srppo.models import choose_dtype
 from srppo.roles import frozen_roles
+from srppo_kernels import _extension
 
 ROOT = Path(srppo.__file__).parents[1]
 
@@ -292,7 +294,45 @@ def test_env_names_versions_and_says_why_each_backend_is_on_or_off(capfd, monkey
     assert lines["torch"] == torch.__version__
     for name in ("python", "transformers", "peft", "native kernels", "cuda", "triton kernels", "flash attention"):
         assert lines[name]
-    assert lines["native kernels"].split(":")[0] in ("on", "off")
+    assert lines["native kernels"].split(":")[0] == ("on" if _extension.available() else "off")
+    assert lines["threads"] == str(torch.get_num_threads())
+    assert lines["cpu"] == f"{torch.backends.cpu.get_cpu_capability()} as torch sees it"
+    assert {name: lines[f"  {name}"] for name in _extension.build_info()} == {
+        name: str(value) for name, value in _extension.build_info().items()
+    }
+
+
+def test_env_of_packages_and_a_device_that_are_there_and_are_not(capfd, monkeypatch):
+    def told():
+        assert main(["env"]) == 0
+        return dict(line.split(": ", 1) for line in capfd.readouterr().out.splitlines())
+
+    def of(package):
+        if package in ("flash-attn", "tensorboard") and absent:
+            raise importlib.metadata.PackageNotFoundError
+        return "1.2.3"
+
+    monkeypatch.setattr(importlib.metadata, "version", of)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    absent = True
+    lines = told()
+    assert (lines["bitsandbytes"], lines["flash-attn"], lines["tensorboard"]) == ("1.2.3", *2 * ["not installed"])
+    assert lines["cuda"] == "off: torch is a CPU build"
+    assert "is not installed; attention is torch's own" in lines["flash attention"]
+    absent = False
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    lines = told()
+    assert lines["flash-attn"] == "1.2.3"
+    assert lines["cuda"] == "off: torch is built for CUDA 13.0 and sees no device"
+    assert lines["flash attention"] == "off: no CUDA device"
+    card = types.SimpleNamespace(name="Card", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr("srppo.environment._triton.why", lambda: "")  # which would ask the device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    lines = told()
+    assert lines["cuda"] == "on: Card, compute capability 9.0, CUDA 13.0"
+    assert lines["flash attention"] == "available: choose it with --attn_implementation flash_attention_2"
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
