@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from tiny_runs import QUIET, ROWS, config, examples, trainer
+from torch.utils.tensorboard import SummaryWriter
 
 from srppo import UserError, run_sft
 from srppo.metrics import MetricsWriter
@@ -31,6 +33,11 @@ def test_a_run_logs_its_settings_and_every_metric_and_ends(tiny_models, tmp_path
     run.train()
     (kind, options), *logged, last = service.calls
     assert kind == "init" and options["project"] == "srppo" and options["config"]["kl_coef"] == 1.0
+    assert {name: options.get(name) for name in ("id", "dir")} == (
+        {"id": options["name"], "dir": str(tmp_path / "run")}
+        if service.__name__ == "wandb"
+        else {"id": None, "dir": None}
+    )
     assert [{"step": step, **metrics} for _, step, metrics in logged] == run.history
     assert last == ("finish",)
 
@@ -51,6 +58,27 @@ def test_an_sft_run_is_known_by_the_folder_that_its_model_gets(tiny_models, tmp_
         writer.write(1, {"x": 1.0})
     first, second = (call[1]["name"] for call in service.calls if call[0] == "init")
     assert first == second and first.startswith("sft-")
+
+
+def test_a_folder_is_one_run_however_it_is_written(tmp_path, service, monkeypatch):
+    (tmp_path / "run").mkdir()
+    for here, folder in ((tmp_path, "run"), (tmp_path / "run", "."), (tmp_path, tmp_path / "run")):
+        monkeypatch.chdir(here)
+        with MetricsWriter(Path(folder), config(tmp_path, report_to=[service.__name__])) as writer:
+            writer.write(1, {"x": 1.0})
+    first, *others = (call[1]["name"] for call in service.calls if call[0] == "init")
+    assert others == [first, first] and first.startswith("run-")
+
+
+def test_the_board_is_closed_with_the_run(tmp_path, monkeypatch):
+    """What it has not written yet would be lost with the process."""
+    closed = []
+    close = SummaryWriter.close
+    monkeypatch.setattr(SummaryWriter, "close", lambda self: closed.append(self.log_dir) or close(self))
+    with MetricsWriter(tmp_path, config(tmp_path, report_to=["tensorboard"])) as writer:
+        writer.write(1, {"x": 1.0})
+        assert closed == []
+    assert closed == [str(tmp_path / "tensorboard")]
 
 
 @pytest.mark.parametrize("service", ["wandb"], indirect=True)
