@@ -29,7 +29,6 @@ def plot_history(
     history: Sequence[Mapping[str, Any]], folder: Path, plots: Mapping[str, Sequence[str]] = RUN_PLOTS
 ) -> list[Path]:
     """Draws each plot whose metrics occur in ``history`` (entries with a ``step``) to ``folder/<name>.png``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     written = []
@@ -39,7 +38,6 @@ def plot_history(
         if not curves:
             continue
         figure = Figure(figsize=(6, 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for metric, points in curves.items():
             few = len(points) < 25

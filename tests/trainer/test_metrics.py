@@ -34,7 +34,7 @@ from srppo.learner import Learner
 from srppo.metrics import METRICS, MetricsWriter, iteration_metrics
 from srppo.model_card import model_card
 from srppo.models import Head, load_model, load_tokenizer
-from srppo.plots import plot_history
+from srppo.plots import RUN_PLOTS, UNITS, plot_history
 from srppo.roles import Role, frozen_roles
 from srppo.rollout import collate, generate
 from srppo.sft import SFT_METRICS
@@ -415,6 +415,10 @@ def test_each_curve_has_its_own_metric_at_its_steps(tmp_path, monkeypatch):
         {"step": 4, "objective/scores": 2.0, "objective/rlhf_reward": 6.0},
     ]
     assert plot_history(history, tmp_path) == list(drawn) == [tmp_path / "reward.png", tmp_path / "losses.png"]
+    for (axes,) in drawn.values():
+        assert axes.get_xlabel() == "step"
+        named = [line.get_label() for line in axes.get_lines()]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == named
     found = [
         (axes.get_ylabel(), {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()})
         for (axes,) in drawn.values()
@@ -424,6 +428,25 @@ def test_each_curve_has_its_own_metric_at_its_steps(tmp_path, monkeypatch):
         ("nats per sequence", {**scores, "eval/objective/scores": [[3, 5]]}),
         ("loss per token", {"loss/value_avg": [[3, 7]]}),
     ]
+
+
+def test_points_are_marked_while_there_are_few(tmp_path, monkeypatch):
+    """A curve of one point would not be seen."""
+    markers = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, path, **_: markers.extend(line.get_marker() for line in figure.axes[0].get_lines()),
+    )
+    for steps in (1, 24, 25):
+        plot_history([{"step": step, "objective/kl": 1.0} for step in range(steps)], tmp_path)
+    assert markers == ["o", "o", "None"]
+
+
+def test_plots_are_of_metrics_that_there_are_and_beside_each_is_its_evaluation():
+    assert {metric for metrics in RUN_PLOTS.values() for metric in metrics} <= set(METRICS) | set(EVAL_METRICS)
+    for metrics in RUN_PLOTS.values():
+        assert {f"eval/{metric}" for metric in metrics} & set(EVAL_METRICS) <= set(metrics)
+    assert set(RUN_PLOTS) <= set(UNITS)
 
 
 def test_a_plot_without_data_is_not_drawn(tmp_path):
@@ -456,14 +479,37 @@ def test_model_card_names_models_settings_and_results(finished):
     run, folder, _ = finished
     card = (folder / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["library_name"] == "transformers"
+    assert front["library_name"] == "transformers" and front["tags"] == ["srppo", "ppo", "self-reward"]
+    assert "This is a fully fine-tuned model, " in card
     assert Path(front["base_model"]).name == "base"
     assert "learning_rate: 0.001" in card and "missing_eos_penalty: 0.5" in card
     assert f"{run.history[0]['objective/scores']:.3f}" in card
     assert f"{run.history[-1]['eval/objective/kl']:.4f}" in card
     assert "3 iterations of 4 prompts" in card
     assert f"SFT model: `{run.sft_model}`" in card and Path(run.sft_model).name == "sft"
-    assert "given from Python" in card
+    assert "data: `given from Python`\n" in card
+    assert "beta 1.0 towards sft\n" in card
+    assert "The reward rises in collapsed runs too" in card
+    table = card.split("| evaluation | value |\n|---|---|\n")[1].split("\n\n")[0]
+    assert {line.split("`")[1] for line in table.splitlines()} == set(EVAL_METRICS)
+    settings = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert "learning_rate" in settings and "kl_coef" not in settings  # which is the default
+
+
+def test_model_card_of_a_run_of_a_command(tiny_models, tmp_path):
+    """Its data and its beta; how to run it again is told where the command line alone says all."""
+    names = {"base_model_name_or_path": "base", "dataset_name": "dämonstrations.jsonl"}
+    run = trainer(tiny_models, tmp_path, kl_target=5.0, kl_coef=0.5, kl_reference="base", **names)
+    judged = {"step": 0, "eval/objective/kl": 0.0}  # of no iteration at all
+    card = model_card(run.args, run.roles, [judged], sft="sft")
+    assert "- data: `dämonstrations.jsonl`\n" in card and 'dataset_name: "dämonstrations.jsonl"' in card
+    assert "beta 0.5 towards base\n- 0 iterations" in card and "first iteration" not in card
+    assert "```sh\nsrppo train" in card and "| `eval/objective/kl` | 0.0000 |\n" in card
+    more = model_card(dataclasses.replace(run.args, prompt_dataset_name="more"), run.roles, [], sft="sft")
+    assert "- data: `dämonstrations.jsonl`, prompts: `more`\n" in more
+    for name in names:
+        less = dataclasses.replace(run.args, **{name: None})
+        assert "```sh" not in model_card(less, run.roles, [], sft="sft")
 
 
 def test_model_card_is_yaml_and_shell_whatever_a_folder_is_called(tiny_models, tmp_path):
@@ -494,7 +540,8 @@ def test_model_card_of_a_resumed_run_tells_how_to_start_afresh(tiny_models, tmp_
 def test_model_card_of_an_adapter_names_the_model_that_it_is_loaded_onto(tiny_models, tmp_path, kind, made_on):
     run = trainer(tiny_models, tmp_path, kind=kind, use_peft=True)
     card = model_card(run.args, run.roles, [], sft="sft")
-    assert yaml.safe_load(card.split("---")[1])["base_model"] == getattr(tiny_models, made_on)
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["library_name"], front["base_model"]) == ("peft", getattr(tiny_models, made_on))
     assert f"- base model: `{tiny_models.base}`" in card
 
 
