@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from backends import BACKENDS, MASKS, NATIVE, make_mask, poison, running, same_bits, threads
+from backends import BACKENDS, MASKS, NATIVE, TRITON, make_mask, poison, running, same_bits, threads
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loss_rounding import absolute_errors
@@ -163,6 +163,19 @@ def test_each_branch(backend):
     assert stats.clipfrac_high == 2 / 8
     assert stats.clipfrac_low == 1 / 8
     torch.testing.assert_close(stats.ratio_max.item(), e20, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
+def test_a_log_ratio_at_the_bound_has_its_gradient_and_one_beyond_has_none(backend):
+    """As autograd of `clamp` has it."""
+    lp = torch.tensor([[20.0, -20.0, 20.00001, -20.00001]], requires_grad=True)
+    assert (lp[0, 2:].abs() > 20).all()
+    with running(backend) as name:
+        loss, _ = ppo_loss(
+            lp, torch.zeros(1, 4), torch.tensor([[-1.0, 1, -1, 1]]), lp > -math.inf, reduction="sum", backend=name
+        )
+    loss.backward()
+    torch.testing.assert_close(lp.grad, torch.tensor([[math.exp(20), -math.exp(-20), 0, 0]]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
