@@ -6,12 +6,15 @@ import asyncio
 import importlib.util
 import inspect
 import re
+import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny import save, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -84,6 +87,28 @@ def test_what_is_refused(models: tuple[str, str]) -> None:
         self_reward_func(*models, clip_range=(10, -10))
     with pytest.raises(UserError, match="pass tokenizer"):
         self_reward_func(tiny_model(seed=0), tiny_model(seed=1), clip_range=WIDE)
+
+
+def test_calls_from_several_threads_score_one_after_the_other(models: tuple[str, str], monkeypatch) -> None:
+    """Scoring switches adapters. The first stays inside until another one is there too, or it has waited for it."""
+    busy, another = threading.Lock(), threading.Event()
+
+    def reward(self: SelfReward, prompts: Sequence[Any], completions: Sequence[Any]) -> torch.Tensor:
+        if busy.acquire(blocking=False):
+            another.wait(0.2)
+            busy.release()
+        else:
+            another.set()
+        return torch.zeros(len(prompts))
+
+    monkeypatch.setattr(SelfReward, "reward", reward)
+    func = self_reward_func(*models, clip_range=WIDE)
+    threads = [threading.Thread(target=func, args=(["ab:x"], ["ab:"])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not another.is_set()
 
 
 # -- against OpenRLHF itself ------------------------------------------------------------------------------------------

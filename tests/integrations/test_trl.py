@@ -319,6 +319,19 @@ def test_sft_has_the_losses_that_trl_computes(tmp_path: Path, settings: dict[str
     assert evaluations[1] == pytest.approx(evaluations[0], abs=1e-5, rel=1e-4)
 
 
+def test_sft_counts_the_tokens_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two, whose other one has a token more in each batch; none in evaluation."""
+    trainer = sft(tmp_path)
+    use_fused_cross_entropy(trainer)
+    monkeypatch.setattr(trainer.accelerator, "gather_for_metrics", lambda local: torch.stack([local, local + 1]))
+    batches = list(trainer.get_train_dataloader())[:2]
+    counts = [int(batch["attention_mask"].sum()) for batch in batches]
+    for mode, batch in ((True, batches[0]), (True, batches[1]), (False, batches[0])):
+        trainer.model.train(mode)
+        trainer.compute_loss(trainer.model, batch)
+    assert trainer._total_train_tokens == 2 * sum(counts) + 2
+
+
 # -- the self-reward --------------------------------------------------------------------------------------------------
 
 
