@@ -374,6 +374,24 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_two(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_train_takes_the_tokenizer_of_the_sft_model(tiny_models, data, tmp_path, monkeypatch):
+    """Where that of the base is another: SFT may have brought a chat template."""
+    sft = tmp_path / "own"
+    shutil.copytree(tiny_models.sft, sft)
+    tokenizer = AutoTokenizer.from_pretrained(sft)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}:"
+    tokenizer.save_pretrained(sft)
+    given = {}
+
+    def trainer(*models, processing_class, **options):
+        given.update(template=processing_class.chat_template)
+        raise srppo.UserError("seen")
+
+    monkeypatch.setattr("srppo.trainer.SRPPOTrainer", trainer)
+    assert main(["train", *train_flags(tiny_models, data, tmp_path / "run", sft_model_name_or_path=sft)]) == 2
+    assert given == {"template": tokenizer.chat_template}
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [("save_rollouts", "exists and is not empty"), ("from_rollouts", "the rollout of iteration 1, is not there")],

@@ -60,6 +60,7 @@ from srppo.models import (
     disable_dropout,
     load_model,
     load_tokenizer,
+    tokenizer_for,
 )
 from srppo.roles import Role, build_roles, check_head, frozen_roles, made_on
 from srppo.rollout import generate
@@ -160,6 +161,20 @@ def test_saved_policy_loads_with_plain_transformers_and_peft_and_gives_its_log_p
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
+
+
+def test_the_tokenizer_is_the_first_that_a_folder_has_and_of_a_hub_the_bases(tiny_models, tmp_path, monkeypatch):
+    """Weights alone, as an adapter's folder may have them, go with the base's; a name is not looked up for it."""
+    loaded = []
+    monkeypatch.setattr("srppo.models.load_tokenizer", lambda path, **_: loaded.append(path))
+    bare, base, sft = tmp_path / "bare", tiny_models.base, tiny_models.sft
+    bare.mkdir()
+    args = config(tmp_path)
+    for pair in ((sft, base), (str(bare), base), (sft, "hub/base"), ("hub/sft", "hub/base"), ("hub/sft", None)):
+        tokenizer_for(*pair, args)
+    assert loaded == [sft, base, sft, "hub/base", "hub/sft"]
+    with pytest.raises(UserError, match="give processing_class"):
+        tokenizer_for(tiny_model(), tiny_model(), args)
 
 
 # -- gradients of adapters that share a model -------------------------------------------------------------------------
