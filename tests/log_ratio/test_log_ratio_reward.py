@@ -11,6 +11,7 @@ from torch import Tensor
 
 from srppo_kernels.gae import gae
 from srppo_kernels.log_ratio import log_ratio_reward
+from srppo_kernels.log_ratio.reference import log_ratio_reward_reference
 
 
 def by_definition(
@@ -207,6 +208,24 @@ def test_gradient(placement, kl_estimator, normalize):
         assert (gradient[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("placement", ["eos", "token"])
+@pytest.mark.parametrize("normalize", ["none", "length", "running"])
+def test_gradients_at_the_bounds_and_beyond_are_autograds_of_the_reference(placement, normalize):
+    """Of the clip, and of the log-ratio in k3; a row has one token here, and its score is the token's."""
+    scores = torch.tensor([[0.5], [-0.5], [0.75], [-0.75], [0.25], [-0.25]], dtype=torch.float64)
+    kl = torch.tensor([[20.0], [-20.0], [21.0], [-21.0], [0.5], [-0.5]], dtype=torch.float64)
+    mask, zero = torch.ones(6, 1, dtype=torch.bool), torch.zeros(6, 1, dtype=torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (scores, zero, kl, zero)]
+    std = 0.25 if normalize == "running" else None
+    towards = {"logprobs_policy": leaves[2], "logprobs_ref": leaves[3], "kl_coef": 0.1, "kl_estimator": "k3"}
+    options = {"placement": placement, "normalize": normalize, "running_std": std, "scale": 2.0, **towards}
+    clip = 4.0 if std else 1.0
+    got = log_ratio_reward(*leaves[:2], mask, **options, clip=clip)
+    want, *_ = log_ratio_reward_reference(*leaves[:2], mask, **options, clip=clip)
+    for a, b in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 @pytest.mark.parametrize("placement", ["eos", "token"])
 @pytest.mark.parametrize("kl", [True, False])
@@ -260,6 +279,26 @@ def test_a_running_std_of_another_dtype(backend, dtype):
     assert same_bits(want, got)
 
 
+@pytest.mark.parametrize("which", range(4))
+def test_one_input_in_float64_makes_all_of_it_float64(which):
+    *logprobs, mask, _ = inputs(3, 6)
+    logprobs[which] = logprobs[which].double() * (1 + 1e-10)  # which float32 would lose
+    sft, base, policy, ref = logprobs
+    options = {"placement": "token", "logprobs_policy": policy, "logprobs_ref": ref, "kl_coef": 0.5}
+    got = log_ratio_reward(sft, base, mask, **options)
+    expected = by_definition(sft, base, mask, normalize="none", **options)
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_a_running_std_keeps_its_digits_where_any_input_is_float64():
+    sft, base, *_, mask, _ = inputs(3, 6)
+    want, got = (
+        log_ratio_reward(sft, base.double(), mask, normalize="running", running_std=std)
+        for std in (0.1, torch.tensor(0.1, dtype=torch.float64))
+    )
+    assert torch.equal(want, got)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes_and_strides(dtype):
     tensors = inputs(5, 12)
@@ -298,6 +337,8 @@ def test_opcheck_and_compile(backend):
         backend,
     )
     torch.library.opcheck(torch.ops.srppo.log_ratio_reward, args)
+    without_parts = (*args[:-2], False, backend)
+    torch.library.opcheck(torch.ops.srppo.log_ratio_reward, without_parts, test_utils="test_faketensor")
 
     def run(sft, base, policy, ref):
         return log_ratio_reward(
@@ -321,6 +362,7 @@ X, M = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
         ({"mask": X}, TypeError, "mask has dtype torch.float32; pass a bool tensor"),
         ({"logprobs_base": torch.ones(3, 2)}, ValueError, "logprobs_base has shape"),
         ({"logprobs_sft": torch.ones(3)}, ValueError, r"logprobs_sft has shape \(3,\); pass \[B, T\]"),
+        ({"logprobs_sft": torch.ones(2, 3, 1)}, ValueError, r"logprobs_sft has shape \(2, 3, 1\); pass \[B, T\]"),
         ({"logprobs_sft": [[1.0]]}, TypeError, "logprobs_sft must be a tensor, got list"),
         ({"logprobs_base": None}, TypeError, "logprobs_base must be a tensor, got NoneType"),
         ({"placement": "end"}, ValueError, "placement='end' is unknown; choose one of 'eos', 'token'"),
@@ -351,7 +393,9 @@ X, M = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
             "running_std is on meta but the other inputs on cpu",
         ),
         ({"kl_coef": 0.1}, ValueError, "kl_coef=0.1 needs logprobs_policy and logprobs_ref"),
+        ({"kl_coef": -0.1}, ValueError, "kl_coef=-0.1 needs logprobs_policy and logprobs_ref"),
         ({"logprobs_policy": X}, ValueError, "logprobs_ref is missing"),
+        ({"logprobs_ref": X}, ValueError, "logprobs_policy is missing"),
         ({"logprobs_policy": X, "logprobs_ref": X[:1]}, ValueError, "logprobs_ref has shape"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
     ],
