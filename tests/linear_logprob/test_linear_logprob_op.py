@@ -1,6 +1,8 @@
 """The ops as PyTorch sees them: opcheck, torch.compile, errors, explain."""
 
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -332,10 +334,36 @@ def test_bad_arguments_of_the_loss(change, error, text, plan):
 
 def test_log_ratio_of_two_vocabularies_is_refused():
     p, q = make("random", n=6, d=4, v=9), make("random", n=6, d=4, v=10)
-    with pytest.raises(ValueError, match="weight_base 10; a ratio needs one vocabulary"):
+    with pytest.raises(ValueError, match=r"weight_sft has 9 .* weight_base 10; a ratio needs one vocabulary"):
         linear_log_ratio(p.hidden, p.weight, q.hidden, q.weight, p.targets)
-    with pytest.raises(ValueError, match="hidden_base"):
+    with pytest.raises(ValueError, match=r"weight_sft has 10 .* weight_base 9; a ratio needs one vocabulary"):
+        linear_log_ratio(q.hidden, q.weight, p.hidden, p.weight, p.targets)
+    with pytest.raises(ValueError, match=r"hidden_base has shape .* but weight_base"):
         linear_log_ratio(p.hidden, p.weight, q.hidden[:, :3], p.weight, p.targets)
+    with pytest.raises(ValueError, match="bias_base has shape"):
+        linear_log_ratio(p.hidden, p.weight, q.hidden, p.weight, p.targets, bias_base=torch.zeros(10))
+
+
+def test_log_ratio_hands_every_option_to_both_log_probs_and_each_model_its_own(monkeypatch):
+    models = [make("random", n=6, d=4, v=9, bias=True) for _ in range(2)]
+    targets, given = models[0].targets, []
+
+    def logprob(*tensors, **options):
+        given.append((*tensors, options))
+        return SimpleNamespace(logprob=torch.zeros(6))
+
+    monkeypatch.setattr(sys.modules[linear_log_ratio.__module__], "linear_logprob", logprob)
+    options = {
+        "mask": targets > 3, "ignore_index": 3, "temperature": 0.5, "logit_scale": 2.0, "softcap": 9.0,
+        "plan": "recompute", "workspace_bytes": 5, "backend": "torch", "group": "a group",
+    }  # fmt: skip
+    tensors = [t for p in models for t in (p.hidden, p.weight)]
+    biases = [p.options["bias"] for p in models]
+    linear_log_ratio(*tensors, targets, bias_sft=biases[0], bias_base=biases[1], **options)
+    for (*got, seen), p, bias in zip(given, models, biases, strict=True):
+        assert all(a is b for a, b in zip(got, (p.hidden, p.weight, targets), strict=True))
+        assert seen.pop("bias") is bias
+        assert seen == options
 
 
 def test_explain():
