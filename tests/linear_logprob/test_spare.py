@@ -129,6 +129,29 @@ def test_free_blocks_go_where_there_is_no_room_beside_them():
 
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process's memory")
+def test_free_blocks_are_of_4_gib_in_all_and_the_oldest_go():
+    """Of addresses alone: a page that nobody writes to takes no memory."""
+
+    def mapped() -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmSize:\s+(\d+) kB", text)[1]) >> 10  # MiB
+
+    try:
+        before, blocks = mapped(), [block(mib) for mib in (1100, 1500, 1400)]
+    except RuntimeError as error:
+        pytest.skip(f"this machine promises no 4 GiB to a process: {error}")
+    few = 64  # what other threads may map meanwhile
+    while blocks:
+        del blocks[0]
+    assert abs(mapped() - before - 4000) < few
+    block(200)
+    assert abs(mapped() - before - 3100) < few
+    block(4097)  # which is more than is kept
+    assert abs(mapped() - before - 3100) < few
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process's memory")
 def test_what_is_free_is_the_systems_to_take():
     def lent() -> int:
         text = Path("/proc/self/smaps_rollup").read_text()
