@@ -38,6 +38,16 @@ def test_output_goes_to_standard_error_and_quiet_says_nothing(capfd):
     assert printed.err == f"hello {long}\nwarning: careful {long}\n"
 
 
+def test_on_a_terminal_a_warning_is_yellow_and_a_note_plain(monkeypatch, capfd):
+    """Rich would colour every number and name."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    Console().note("step 3 of 'run'")
+    Console().warn("at 3")
+    assert capfd.readouterr().err == "step 3 of 'run'\n\x1b[33mwarning: at 3\x1b[0m\n"
+
+
 def test_progress_in_a_log_is_a_line_now_and_then_and_not_one_a_step(log, clock):
     console, text = log
     status = "[b] reward 1.00 " + 20 * "word "
@@ -54,7 +64,7 @@ def test_progress_in_a_log_is_a_line_now_and_then_and_not_one_a_step(log, clock)
 
 def test_progress_on_a_terminal_is_the_bar_alone(log, clock):
     console, text = log
-    console.rich = RichConsole(file=text, width=100, force_terminal=True, get_time=lambda: clock[0])
+    console.rich = RichConsole(file=text, width=100, force_terminal=True, highlight=False, get_time=lambda: clock[0])
     with console.progress("SRPPO", 100) as bar:
         clock[0] += 25.0
         bar.advance(0, "reward 1.00")
