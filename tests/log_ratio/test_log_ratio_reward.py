@@ -226,6 +226,15 @@ def test_gradients_at_the_bounds_and_beyond_are_autograds_of_the_reference(place
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_the_gradient_takes_the_same_score_for_clipped_as_the_reward_does():
+    """A sum of float32 is 0 here, and inside of the clip."""
+    sft = torch.tensor([[1e8, 1.0, -1e8]], requires_grad=True)
+    reward = log_ratio_reward(sft, torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), clip=0.5)
+    assert reward.tolist() == [[0.0, 0.0, 0.5]]
+    (gradient,) = torch.autograd.grad(reward.sum(), sft)
+    assert gradient.tolist() == [[0.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 @pytest.mark.parametrize("placement", ["eos", "token"])
 @pytest.mark.parametrize("kl", [True, False])
