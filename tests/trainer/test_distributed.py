@@ -17,12 +17,14 @@ import torch
 import training_ranks as ranks
 from on_ranks import on_ranks
 from safetensors.torch import load_file
+from tiny import tiny_model
 from tiny_runs import QUIET, ROWS, STOPS, config, examples, trainer, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from srppo import UserError, checkpoint, distributed, run_sft, training_state
+from srppo import UserError, checkpoint, distributed, run_sft, sharding, training_state
 from srppo.console import Console
 from srppo.evaluation import fixed_seed
+from srppo.roles import build_roles
 
 TESTS = Path(__file__).parents[1]
 
@@ -243,6 +245,21 @@ def test_sft_with_nothing_to_cut_is_refused_before_anything_is_loaded(tmp_path):
 def test_fsdp_is_refused_in_one_process(tiny_models, tmp_path):
     with pytest.raises(UserError, match="and there is one: launch with torchrun"):
         trainer(tiny_models, tmp_path, fsdp=True)
+
+
+def test_fsdp_is_refused_for_adapters_and_for_a_model_whose_layers_are_not_known(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "start", lambda: None)
+    adapters = config(tmp_path, use_peft=True)
+    with pytest.raises(UserError, match=r"fsdp is for full fine-tuning \(use_peft=false\)"):
+        sharding.shard_roles(build_roles(adapters, tiny_models.base, tiny_models.adapter))
+    args = config(tmp_path, base_model_name_or_path="nowhere", fsdp=True, use_peft=True)
+    with pytest.raises(UserError, match="fsdp is for full fine-tuning"):
+        run_sft(args, train_dataset=examples(ROWS), output_dir=tmp_path / "sft", console=QUIET)
+    model = tiny_model()
+    model._no_split_modules = None
+    with pytest.raises(UserError, match="LlamaForCausalLM does not say which of its modules are layers"):
+        sharding.shard(model)
 
 
 def test_a_group_that_sends_nothing_from_a_cpu_is_refused(monkeypatch, tmp_path):
