@@ -8,6 +8,7 @@ from backends import BACKENDS, MASKS, NATIVE, TRITON, make_mask, poison, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from srppo_kernels.gae import gae
 from srppo_kernels.log_ratio import log_ratio_reward
@@ -297,6 +298,12 @@ def test_one_input_in_float64_makes_all_of_it_float64(which):
     got = log_ratio_reward(sft, base, mask, **options)
     expected = by_definition(sft, base, mask, normalize="none", **options)
     torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
+    with FakeTensorMode() as mode:
+        told = log_ratio_reward(
+            *(mode.from_tensor(t) for t in (sft, base, mask)),
+            **{name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in options.items()},
+        )
+    assert told.dtype == torch.float64
 
 
 def test_a_running_std_keeps_its_digits_where_any_input_is_float64():
