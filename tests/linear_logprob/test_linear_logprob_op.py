@@ -262,6 +262,11 @@ def test_bad_target_is_named(call):
         ({"temperature": "1"}, TypeError, "temperature='1' must be a number, got str"),
         ({"logit_scale": None}, TypeError, "logit_scale=None must be a number, got NoneType"),
         ({"hidden": torch.zeros(6, 4).to_sparse()}, TypeError, r"hidden is laid out as .*; pass hidden.to_dense"),
+        (
+            {"weight": torch.zeros(9, 4).as_subclass(type("DTensor", (torch.Tensor,), {}))},
+            TypeError,
+            "weight is a DTensor; pass it through srppo_kernels.parallel first",
+        ),
         ({"plan": "fast"}, ValueError, "plan='fast' is unknown"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown"),
         ({"workspace_bytes": -1}, ValueError, "workspace_bytes"),
