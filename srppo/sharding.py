@@ -56,8 +56,7 @@ def shard_roles(roles: Roles) -> None:
         UserError: there is one process, the roles share a model (LoRA), or a model does not say what its layers are.
     """
     models = [role.causal_lm for role in roles]
-    shared = len({id(model) for model in models}) < len(models)
-    require_ranks(adapters=shared or hasattr(roles.sft.model, "peft_config"))
+    require_ranks(adapters=len({id(model) for model in models}) < len(models))
     for model in models:
         shard(model)
 

@@ -251,8 +251,9 @@ def test_fsdp_is_refused_for_adapters_and_for_a_model_whose_layers_are_not_known
     monkeypatch.setattr(distributed, "size", lambda: 2)
     monkeypatch.setattr(distributed, "start", lambda: None)
     adapters = config(tmp_path, use_peft=True)
-    with pytest.raises(UserError, match=r"fsdp is for full fine-tuning \(use_peft=false\)"):
-        sharding.shard_roles(build_roles(adapters, tiny_models.base, tiny_models.adapter))
+    for sft in (tiny_models.adapter, tiny_models.sft):
+        with pytest.raises(UserError, match=r"fsdp is for full fine-tuning \(use_peft=false\)"):
+            sharding.shard_roles(build_roles(adapters, tiny_models.base, sft))
     args = config(tmp_path, base_model_name_or_path="nowhere", fsdp=True, use_peft=True)
     with pytest.raises(UserError, match="fsdp is for full fine-tuning"):
         run_sft(args, train_dataset=examples(ROWS), output_dir=tmp_path / "sft", console=QUIET)
