@@ -148,6 +148,8 @@ def test_free_blocks_are_of_4_gib_in_all_and_the_oldest_go():
     assert abs(mapped() - before - 3100) < few
     block(4097)  # which is more than is kept
     assert abs(mapped() - before - 3100) < few
+    block(4096)  # which is all that is
+    assert abs(mapped() - before - 4096) < few
 
 
 @needs_extension
