@@ -50,6 +50,12 @@ def block(mib: int) -> torch.Tensor:
     return spare.empty(LIKE, (mib, MIB // 4))
 
 
+def mapped() -> int:
+    """MiB of addresses that this process has."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmSize:\s+(\d+) kB", text)[1]) >> 10
+
+
 @needs_extension
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_child_of_a_fork_can_use_and_drop_what_its_parent_kept():
@@ -129,13 +135,18 @@ def test_free_blocks_go_where_there_is_no_room_beside_them():
 
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process's memory")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_block_is_as_large_as_its_tensor(dtype):
+    before = mapped()
+    tensor = spare.empty(LIKE, (600, MIB // dtype.itemsize), dtype)
+    assert tensor.nbytes == 600 * MIB
+    assert 600 <= mapped() - before < 664
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process's memory")
 def test_free_blocks_are_of_4_gib_in_all_and_the_oldest_go():
     """Of addresses alone: a page that nobody writes to takes no memory."""
-
-    def mapped() -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmSize:\s+(\d+) kB", text)[1]) >> 10  # MiB
-
     try:
         before, blocks = mapped(), [block(mib) for mib in (1100, 1500, 1400)]
     except RuntimeError as error:
@@ -206,9 +217,10 @@ def test_a_trace_gets_none_and_what_is_small_is_mallocs():
 def test_what_no_gradient_is_is_refused():
     with pytest.raises(RuntimeError, match="empty_spare is for"):
         torch.ops.srppo_native.empty_spare([3], torch.int32)
-    for sizes in ([1 << 32, 1 << 32], [1 << 61], [3, -1]):
+    for sizes in ([1 << 32, 1 << 32], [1 << 61], [1 << 59], [3, -1]):
         with pytest.raises(RuntimeError, match="empty_spare needs sizes"):
             torch.ops.srppo_native.empty_spare(sizes, torch.float64)
+    assert torch.ops.srppo_native.empty_spare([0, 3], torch.float64).shape == (0, 3)  # as torch.empty has it
 
 
 @pytest.mark.parametrize("frozen", [False, True])
