@@ -77,6 +77,20 @@ def test_bits_do_not_depend_on_padding_packing_or_how_tiles_are_spread(kind, mas
     assert len(made) == 4 and all(same_bits(made[0], other) for other in made[1:])
 
 
+def test_a_tile_alone_finds_the_next_value_however_far_it_is():
+    """Behind a gap that begins where the third tile from the right ends: at once, in the same block, or blocks on."""
+    from srppo_kernels.gae.triton_scan import gae_triton
+
+    gaps = (1, 2, 16, 17, 31)
+    rewards, values, mask, end = inputs(len(gaps), 75, "full", seed=6)
+    for row, gap in enumerate(gaps):
+        mask[row, 43 : 43 + gap] = False
+    options = (0.9, 0.8, None, None, end, True, None)
+    got = gae_triton(poison(rewards, mask), poison(values, mask), mask, *options, tile=16, spread=True)[:2]
+    for a, b in zip(got, gae_reference(rewards.double(), values.double(), mask, 0.9, 0.8, end), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("spread", [False, True])
 def test_a_long_row_keeps_its_digits(spread):
     from srppo_kernels.gae.triton_scan import gae_triton
