@@ -9,6 +9,7 @@ import torch
 from linear_logprob.head_problems import BACKENDS, make, relative
 
 from srppo_kernels import explain, gae, linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
+from srppo_kernels.linear_logprob.checks import check_targets, check_temperatures
 
 BIG = 1 << 30
 
@@ -196,8 +197,14 @@ def test_differentiable_once():
 def test_forward_mode_is_refused():
     """torch takes a derivative that an op does not have in forward mode for 0."""
     p = make("random", n=5, d=4, v=9)
-    per_token, mask = torch.randn(1, 5), torch.ones(1, 5, dtype=torch.bool)
+    per_token, mask, bias = torch.randn(1, 5), torch.ones(1, 5, dtype=torch.bool), torch.zeros(9)
+
+    def loss(hidden, weight, bias):
+        return linear_loss(hidden, weight, p.targets, lambda logprob, _: (logprob.sum(), {}), bias=bias)[0]
+
     calls = [
+        (lambda w: loss(p.hidden, w, bias), p.weight.detach()),
+        (lambda b: loss(p.hidden, p.weight, b), bias),
         (lambda h: linear_logprob(h, p.weight, p.targets).logprob, p.hidden.detach()),
         (lambda h: linear_loss(h, p.weight, p.targets, lambda logprob, _: (logprob.sum(), {}))[0], p.hidden.detach()),
         (lambda rewards: gae(rewards, per_token, mask)[0], per_token),
@@ -230,11 +237,33 @@ def test_bad_target_is_named(call):
         calls[call]()
 
 
+def test_a_bad_target_of_one_hidden_state():
+    p = make("random", n=6, d=4, v=9)
+    with pytest.raises(ValueError, match=r"targets\[\] is 9, outside the vocabulary"):
+        linear_logprob(p.hidden[0], p.weight, torch.tensor(9))
+
+
+def test_on_a_device_targets_are_asserted_there_and_temperatures_not_waited_for():
+    """On one that is pretended."""
+    pretended = type("OnDevice", (torch.Tensor,), {"device": property(lambda self: torch.device("cuda", 0))})
+    targets = torch.tensor([0, 8, 9, -1]).as_subclass(pretended)
+    live, shape = torch.tensor([True, True, False, False]), torch.Size([4])
+    check_targets(targets, live, 9, shape)
+    for bad in (2, 3):
+        with pytest.raises(RuntimeError, match="a live target is outside the vocabulary"):
+            check_targets(targets, live | (torch.arange(4) == bad), 9, shape)
+    check_temperatures(torch.zeros(4).as_subclass(pretended), live, shape)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
         ({"weight": torch.zeros(9, 5)}, ValueError, "last dimensions"),
         ({"weight": torch.zeros(36)}, ValueError, r"\[vocabulary, hidden size\]"),
+        ({"weight": torch.zeros(9, 4, 2)}, ValueError, r"\[vocabulary, hidden size\]"),
+        ({"hidden": torch.zeros(6, 5)}, ValueError, "last dimensions"),
+        ({"hidden": torch.zeros(())}, ValueError, r"hidden has shape \(\) but weight"),
+        ({"hidden": torch.zeros(6, 4, dtype=torch.float64)}, TypeError, "float64 takes both or none"),
         ({"weight": torch.zeros(9, 0), "hidden": torch.zeros(6, 0)}, ValueError, "at least 1 wide"),
         ({"weight": torch.zeros(9, 4, dtype=torch.float64)}, TypeError, "float64 takes both or none"),
         ({"hidden": torch.zeros(6, 4, dtype=torch.int64)}, TypeError, "hidden has dtype"),
@@ -243,7 +272,14 @@ def test_bad_target_is_named(call):
         ({"targets": [0] * 6}, TypeError, "targets must be a tensor, got list"),
         ({"targets": torch.zeros(6)}, TypeError, "int64 or int32"),
         ({"targets": torch.zeros(5, dtype=torch.int64)}, ValueError, "one target for every hidden state"),
+        ({"targets": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "one target for every hidden state"),
+        (
+            {"targets": torch.zeros(6, dtype=torch.int16)},
+            TypeError,
+            "targets has dtype torch.int16; pass int64 or int32",
+        ),
         ({"bias": torch.zeros(8)}, ValueError, "bias has shape"),
+        ({"bias": torch.zeros(9, 1)}, ValueError, "bias has shape"),
         ({"bias": torch.zeros(9, device="meta")}, ValueError, "bias is on meta but hidden on cpu"),
         (
             {"targets": torch.zeros(6, dtype=torch.int64, device="meta")},
@@ -253,10 +289,12 @@ def test_bad_target_is_named(call):
         ({"mask": torch.ones(6)}, TypeError, "mask has dtype"),
         ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, "mask has shape"),
         ({"temperature": 0.0}, ValueError, "temperature=0.0"),
+        ({"temperature": float("inf")}, ValueError, "temperature=inf must be positive and finite"),
         ({"temperature": torch.ones(5)}, ValueError, "temperature has shape"),
         ({"temperature": torch.ones(6, requires_grad=True)}, ValueError, "temperature.detach"),
         ({"logit_scale": float("nan")}, ValueError, "logit_scale"),
-        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"softcap": 0.0}, ValueError, "softcap=0.0 must be positive"),
+        ({"softcap": float("inf")}, ValueError, "softcap=inf must be positive, or None"),
         ({"softcap": torch.ones(2)}, TypeError, "softcap=.* must be a number, got Tensor"),
         ({"logit_scale": torch.ones((), requires_grad=True)}, ValueError, "pass logit_scale.detach"),
         ({"temperature": "1"}, TypeError, "temperature='1' must be a number, got str"),
@@ -272,7 +310,7 @@ def test_bad_target_is_named(call):
         ({"workspace_bytes": -1}, ValueError, "workspace_bytes"),
         ({"plan": "precompute"}, ValueError, "linear_loss"),
         ({"plan": "precompute", "entropy": True, "weight": torch.zeros(9, 4)}, ValueError, "call has entropy=True"),
-        ({"plan": "cache", "workspace_bytes": 0}, ValueError, "workspace_bytes=216"),
+        ({"plan": "cache", "workspace_bytes": 0}, ValueError, "keeps 216 bytes and workspace_bytes allows 0; pass"),
         ({"workspace_bytes": 1e6}, TypeError, "workspace_bytes=1000000.0 is a float"),
         ({"workspace_bytes": "1"}, TypeError, "workspace_bytes=1 is a str"),
         ({"grad_weight_out": torch.zeros(9, 4).double()}, ValueError, "pass a torch.float32 buffer of weight's shape"),
