@@ -122,6 +122,23 @@ def test_log_ratio_of_equal_models_has_the_gradients_of_both():
         torch.testing.assert_close(got, sign * want)
 
 
+def test_log_ratio_of_what_both_models_rule_out_is_zero_and_of_what_one_does_is_not():
+    """With the reference alone such a log-prob is -inf, and the difference of two no number."""
+    p = make("random", n=20, v=90)
+    out = torch.zeros(90)
+    out[p.targets[0]] = -torch.inf
+    ratio = {
+        (sft, base): linear_log_ratio(
+            p.hidden, p.weight, p.hidden, p.weight, p.targets,
+            bias_sft=out if sft else None, bias_base=out if base else None, backend="reference",
+        )
+        for sft, base in ((True, True), (True, False), (False, True))
+    }  # fmt: skip
+    assert (ratio[True, True] == 0).all()
+    assert ratio[True, False][0] == -torch.inf
+    assert ratio[False, True][0] == torch.inf
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_strides_and_targets(backend):
     """flash-attn, Liger 1304: any leading dimensions, int32, misaligned and strided targets, strided inputs."""
