@@ -189,7 +189,9 @@ def test_differentiable_once():
         linear_loss(p.hidden, p.weight, p.targets, lambda logprob, _: (logprob.sum(), {})),
     ):
         for outer in (loss.square(), loss):  # and neither the upstream gradient's part of it, nor a constant
-            (g,) = torch.autograd.grad(outer, [p.hidden], create_graph=True)
+            upstream = torch.ones(())
+            (g,) = torch.autograd.grad(outer, [p.hidden], upstream, create_graph=True)
+            assert not upstream.requires_grad  # it is the caller's
             with pytest.raises(RuntimeError, match="differentiate twice"):
                 (g.sum() + p.hidden.sum()).backward()
 
