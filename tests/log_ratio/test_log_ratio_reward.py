@@ -289,6 +289,12 @@ def test_a_running_std_of_another_dtype(backend, dtype):
     assert same_bits(want, got)
 
 
+def test_a_running_std_is_a_constant():
+    sft, base, *_, mask, _ = inputs(3, 6)
+    std = torch.tensor(2.0, requires_grad=True)
+    assert not log_ratio_reward(sft, base, mask, normalize="running", running_std=std).requires_grad
+
+
 @pytest.mark.parametrize("which", range(4))
 def test_one_input_in_float64_makes_all_of_it_float64(which):
     *logprobs, mask, _ = inputs(3, 6)
@@ -396,6 +402,8 @@ X, M = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
         ({"scale": float("nan")}, ValueError, "scale=nan must be finite"),
         ({"scale": torch.ones((), requires_grad=True)}, ValueError, "scale requires a gradient"),
         ({"scale": torch.ones(2)}, TypeError, "must be a number, got Tensor"),
+        ({"scale": torch.ones(2).numpy()}, TypeError, "must be a number, got ndarray"),
+        ({"scale": float("-inf")}, ValueError, "scale=-inf must be finite"),
         ({"kl_coef": float("inf")}, ValueError, "kl_coef=inf must be finite"),
         ({"missing_eos_penalty": float("nan")}, ValueError, "missing_eos_penalty=nan must be finite"),
         ({"clip": 0.0}, ValueError, "clip=0.0 must be positive; pass None"),
