@@ -49,11 +49,12 @@ def host(tmp_path_factory):
 
 def test_exponentials(host):
     small = torch.logspace(-12, 0, 2001, dtype=torch.float64)
-    x = torch.cat((torch.linspace(-20, 20, 40001, dtype=torch.float64), small, -small, torch.zeros(1).double())).float()
+    wide = torch.cat([torch.linspace(-bound, bound, 40001, dtype=torch.float64) for bound in (20, 87)])
+    x = torch.cat((wide, small, -small, torch.zeros(1).double())).float()
     e, remainder = torch.empty_like(x), torch.empty_like(x)
     host.exponentials(pointer(x), len(x), pointer(e), pointer(remainder))
     exact = x.double().exp()
-    assert ((e.double() - exact).abs() / exact).max() < 2.5e-7
+    assert ((e.double() - exact).abs() / exact).max() < 1e-7
     # e^x - 1 - x in float64 cancels below 1e-6 itself: x^2/2 is exact there to that order.
     exact = torch.where(
         x.abs() < 1e-5, x.double() ** 2 / 2 * (1 + x.double() / 3), torch.expm1(x.double()) - x.double()
