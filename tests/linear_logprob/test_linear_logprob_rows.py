@@ -122,6 +122,16 @@ def test_log_ratio_of_equal_models_has_the_gradients_of_both():
         torch.testing.assert_close(got, sign * want)
 
 
+def test_grad_weight_out_of_a_head_in_float64_keeps_its_digits():
+    p = make("random", n=20, v=90).double()
+    buffer = torch.ones_like(p.weight, requires_grad=False)
+    linear_logprob(p.hidden, p.weight, p.targets, grad_weight_out=buffer).logprob.sum().backward()
+    assert p.weight.grad is None
+    logprob = (p.hidden @ p.weight.T).log_softmax(-1).gather(1, p.targets[:, None])
+    (want,) = torch.autograd.grad(logprob.sum(), [p.weight])
+    torch.testing.assert_close(buffer - 1, want, rtol=1e-12, atol=1e-12)
+
+
 def test_log_ratio_of_what_both_models_rule_out_is_zero_and_of_what_one_does_is_not():
     """With the reference alone such a log-prob is -inf, and the difference of two no number."""
     p = make("random", n=20, v=90)
