@@ -165,7 +165,7 @@ def check_temperatures(temperature: Tensor, live: Tensor, shape: torch.Size) -> 
 def _first_of(name: str, values: Tensor, bad: Tensor, shape: torch.Size) -> str:
     """``name[i, j] is x`` for the first place of ``bad``, flat, of a tensor of ``shape``."""
     position = int(bad.nonzero()[0, 0])
-    index = [int(i) for i in torch.unravel_index(torch.tensor(position), shape)] if shape else []
+    index = [int(i) for i in torch.unravel_index(torch.tensor(position), shape)]
     return f"{name}{index} is {values[position].item()}"
 
 
