@@ -96,7 +96,8 @@ def from_tokens_alone(model: nn.Module) -> Iterator[None]:
 def head_of(model: PreTrainedModel) -> Head:
     """The head of a transformers causal LM with what its architecture does to the logits.
 
-    Known: Cohere's ``logit_scale``, Granite's ``logits_scaling``, Gemma's ``final_logit_softcapping``. Whatever else an
+    Known: factors of Cohere (``logit_scale``) and Falcon-H1 (``lm_head_multiplier``), ``logits_scaling``, a divisor of
+    Granite's and a factor of HyperCLOVA's, and the caps of Gemma, RecurrentGemma and xLSTM. Whatever else an
     architecture does is caught by :func:`srppo.roles.check_head`.
     """
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
@@ -106,9 +107,15 @@ def head_of(model: PreTrainedModel) -> Head:
             f"the LM head is a {kind}, not a plain linear layer: the fused ops read its weight, so an adapter or a "
             "modules_to_save on lm_head is not supported, nor is a head that computes more; train an adapter without it"
         )
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    def setting(*names: str) -> float | None:
+        return next((float(value) for name in names if (value := getattr(config, name, None))), None)
+
+    scale = (setting("logit_scale") or 1.0) * (setting("lm_head_multiplier") or 1.0)
+    scaling = setting("logits_scaling") or 1.0
+    scale = scale * scaling if config.model_type.startswith("hyperclovax") else scale / scaling
+    softcap = setting("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return Head(linear.weight, linear.bias, scale, softcap)
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

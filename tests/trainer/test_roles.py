@@ -37,15 +37,18 @@ from transformers import (
     AutoTokenizer,
     BertGenerationConfig,
     BertGenerationDecoder,
+    FalconH1Config,
     Gemma2Config,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
     LlamaModel,
     MusicgenDecoderConfig,
     MusicgenForCausalLM,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     Phi3Config,
+    RecurrentGemmaConfig,
     SiglipVisionConfig,
 )
 
@@ -382,6 +385,31 @@ def test_head_transform_of_each_architecture_matters(kind, attribute, neutral):
     with_it = ppo.logprobs(role(model), rollout())[0]
     setattr(model.config, attribute, neutral)
     assert (ppo.logprobs(role(model), rollout())[0] - with_it).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("config_class", "own", "scale", "softcap"),
+    [
+        (FalconH1Config, {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16,
+                          "lm_head_multiplier": 0.3}, 0.3, None),
+        (RecurrentGemmaConfig, {"lru_width": 32, "logits_soft_cap": 5.0}, 1.0, 5.0),
+        (GraniteConfig, {"logits_scaling": 4.0}, 0.25, None),
+    ],
+)  # fmt: skip
+def test_a_factor_and_a_cap_under_other_names_are_known(config_class, own, scale, softcap):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config_class(**sizes, **own)).eval()
+    check_head(role(model))
+    head = role(model).head
+    assert (head.logit_scale, head.softcap) == (scale, softcap)
+
+
+def test_logits_scaling_is_a_divisor_and_hyperclovas_a_factor():
+    model = tiny_model("granite")
+    scale = role(model).head.logit_scale
+    model.config.model_type = "hyperclovax"  # a class that the oldest transformers do not have
+    assert role(model).head.logit_scale == 1 / scale == model.config.logits_scaling
 
 
 def test_a_head_transform_that_nobody_knows_is_refused(tmp_path):
