@@ -130,7 +130,7 @@ def cache_does_not_fit(op: str, kept: int, allowed: int) -> ValueError:
     )
 
 
-def check_targets(targets: Tensor, live: Tensor, vocab: int | Tensor, shape: torch.Size) -> None:
+def check_targets(op: str, targets: Tensor, live: Tensor, vocab: int | Tensor, shape: torch.Size) -> None:
     """Live targets lie in ``[0, vocab)``: an error that names the first bad one, asynchronous on a GPU.
 
     Raises:
@@ -142,12 +142,12 @@ def check_targets(targets: Tensor, live: Tensor, vocab: int | Tensor, shape: tor
         return
     if bad.any():
         raise ValueError(
-            f"linear_logprob: {_first_of('targets', targets, bad, shape)}, outside the vocabulary [0, {int(vocab)}); "
+            f"{op}: {_first_of('targets', targets, bad, shape)}, outside the vocabulary [0, {int(vocab)}); "
             f"mask that token, or set it to ignore_index"
         )
 
 
-def check_temperatures(temperature: Tensor, live: Tensor, shape: torch.Size) -> None:
+def check_temperatures(op: str, temperature: Tensor, live: Tensor, shape: torch.Size) -> None:
     """Live rows' are positive and finite: looked at on a CPU only, as a device would have to be waited for.
 
     Raises:
@@ -157,9 +157,7 @@ def check_temperatures(temperature: Tensor, live: Tensor, shape: torch.Size) -> 
         return
     bad = live & ~((temperature > 0) & (temperature < math.inf))
     if bad.any():
-        raise ValueError(
-            f"linear_logprob: {_first_of('temperature', temperature, bad, shape)}; it must be positive and finite"
-        )
+        raise ValueError(f"{op}: {_first_of('temperature', temperature, bad, shape)}; it must be positive and finite")
 
 
 def _first_of(name: str, values: Tensor, bad: Tensor, shape: torch.Size) -> str:

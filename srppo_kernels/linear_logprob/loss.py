@@ -57,8 +57,9 @@ class _LinearLoss(torch.autograd.Function):
         head = Head(weight, bias, *(call.head[k] for k in ("row_temperature", "temperature", "logit_scale", "softcap")))
         backend, group, vocab = call.plan.backend, call.group, weight.shape[0]
         x, y, live = prepare(
-            hidden, targets, mask, head.row_temperature, call.head["ignore_index"], vocab, group, backend
-        )
+            hidden, targets, mask, head.row_temperature, call.head["ignore_index"], vocab, group, backend,
+            op="linear_loss",
+        )  # fmt: skip
         chunks = _ChunkLosses(call.loss_fn, call.args, differentiable, targets.shape, live, call.grad_mode)
         formed = fused.run(
             x, head, y, live, chunks, wanted,

@@ -57,6 +57,8 @@ def prepare(
     vocab: int,
     group: str,
     backend: str,
+    *,
+    op: str = "linear_logprob",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Flat ``(hidden [N, D], targets local to this rank's shard [N], live [N])``, with the values of targets and
     temperatures checked."""
@@ -67,9 +69,9 @@ def prepare(
         return x, flat, live
     live = live_rows(flat, mask, ignore_index)
     start, total = vocab_parallel.shard_range(vocab, group, targets.device)
-    check_targets(flat, live, total, targets.shape)
+    check_targets(op, flat, live, total, targets.shape)
     if row_temperature is not None:
-        check_temperatures(row_temperature.reshape(-1), live, targets.shape)
+        check_temperatures(op, row_temperature.reshape(-1), live, targets.shape)
     return x, flat - start if group else flat, live
 
 

@@ -52,7 +52,9 @@ def _run_linear_ppo_loss(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, y, live = prepare(hidden, targets, mask, row_temperature, ignore_index, weight.shape[0], group, backend)
+    x, y, live = prepare(
+        hidden, targets, mask, row_temperature, ignore_index, weight.shape[0], group, backend, op="linear_ppo_loss"
+    )
     head = Head(weight, bias, _flat(row_temperature), temperature, logit_scale, softcap)
     old, advantage = old_logprobs.reshape(-1), advantages.reshape(-1)
     divisor: Tensor | float = live.sum().clamp(min=1) if normalizer is None else normalizer

@@ -230,7 +230,8 @@ def test_bad_target_is_named(call):
     }
     for bad in (9, -1, 2**40):
         y[1, 2] = bad
-        with pytest.raises(ValueError, match=rf"targets\[1, 2\] is {bad}, outside the vocabulary \[0, 9\)"):
+        op = call if call in ("linear_ppo_loss", "linear_loss") else "linear_logprob"
+        with pytest.raises(ValueError, match=rf"^{op}: targets\[1, 2\] is {bad}, outside the vocabulary \[0, 9\)"):
             calls[call]()
         y[0, 1] = bad
         with pytest.raises(ValueError, match=r"targets\[0, 1\]"):
@@ -250,11 +251,11 @@ def test_on_a_device_targets_are_asserted_there_and_temperatures_not_waited_for(
     pretended = type("OnDevice", (torch.Tensor,), {"device": property(lambda self: torch.device("cuda", 0))})
     targets = torch.tensor([0, 8, 9, -1]).as_subclass(pretended)
     live, shape = torch.tensor([True, True, False, False]), torch.Size([4])
-    check_targets(targets, live, 9, shape)
+    check_targets("op", targets, live, 9, shape)
     for bad in (2, 3):
         with pytest.raises(RuntimeError, match="a live target is outside the vocabulary"):
-            check_targets(targets, live | (torch.arange(4) == bad), 9, shape)
-    check_temperatures(torch.zeros(4).as_subclass(pretended), live, shape)
+            check_targets("op", targets, live | (torch.arange(4) == bad), 9, shape)
+    check_temperatures("op", torch.zeros(4).as_subclass(pretended), live, shape)
 
 
 @pytest.mark.parametrize(
