@@ -190,6 +190,8 @@ def test_launches():
     assert after_the_list(
         lambda: linear_logprob(*inputs, mask=p.options["mask"], plan="score", backend="triton", entropy=True)
     ) == [*scan, "outputs_kernel", "aten::stack"]
+    if not _extension.available():
+        pytest.skip(f"the loss itself is many of torch's operators: {_extension.why()}")
 
     old, advantages, mask = torch.zeros(N), torch.randn(N), p.options["mask"]
     names = after_the_list(lambda: linear_ppo_loss(*inputs, old, advantages, mask, backend="sm90", normalizer=7.0))
