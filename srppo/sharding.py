@@ -20,7 +20,7 @@ roles, with ``dtype=bfloat16`` 2 bytes a parameter.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +178,7 @@ def local(tensor: Any) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """``clip_grad_norm_`` for gradients of which some are cut over the ranks; returns the norm of the whole before."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(map(is_cut, gradients)):
