@@ -56,7 +56,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or os.environ["SRPPO_TESTS"] == "pretended":  # pretended_device.py
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu")
     for item in items:

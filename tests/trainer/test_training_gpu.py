@@ -15,7 +15,9 @@ from torch import Tensor
 from srppo import SelfReward, memory, models
 from srppo.cli import main
 from srppo.models import choose_device, load_model
+from srppo.packing import Layout
 from srppo.roles import Roles, build_roles
+from srppo.rollout import Rollout
 from srppo_kernels import explain
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +28,7 @@ WAYS = [
     ("adapter", True, "adapter"),
     ("adapter", True, "separate"),
 ]
+TURN = (40, 41, 42, 43, 44, 45, 46)  # what prompts begin with alike
 PAIRS = [[10, 11, 12], [13], [14, 15, 16, 17, 18]], [[30, 31, 0], [0], [32, 33, 34, 35]]
 
 
@@ -34,10 +37,24 @@ def on_cpu(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "choose_device", lambda: torch.device("cpu"))
 
 
-def roles_of(models: TinyModels, folder: Path, way: tuple[str, bool, str], dtype: str, like: Roles | None = None):
+def given_on(device: torch.device) -> Rollout:
+    prompts = [(*TURN, 10, 11, 12), (*TURN, 13), (*TURN, 10, 11), (19, 20)]
+    return rollout(prompts, [(30, 31, 0), (0,), (32, 33, 34, 35), (36, 0)]).to(device)
+
+
+def roles_of(
+    models: TinyModels,
+    folder: Path,
+    way: tuple[str, bool, str],
+    dtype: str,
+    like: Roles | None = None,
+    attention: str = "sdpa",
+):
     """Roles with their configuration; ``like``: with the weights of these, as a device draws numbers of its own."""
     kind, use_peft, value_model = way
-    args = config(folder, use_peft=use_peft, value_model=value_model, dtype=dtype, temperature=0.8)
+    args = config(
+        folder, use_peft=use_peft, value_model=value_model, dtype=dtype, temperature=0.8, attn_implementation=attention
+    )
     sft = {"sft": models.sft, "adapter": models.adapter}[kind]
     roles = trained_head(build_roles(args, models.base, sft))
     if like is not None:
@@ -51,16 +68,29 @@ def trained(roles: Roles) -> list[Tensor]:
     return [p for role in (roles.policy, roles.critic) for _, p in role.parameters()]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_scores_and_gradients_are_those_of_a_cpu(tiny_models, tmp_path, gradients, way):
+def test_what_is_on_the_cpu_is_refused_beside_what_is_not():
+    """Which the other tests rely on."""
+    here, there = torch.ones(4), torch.ones(4, device=choose_device())
+    for mixed in (
+        lambda: there + here, lambda: torch.cat([there, here]), lambda: here.masked_fill_(there > 0, 2),
+        lambda: torch.where(there > 0, here, 0), lambda: torch.nn.functional.embedding(here.long(), there[:, None]),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="device"):
+            mixed()
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+
+
+@pytest.mark.parametrize(("way", "attention"), [*((way, "sdpa") for way in WAYS), (WAYS[2], "eager")])
+def test_scores_and_gradients_are_those_of_a_cpu(tiny_models, tmp_path, gradients, way, attention):
     told, roles = [], None
     for here in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if here:
                 on_cpu(patch)
-            roles, args = roles_of(tiny_models, tmp_path, way, "float32", roles)
-            given = rollout().to(roles.policy.device)
-            scores, targets, result = one_update(roles, args, given)
+            roles, args = roles_of(tiny_models, tmp_path, way, "float32", roles, attention)
+            scores, targets, result = one_update(roles, args, given_on(roles.policy.device))
+        assert roles.policy.layout == Layout.SHARED
         assert roles.policy.device.type == ("cpu" if here else choose_device().type)
         assert float(result.first.ratio_max) == pytest.approx(1, abs=1e-4), "scored and trained alike"
         told.append((scores, targets, result, [[g.cpu() for g in step] for step in gradients]))
@@ -78,7 +108,7 @@ def test_a_lora_run_is_in_16_bit_and_near_the_one_in_32(tiny_models, tmp_path, g
     told, roles = [], None
     for dtype in ("float32", "auto"):
         roles, args = roles_of(tiny_models, tmp_path, way, dtype, roles)
-        scores, _, result = one_update(roles, args, rollout().to(roles.policy.device))
+        scores, _, result = one_update(roles, args, given_on(roles.policy.device))
         assert roles.base.head.weight.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
         assert float(result.first.ratio_mean) == pytest.approx(1, abs=0.02)
         told.append((scores.policy, [torch.cat([g.flatten() for g in step]) for step in gradients]))
@@ -155,7 +185,7 @@ def test_the_command_line_trains_scores_and_judges(tiny_models, tmp_path, capfd)
 
 def test_a_models_head_reaches_the_kernels_of_the_device(tiny_models, tmp_path):
     roles, _ = roles_of(tiny_models, tmp_path, WAYS[2], "auto")
-    role, given = roles.policy, rollout().to(roles.policy.device)
+    role, given = roles.policy, given_on(roles.policy.device)
     with role.active():
         hidden = role.hidden(given)
     plan = explain(hidden, role.head.weight, given.tokens, **role.head.options)
