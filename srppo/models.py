@@ -305,6 +305,10 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
     quantized = four_bit(args, device)
     if is_adapter_folder(path):
         under = args.base_model_name_or_path or adapter_base(path)
+        if under is None:
+            raise UserError(
+                f"the adapter in {path} does not say which model it was made on: give it as base_model_name_or_path"
+            )
         if is_adapter_folder(under):
             raise UserError(
                 f"the base model {under} is an adapter: give the model that it stands on, or merge the two first"
@@ -422,15 +426,18 @@ def adapter_config(adapter: str | Path) -> Any:
         raise UserError(f"adapter_config.json of {adapter} cannot be read: {first_line(error)}") from None
 
 
-def adapter_base(adapter: str | Path) -> str:
-    """The model that an adapter folder says it was made on, or "None": of one in memory older pefts say ""."""
-    return str(adapter_config(adapter).base_model_name_or_path or None)
+def adapter_base(adapter: str | Path) -> str | None:
+    """The model that an adapter folder says it was made on; None, or in older pefts "", of one in memory."""
+    named = adapter_config(adapter).base_model_name_or_path
+    return str(named) if named else None
 
 
 def warn_of_another_base(adapter: str | Path, base: str | Path | None) -> None:
     """Where the model that an adapter was made on is there, under another path than the base: it may be a copy."""
-    named = Path(adapter_base(adapter))
-    if base is not None and named.is_dir() and Path(base).is_dir() and named.resolve() != Path(base).resolve():
+    named = adapter_base(adapter)
+    if base is None or named is None or not Path(named).is_dir() or not Path(base).is_dir():
+        return
+    if Path(named).resolve() != Path(base).resolve():
         warnings.warn(
             f"the adapter in {adapter} was made on {named} and is loaded onto the base {base}: unless the two are "
             "copies of one model, what it adds up to is neither, and rewards are wrong",

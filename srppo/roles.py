@@ -385,12 +385,13 @@ def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tupl
 def made_on(adapter: str, models: Mapping[str | None, Role]) -> Role:
     """That one of some full models, by their paths, which an adapter folder says it was made on: it fits onto each."""
     named = adapter_base(adapter)
-    place = Path(named).resolve()
+    place = None if named is None else Path(named).resolve()
     found = next((role for path, role in models.items() if path and Path(path).resolve() == place), None)
     if found is None:
+        made = f"was made on {named}, which is neither the base nor the SFT model given"
         raise UserError(
-            f"the adapter in {adapter} was made on {named}, which is neither the base nor the SFT model given: if one "
-            "of them is that model, write its path to base_model_name_or_path in adapter_config.json"
+            f"the adapter in {adapter} {made if named else 'names no model that it was made on'}: if base or SFT is "
+            "that model, write its path to base_model_name_or_path in adapter_config.json"
         )
     return found
 

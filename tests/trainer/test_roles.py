@@ -767,8 +767,10 @@ def test_an_adapter_of_a_model_in_memory_is_not_warned_of(tiny_models, tmp_path,
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".* was made on")
         build(tmp_path, tiny_models.base, str(adapter), use_peft=True)
-    with pytest.raises(UserError, match="was made on None, which is neither the base nor the SFT model"):
+    with pytest.raises(UserError, match="names no model that it was made on: if base or SFT"):
         made_on(str(adapter), {".": role(tiny_model())})
+    with pytest.raises(UserError, match="does not say which model it was made on: give it as base_model_name_or_path"):
+        load_model(adapter, config(tmp_path))
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
