@@ -1,10 +1,16 @@
 """pretended_device.cpp built and given to torch, and as a pytest plugin (``-p pretended_device``) the device that the
-trainer takes for its GPU: what runs there mixes no devices. Its arithmetic is the CPU's, so it proves nothing else."""
+trainer takes for its GPU: what runs there mixes no devices. Its arithmetic is the CPU's, so it proves nothing else.
+
+    python tests/pretended_device.py FOLDER ARGUMENT...
+
+builds it in a folder and becomes pytest with that plugin.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -55,3 +61,12 @@ def pytest_configure() -> None:
     for module in (memory, models):
         module.choose_device = lambda: torch.device(NAME, 0)
         module.choose_dtype = lambda args, device: choose_dtype(args, torch.device("cuda"))
+
+
+if __name__ == "__main__":
+    tests = Path(__file__).parent
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent)])
+    os.environ |= {"SRPPO_TESTS": "pretended", "OMP_NUM_THREADS": "1", LIBRARY: str(build(Path(sys.argv[1])))}
+    os.chdir(tests.parent)
+    command = [sys.executable, "-m", "pytest", "-p", "pretended_device", "-p", "no:cacheprovider", *sys.argv[2:]]
+    os.execv(sys.executable, command)
