@@ -241,8 +241,8 @@ class SRPPOTrainer:
         mini_batches = ppo.split_rows(own, rollout, args, role=self.roles.policy, generator=self.generator)
         micro_batches = [rows for mini_batch in mini_batches for rows in mini_batch]
         scores = ppo.gather_scores(ppo.score(self.roles, rollout, args, micro_batches))
-        apart = startup.forwards_apart(self.roles.policy)
         if self.step == 0:
+            apart = startup.forwards_apart(self.roles.policy)
             self.console.note("  " + startup.check_start(self.roles, args, rollout, scores, micro_batches, apart))
         beta = self.controller.beta
         cap = self.importance_cap
@@ -260,7 +260,7 @@ class SRPPOTrainer:
             generator=self.generator, train_policy=self.step >= args.value_warmup_steps,
         )  # fmt: skip
         if self.step == 0:
-            self.console.note("  " + startup.check_first_ratio(result, apart))
+            self.console.note("  " + startup.check_first_ratio(result, startup.forwards_apart(self.roles.policy)))
         self.policy.scheduler.step()
         self.critic.scheduler.step()
         updated = time.perf_counter()

@@ -25,14 +25,7 @@ def build(folder: Path) -> Path:
     source, target = Path(__file__).with_suffix(".cpp"), folder / "pretended_device.so"
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    flags = [
-        "-std=c++20",
-        "-O0",
-        "-fPIC",
-        "-shared",
-        "-w",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-    ]
+    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", "-w"]
     command = ["c++", *flags, *includes, str(source), "-o", str(target), *libraries, "-lc10", "-ltorch_cpu", "-ltorch"]
     subprocess.run(command, check=True)
     return target
