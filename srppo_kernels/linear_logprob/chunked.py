@@ -69,7 +69,7 @@ class Residual(NamedTuple):
     (triton_reference.py).
     """
 
-    kept: Tensor  # [rows, V]: exp(z - maximum of its vocabulary group)
+    kept: Tensor  # [rows, V], of rows that kept_columns apart: exp(z - maximum of its vocabulary group)
     group_max: Tensor  # [rows, groups], as many as maxima_of says
 
     @property
@@ -115,6 +115,11 @@ def kept_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Exponentials are kept in bf16 (the range of fp32) for 16-bit inputs, and whole otherwise."""
     narrow = hidden.dtype.itemsize == 2 or weight.dtype.itemsize == 2
     return torch.bfloat16 if narrow else accumulation_dtype(hidden)
+
+
+def kept_columns(vocab: int, backend: str) -> int:
+    """Entries from one row of kept exponentials to the next."""
+    return gpu.whole_columns(vocab) if backend in gpu.FAMILY else vocab
 
 
 def maxima_of(vocab: int, backend: str) -> int:

@@ -43,6 +43,13 @@ def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], *, explicit:
     return _triton.obstacle(device, explicit)
 
 
+def whole_columns(entries: int) -> int:
+    """What rows of exponentials and of dZ are apart: TMA and cuBLAS want them at multiples of 16 bytes, and what Triton
+    knows to be a multiple of 16 it loads and stores 16 bytes at a time. What lies behind a row's entries is nobody's.
+    """
+    return -(-entries // 16) * 16
+
+
 def maxima(vocab: int) -> int:
     """Room for the maxima of a row that Triton's scan keeps: one a part of whole tiles, the widest of 256 entries."""
     return -(-vocab // 256) * (256 // PART)
@@ -153,7 +160,7 @@ def backward_bytes(
     forms a part of dweight in fp32. Where not ``in_place``, dhidden itself is made when the rest has gone.
     """
     entries = vocab if in_place or straight else chunk_entries(max(1, rows), vocab, kept_item, dz_bytes)
-    dz = 0 if in_place or straight else -(-entries // 8) * 8 * kept_item
+    dz = 0 if in_place or straight else whole_columns(entries) * kept_item
     sums = 4 if straight or fp16 or entries < vocab else item
     by_row = item if straight else sums  # and as much, before, for what cuBLAS adds to dhidden
     part = min(entries, WIDE_PART) * width * 4 if adds else 0

@@ -22,6 +22,7 @@ from srppo_kernels.linear_logprob.chunked import (
     RowOutputs,
     accumulation_dtype,
     forward,
+    kept_columns,
     kept_dtype,
     maxima_of,
 )
@@ -101,7 +102,7 @@ def _run_linear_logprob(
     acc = accumulation_dtype(hidden)
     rows = Rows.of(live, backend=backend, dense=mask is None)
     if plan == "cache" and bound is not None:
-        size = x.shape[0] * max(1, weight.shape[0]) * kept_dtype(hidden, weight).itemsize
+        size = x.shape[0] * kept_columns(max(1, weight.shape[0]), backend) * kept_dtype(hidden, weight).itemsize
         vocab_parallel.require_cache(size, bound, group, hidden.device)
         bound = None  # it was on these alone
     kept, group_max = _kept_like(hidden, weight, plan, backend, every_row=rows.index is None)
@@ -117,7 +118,7 @@ def _run_linear_logprob(
                 for whole, values in zip(outputs, result, strict=True):
                     part.put(whole, values)
         else:
-            cache = Residual(kept, group_max) if plan == "cache" else None
+            cache = Residual(kept[:, : weight.shape[0]], group_max) if plan == "cache" else None
             result = forward(
                 x, head, y, rows, entropy=entropy, backend=backend, residual=cache, kept_rows=rows.index, group=group,
                 bound=bound,
@@ -138,8 +139,9 @@ def _kept_like(
     n, vocab = hidden.numel() // max(1, hidden.shape[-1]), weight.shape[0]
     if plan == "cache":
         dtype, empty = kept_dtype(hidden, weight), every_row or hidden.device.type != "cpu"
+        shape = (n, kept_columns(vocab, backend))
         return (
-            spare.empty(hidden, (n, vocab), dtype) if empty else hidden.new_zeros(n, vocab, dtype=dtype),
+            spare.empty(hidden, shape, dtype) if empty else hidden.new_zeros(shape, dtype=dtype),
             hidden.new_zeros(n, maxima_of(vocab, backend), dtype=accumulation_dtype(hidden)),
         )
     if plan == "precompute":
@@ -151,7 +153,7 @@ def new_residual(hidden: Tensor, weight: Tensor, rows: int, backend: str) -> Res
     """Room for a chunk's exponentials."""
     vocab = weight.shape[0]
     return Residual(
-        spare.empty(hidden, (rows, vocab), kept_dtype(hidden, weight)),
+        spare.empty(hidden, (rows, kept_columns(vocab, backend)), kept_dtype(hidden, weight))[:, :vocab],
         hidden.new_empty(rows, maxima_of(vocab, backend), dtype=accumulation_dtype(hidden)),
     )
 
@@ -216,7 +218,7 @@ def _run_linear_logprob_backward(
         if plan == "precompute":
             wanted, dhidden = grads.from_context(head, y, rows, upstream, kept, group)
         else:
-            residual = Residual(kept, group_max) if plan == "cache" else None
+            residual = Residual(kept[:, : weight.shape[0]], group_max) if plan == "cache" else None
             wanted, dhidden = grads.gradients(
                 x, head, y, rows, upstream, into, residual=residual, kept_rows=rows.index, group=group, backend=backend,
                 dz_bytes=chunk, bound=bound,

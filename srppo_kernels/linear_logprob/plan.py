@@ -30,7 +30,7 @@ from torch import Tensor
 from srppo_kernels._arguments import check_choice
 from srppo_kernels.linear_logprob import gpu, native, native_gradients, sm90
 from srppo_kernels.linear_logprob.checks import cache_does_not_fit
-from srppo_kernels.linear_logprob.chunked import GROUP, backward_rows, maxima_of, row_block
+from srppo_kernels.linear_logprob.chunked import GROUP, backward_rows, kept_columns, maxima_of, row_block
 
 OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
 PLANS = ("auto", "score", "precompute", "cache", "recompute")
@@ -120,13 +120,13 @@ def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
         return backend, f"backend={backend!r} was asked for"
     dtypes = (problem.hidden_dtype, problem.weight_dtype)
     if backend == "sm90":
-        obstacle = sm90.call_obstacle(problem.device, dtypes, problem.width, problem.vocab)
+        obstacle = sm90.call_obstacle(problem.device, dtypes, problem.width)
         obstacle = obstacle or ("" if problem.weight_in_rows else sm90.NOT_IN_ROWS)
         if obstacle:
             raise ValueError(f"{problem.op}: backend='sm90' cannot run: {obstacle}; pass backend='auto' or 'torch'")
         return "sm90", "backend='sm90' was asked for"
     taken = backend == "auto" and problem.weight_in_rows
-    if taken and not sm90.call_obstacle(problem.device, dtypes, problem.width, problem.vocab):
+    if taken and not sm90.call_obstacle(problem.device, dtypes, problem.width):
         return "sm90", "the CUDA C++ scan for sm_90a is there, beside the Triton kernels"
     if backend == "triton" or (backend == "auto" and problem.device.type == "cuda"):
         obstacle = gpu.obstacle(problem.device, dtypes, explicit=backend == "triton")
@@ -168,7 +168,8 @@ def choose(problem: Problem, *, plan: str, workspace_bytes: int | None, backend:
             )
         size = problem.rows * problem.vocab * problem.hidden_dtype.itemsize
         return Plan("reference", "autograd", 1 + problem.needs_hidden + problem.needs_weight, 3 * size, why)
-    budget = problem.width * problem.entries * 4 if workspace_bytes is None else workspace_bytes
+    default = problem.width * kept_columns(problem.entries, chosen) * 4
+    budget = default if workspace_bytes is None else workspace_bytes
     if plan in ("auto", "score") and not problem.needs_any:
         return _score(problem, workspace_bytes, chosen, f"no input needs a gradient; {why}")
     if plan == "score":
@@ -219,7 +220,7 @@ def _rows_per_chunk(problem: Problem, budget: int, default: bool, backend: str) 
         elif adds_up_apart and problem.rows * problem.vocab * problem.kept_bytes <= 2 * budget:
             budget *= 2
     block = row_block(problem.device)
-    fitting = budget // (problem.entries * problem.kept_bytes)
+    fitting = budget // (kept_columns(problem.entries, backend) * problem.kept_bytes)
     if backend == "native" and block < fitting < problem.rows:
         chunks = -(-problem.rows // (fitting // ROW_PANEL * ROW_PANEL))
         return max(block, -(-problem.rows // (ROW_PANEL * chunks)) * ROW_PANEL)
@@ -244,7 +245,7 @@ def _per_token(problem: Problem, plan: str, budget: int, default: bool, backend:
         reason = f"{asked}the head is frozen{what}: dhidden is formed in the forward up to a row's scalar"
         reason += _how(problem, backend)
         return Plan(backend, "precompute", 2, size, reason, chunk, bound=None if default else budget)
-    kept = problem.rows * problem.entries * problem.kept_bytes
+    kept = problem.rows * kept_columns(problem.entries, backend) * problem.kept_bytes
     fits = kept <= budget
     if plan == "cache" and not fits and (default or not problem.cut):
         raise cache_does_not_fit(problem.op, kept, budget)
@@ -319,7 +320,8 @@ def _weight_copy_bytes(problem: Problem) -> int:
 
 def _kept_bytes(problem: Problem, backend: str, rows: int) -> int:
     """Exponentials of so many rows, and what they are around: on Triton a number for 32 of them."""
-    return rows * (problem.vocab * problem.kept_bytes + maxima_of(problem.vocab, backend) * problem.accumulator_bytes)
+    exponentials = kept_columns(problem.vocab, backend) * problem.kept_bytes
+    return rows * (exponentials + maxima_of(problem.vocab, backend) * problem.accumulator_bytes)
 
 
 def _chunk_bytes(problem: Problem, backend: str, chunk: int, *, adds: bool = False) -> int:

@@ -31,9 +31,9 @@ NOT_IN_ROWS = "TMA reads rows that are contiguous and start at multiples of 16 b
 LARGEST = 2**31 - 8 * GROUP  # rows, and vocabulary entries, that the kernel counts in 32 bits
 
 
-def call_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int, vocab: int) -> str:
+def call_obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> str:
     """Why backend="sm90" cannot serve such a call; empty if it can, the head's strides aside."""
-    return _device_obstacle(device) or _shape_obstacle(dtypes, width, vocab)
+    return _device_obstacle(device) or _shape_obstacle(dtypes, width)
 
 
 def obstacle(hidden: Tensor, weight: Tensor) -> str:
@@ -41,13 +41,11 @@ def obstacle(hidden: Tensor, weight: Tensor) -> str:
     return _device_obstacle(hidden.device) or operand_obstacle(hidden, weight)
 
 
-def _shape_obstacle(dtypes: tuple[torch.dtype, ...], width: int, vocab: int) -> str:
+def _shape_obstacle(dtypes: tuple[torch.dtype, ...], width: int) -> str:
     if any(dtype != torch.bfloat16 for dtype in dtypes):
         return f"it multiplies bfloat16, and the inputs are {' and '.join(map(str, dtypes))}"
     if width == 0 or width % 8:
         return f"TMA reads rows at multiples of 16 bytes, and a hidden size of {width} is none of 8 elements"
-    if vocab % 8:
-        return f"exponentials are stored 8 at a time, and a vocabulary of {vocab} is no multiple of 8"
     return ""
 
 
@@ -58,7 +56,7 @@ def in_rows(weight: Tensor) -> bool:
 
 def operand_obstacle(hidden: Tensor, weight: Tensor) -> str:
     """What is in the way of TMA, or of the kernel's own limits, whatever the device."""
-    reason = _shape_obstacle((hidden.dtype, weight.dtype), weight.shape[1], weight.shape[0])
+    reason = _shape_obstacle((hidden.dtype, weight.dtype), weight.shape[1])
     if reason:
         return reason
     if not in_rows(weight) or weight.data_ptr() % 16:

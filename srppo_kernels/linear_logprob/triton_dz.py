@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srppo_kernels import _triton
-from srppo_kernels.linear_logprob.gpu import GROUP, PART
+from srppo_kernels.linear_logprob.gpu import GROUP, PART, whole_columns
 from srppo_kernels.linear_logprob.triton_scan import scan_tile
 from srppo_kernels.linear_logprob.triton_tiles import (
     BUSY_SCAN_TILES,
@@ -290,8 +290,9 @@ def from_kept(
     head: "Head",
     switches: dict[str, bool],
 ) -> None:
-    n, entries = dz.shape
-    kept, kept_max = residual.kept[:, v], residual.group_max
+    n, kept, kept_max = dz.shape[0], residual.kept[:, v], residual.group_max
+    entries = whole_columns(dz.shape[1])
+    assert entries <= min(kept.stride(0) - v.start, dz.stride(0))
     if not residual.around_one:
         kept_max = kept_max[:, v.start // PART :]
     still = -(-n // (DZ_STILL_ROWS * DZ_STILL_BLOCKS)) * -(-entries // (PART * DZ_STILL_MAXIMA))

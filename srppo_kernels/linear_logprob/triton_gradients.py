@@ -12,7 +12,7 @@ from torch import Tensor
 from srppo_kernels import _triton
 from srppo_kernels.linear_logprob import triton_dz, triton_passes
 from srppo_kernels.linear_logprob.chunked import add_mm, mm
-from srppo_kernels.linear_logprob.gpu import WIDE_PART, chunk_entries
+from srppo_kernels.linear_logprob.gpu import WIDE_PART, chunk_entries, whole_columns
 from srppo_kernels.linear_logprob.triton_products import columns_product, rows_product, rows_product_back
 from srppo_kernels.linear_logprob.triton_scan import options
 from srppo_kernels.linear_logprob.triton_tiles import RowList, gather_rows, group_size, row_list
@@ -56,8 +56,7 @@ def over_vocabulary(
     target = y.index_select(0, rows.index)
     in_place = residual is not None and consume and residual.kept.dtype == dtype
     entries = vocab if in_place else chunk_entries(n, vocab, dtype.itemsize, dz_bytes, group_size(device))
-    aligned = -(-entries // 8) * 8  # TMA reads rows at multiples of 16 bytes
-    buffer = None if in_place else torch.empty(n, aligned, dtype=dtype, device=device)
+    buffer = None if in_place else torch.empty(n, whole_columns(entries), dtype=dtype, device=device)
     dhidden = None
     if into.hidden:
         # Several products add up in fp32; fp16 would round to 0 what a loss over many tokens is yet to be scaled from.

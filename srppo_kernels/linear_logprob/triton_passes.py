@@ -21,6 +21,7 @@ from torch import Tensor
 
 from srppo_kernels import _triton
 from srppo_kernels._triton_language import exp_expm1
+from srppo_kernels.linear_logprob.gpu import whole_columns
 
 SCALED, SCALE_PROGRAMS = 4096, 2048  # elements of a step; programs at most: a factor of 1 costs their start alone
 LISTED, PLACED = 4096, 2048  # rows of a step
@@ -208,11 +209,11 @@ def place_kernel(
 
 @triton.jit
 def move_kernel(
-    kept,  # [rows, V]
+    kept,  # [rows, columns]
     moves,  # [3, n] int32
     moved,  # [1] int32
     n,
-    vocab,
+    columns,
     stride,
     BLOCK: tl.constexpr,
 ):
@@ -220,7 +221,7 @@ def move_kernel(
     for k in range(tl.program_id(1), tl.load(moved), tl.num_programs(1)):
         to = tl.load(moves + k).to(tl.int64)
         row = tl.load(moves + tl.cast(n, tl.int64) + k).to(tl.int64)
-        tl.store(kept + to * stride + v, tl.load(kept + row * stride + v, mask=v < vocab), mask=v < vocab)
+        tl.store(kept + to * stride + v, tl.load(kept + row * stride + v, mask=v < columns), mask=v < columns)
 
 
 def place(
@@ -232,7 +233,8 @@ def place(
     moves. ``index`` has the row of each place, then those that have none; ``factor`` is by row,
     ``g scale e^-log_sum / temperature``.
     """
-    n, vocab = kept.shape
+    n, columns = kept.shape[0], whole_columns(kept.shape[1])
+    assert columns <= kept.stride(0)
     index, factor = live.new_empty(n, dtype=torch.int64), torch.empty_like(log_sum)
     count, moved = (live.new_empty(1, dtype=torch.int32) for _ in range(2))
     to = live.new_empty(3, n if moves else 0, dtype=torch.int32)
@@ -243,8 +245,8 @@ def place(
             ROW_TEMPERATURE=temperatures is not None, num_warps=8,
         )  # fmt: skip
         if moves:
-            move_kernel[(-(-vocab // MOVED[1]), MOVED[0])](
-                kept, to, moved, n, vocab, kept.stride(0), BLOCK=MOVED[1], num_warps=8
+            move_kernel[(-(-columns // MOVED[1]), MOVED[0])](
+                kept, to, moved, n, columns, kept.stride(0), BLOCK=MOVED[1], num_warps=8
             )
     return index, count, factor
 
@@ -342,8 +344,8 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
     )  # fmt: skip
     yield _triton.CompileCase(
         "move", move_kernel,
-        {"kept": "*bf16", "moves": "*i32", "moved": "*i32", **dict.fromkeys(("n", "vocab", "stride"), "i32")},
-        {"BLOCK": MOVED[1]}, num_warps=8, multiples_of_16=("vocab", "stride"),
+        {"kept": "*bf16", "moves": "*i32", "moved": "*i32", **dict.fromkeys(("n", "columns", "stride"), "i32")},
+        {"BLOCK": MOVED[1]}, num_warps=8, multiples_of_16=("columns", "stride"),
     )  # fmt: skip
     for name, kind, out, factor, scatter in (
         ("bf16", "bf16", "bf16", False, False),

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srppo_kernels import _triton
+from srppo_kernels.linear_logprob.gpu import whole_columns
 from srppo_kernels.linear_logprob.triton_dz import STEP
 from srppo_kernels.linear_logprob.triton_tiles import LOG2E, RowList, logits
 
@@ -127,6 +128,7 @@ def settle_kernel(
     maximum,  # [n] fp32, by position: m
     n,
     vocab,
+    columns,  # of a row of `kept`, some behind its exponentials
     stride_kept,
     stride_around,
     TILE: tl.constexpr,
@@ -149,9 +151,9 @@ def settle_kernel(
     blank = (here & ~numbers) | ((r >= live) & (r < end))
     at = kept + r.to(tl.int64)[:, None] * stride_kept
     if tl.max((raised | blank).to(tl.int32), 0) > 0:
-        for v0 in range(0, vocab, COLUMNS):
+        for v0 in range(0, columns, COLUMNS):
             v = v0 + tl.arange(0, COLUMNS)
-            inside = (v < vocab)[None, :]
+            inside = (v < columns)[None, :]
             e = tl.load(at + v[None, :], mask=raised[:, None] & inside, other=0.0).to(tl.float32)
             was = tl.load(
                 around + r.to(tl.int64)[:, None] * stride_around + v[None, :] // TILE, mask=raised[:, None] & inside,
@@ -179,11 +181,13 @@ def settle(
 ) -> None:
     """Makes E of what was kept around ``around[position, column // tile]``; a row stays where that is ``reference``."""
     (n, vocab), kept = (y.shape[0], residual.kept.shape[1]), residual.kept
+    columns = whole_columns(vocab)
+    assert columns <= kept.stride(0)
     with _triton.on_device(kept):
         settle_kernel[(-(-n // SETTLED[0]),)](
-            kept, around, reference, merged, rows.index, rows.count, y, residual.group_max, n, vocab, kept.stride(0),
-            around.stride(0), TILE=tile, ROWS=SETTLED[0], COLUMNS=SETTLED[1], STEP=STEP, ZERO_ALL=zero_all,
-            num_warps=8,
+            kept, around, reference, merged, rows.index, rows.count, y, residual.group_max, n, vocab, columns,
+            kept.stride(0), around.stride(0), TILE=tile, ROWS=SETTLED[0], COLUMNS=SETTLED[1], STEP=STEP,
+            ZERO_ALL=zero_all, num_warps=8,
         )  # fmt: skip
 
 
@@ -207,8 +211,8 @@ def compile_cases() -> Iterator[_triton.CompileCase]:
         {
             "kept": "*bf16", "around": "*fp32", "reference": "*fp32", "merged": "*fp32", "index": "*i64",
             "count": "*i32", "y": "*i64", "maximum": "*fp32",
-            **dict.fromkeys(("n", "vocab", "stride_kept", "stride_around"), "i32"),
+            **dict.fromkeys(("n", "vocab", "columns", "stride_kept", "stride_around"), "i32"),
         },
         {"TILE": 192, "ROWS": SETTLED[0], "COLUMNS": SETTLED[1], "STEP": STEP, "ZERO_ALL": True}, num_warps=8,
-        multiples_of_16=("vocab", "stride_kept"),
+        multiples_of_16=("columns", "stride_kept"),
     )  # fmt: skip

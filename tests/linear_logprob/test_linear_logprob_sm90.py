@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srppo_kernels import _extension, explain, linear_logprob, linear_ppo_loss
 from srppo_kernels.linear_logprob import gpu, plan, sm90
-from srppo_kernels.linear_logprob.chunked import Head, Residual, RowOutputs, maxima_of
+from srppo_kernels.linear_logprob.chunked import Head, Residual, RowOutputs, kept_columns, maxima_of
 from srppo_kernels.linear_logprob.rows import Rows
 
 STEP = 128  # triton_dz.STEP
@@ -49,8 +49,8 @@ class Call:
         self.residual = None
         if keep:
             n, v = len(p.targets), p.weight.shape[0]
-            kept = p.hidden.new_full((n, v), float("nan"))
-            self.residual = Residual(kept, p.hidden.new_empty(n, maxima_of(v, "sm90"), dtype=torch.float32))
+            kept = p.hidden.new_full((n, kept_columns(v, "sm90")), float("nan"))
+            self.residual = Residual(kept[:, :v], p.hidden.new_empty(n, maxima_of(v, "sm90"), dtype=torch.float32))
 
     def run(self, scan=sm90.scan, **how) -> Tensor:
         return scan(
@@ -119,15 +119,16 @@ def test_options(hopper, options, cluster):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 8, 8), (129, 64, 128), (128, 4096, 32000), (3000, 576, 49152)])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (129, 64, 128), (128, 4096, 32001), (3000, 576, 49152)])
 def test_shapes(hopper, shape):
     n, d, v = shape
     check(problem(n=n, d=d, v=v, mask=None))
 
 
 @pytest.mark.gpu
-def test_kept_exponentials(hopper):
-    call = Call(problem(), keep=True)
+@pytest.mark.parametrize("v", [V, V + 1, V + 7])
+def test_kept_exponentials(hopper, v):
+    call = Call(problem(v=v), keep=True)
     call.run()
     live = int(call.live.sum())
     z = (call.problem.hidden.double() @ call.problem.weight.double().T)[call.live]
@@ -191,10 +192,11 @@ def test_in_a_graph(hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("v", [V, V - 3])
 @pytest.mark.parametrize("plan", ["score", "recompute", "cache", "precompute"])
-def test_as_a_backend(hopper, plan):
+def test_as_a_backend(hopper, plan, v):
     """Values and gradients of every plan; the scan is this one, the gradients follow Triton's."""
-    p = problem(n=600, d=72)
+    p = problem(n=600, d=72, v=v)
     leaves = [p.hidden, p.weight][: {"score": 0, "precompute": 1}.get(plan, 2)]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -275,8 +277,7 @@ def test_elsewhere_the_backend_is_refused_in_words(monkeypatch):
         (torch.zeros(4, 64).bfloat16(), torch.zeros(64, 16).bfloat16().T, "contiguous"),
         (torch.zeros(4, 64).bfloat16(), torch.zeros(16, 68).bfloat16()[:, :64], "multiples of 16 bytes"),
         (torch.zeros(4, 64).bfloat16(), torch.zeros(64).bfloat16().expand(16, 64), "contiguous"),
-        (torch.zeros(4, 64).bfloat16(), torch.zeros(12, 64).bfloat16(), "vocabulary of 12 is no multiple of 8"),
-        (torch.zeros(4, 64).bfloat16(), torch.zeros(16, 64).bfloat16(), ""),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(13, 64).bfloat16(), ""),
     ],
 )
 def test_what_it_refuses(hidden, weight, reason):
@@ -289,9 +290,11 @@ def test_what_auto_takes(monkeypatch):
     """This scan where a device and the head allow it, else Triton's: by what scoring and training have in common."""
     monkeypatch.setattr(sm90, "_device_obstacle", lambda device: "")
     x, w, y = torch.zeros(4, 64).bfloat16(), torch.zeros(16, 64).bfloat16(), torch.zeros(4, dtype=torch.int64)
-    assert explain(x, w, y).backend == explain(x, w.requires_grad_(), y).backend == "sm90"
+    assert (
+        explain(x, w, y).backend == explain(x, w.requires_grad_(), y).backend == explain(x, w[:13], y).backend == "sm90"
+    )
     w = w.detach()
-    for hidden, weight in ((x, w[:12]), (x.half(), w.half()), (x, w.T.contiguous().T), (x[:, :60], w[:, :60])):
+    for hidden, weight in ((x.half(), w.half()), (x, w.T.contiguous().T), (x[:, :60], w[:, :60])):
         assert explain(hidden, weight, y).backend != "sm90"
 
 
@@ -346,3 +349,19 @@ def test_what_explain_counts(monkeypatch):
     assert not plan.problem_of("linear_loss", x, x, None, entropy=True, **nothing).masked
     wide = said(posed(op="linear_loss", entropy=True, wide_weight=True))
     assert wide - said(loss) == 151936 * 4096 * 4 / MIB
+
+
+def test_rows_of_exponentials_that_are_padded(monkeypatch):
+    """A vocabulary that is no multiple of 16 is planned as the next one that is, and its bytes are said."""
+    monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
+    for op in ("linear_logprob", "linear_loss"):
+        made = [
+            plan.choose(posed(op=op, vocab=v), plan="auto", workspace_bytes=None, backend="sm90")
+            for v in (49993, 50000)
+        ]
+        assert made[0].plan == made[1].plan and made[0].rows_per_chunk == made[1].rows_per_chunk
+        assert 8192 * 7 * 2 > made[1].workspace_bytes - made[0].workspace_bytes >= 0
+    kept = 8192 * 50000 * 2
+    for allowed, expected in ((kept, "cache"), (kept - 1, "recompute")):
+        made = plan.choose(posed(vocab=49993), plan="auto", workspace_bytes=allowed, backend="sm90")
+        assert made.plan == expected

@@ -376,7 +376,7 @@ def test_rows_with_a_gradient_fill_the_places_of_others(n, share, monkeypatch):
     live, log_sum, temperature = torch.rand(n) < 0.8, torch.rand(n) * 20, torch.rand(n) + 0.5
     log_sum[~live] = torch.nan
     order, g = live.nonzero()[:, 0], torch.randn(n).masked_fill(torch.rand(n) >= share, 0)
-    kept = torch.zeros(n + 1, 3)
+    kept = torch.zeros(n + 1, gpu.whole_columns(3))[:, :3]
     kept[: len(order)] = torch.stack([order + 1, order + 2, order + 3], 1).float()
     for moves in (False, True):
         listed = live & (g != 0) if moves else live
@@ -522,7 +522,8 @@ def test_offsets_of_exponentials_take_64_bits(checked):
     v = 150
     p = small(n=1, d=16, v=v, mask=None, grad=(False, False))
     live, head = torch.ones(1, dtype=torch.bool), Head(p.weight, None, None, 1.0, 1.0, None)
-    residual = Residual(far(torch.zeros(1, v)), far(torch.zeros(1, -(-v // 32))))
+    kept = far(torch.zeros(1, gpu.whole_columns(v)))[:, :v]
+    residual = Residual(kept, far(torch.zeros(1, -(-v // 32))))
     state = gpu.scan(p.hidden, head, p.targets, None, Rows(0, 1, live=live), False, residual, None)
     _, _, _, row_max, log_sum = RowOutputs.of(state, entropy=False)
     dz = torch.softmax(p.hidden.double() @ p.weight.double().T, 1)
