@@ -56,4 +56,4 @@ def main(size: str, use_peft: bool, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "lora", sys.argv[3])
+    main(sys.argv[2], sys.argv[3] == "lora", sys.argv[1])

@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,21 +16,32 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def on_pretended_device(
+def beside(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen, Path] | None]:
-    """The GPU tests on a device that is pretended, where test_pretended_device.py is to run: half a minute of a core of
-    their own, so they begin with the first test of this folder. The process and the file that it prints to."""
-    if not any(item.path.name == "test_pretended_device.py" for item in request.session.items):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("pretended")
-    command = [
-        sys.executable, str(TESTS / "pretended_device.py"), str(folder), "-q", "-m", "gpu",
-        "-k", "not kernels and not sft-auto and not adapter-float32", str(TESTS / "trainer" / "test_training_gpu.py"),
-    ]  # fmt: skip
-    with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    yield process, folder / "output.txt"
-    process.kill()
-    process.wait()
+) -> Iterator[Callable[[pytest.Item], subprocess.CompletedProcess]]:
+    """The processes of the longest tests, half a minute each, begun with the first test of this folder: they take the
+    core that the others leave.
+
+    ``@pytest.mark.beside(script, *arguments)`` names one, of a script in tests/, which gets a folder of its own before
+    the arguments. Called with the test's node, this waits for it.
+    """
+    begun: dict[str, tuple[subprocess.Popen, Path]] = {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))}
+    for item in request.session.items:
+        mark = item.get_closest_marker("beside")
+        if mark is not None:
+            folder, (script, *arguments) = tmp_path_factory.mktemp("beside"), mark.args
+            with (folder / "output.txt").open("w") as output, (folder / "errors.txt").open("w") as errors:
+                command = [sys.executable, str(TESTS / script), str(folder), *arguments]
+                begun[item.nodeid] = subprocess.Popen(command, env=environment, stdout=output, stderr=errors), folder
+
+    def wait(item: pytest.Item) -> subprocess.CompletedProcess:
+        process, folder = begun[item.nodeid]
+        status = process.wait(timeout=600)
+        told = ((folder / name).read_text() for name in ("output.txt", "errors.txt"))
+        return subprocess.CompletedProcess(process.args, status, *told)
+
+    yield wait
+    for process, _ in begun.values():
+        process.kill()
+        process.wait()

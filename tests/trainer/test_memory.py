@@ -177,21 +177,14 @@ def test_a_process_is_not_charged_with_the_memory_of_the_one_that_started_it():
 
 
 @pytest.mark.parametrize(
-    ("size", "kind"),
-    [("small", "lora"), ("small", "full"), pytest.param("smollm2", "lora", marks=pytest.mark.slow)],
+    "run",
+    [
+        pytest.param(" ".join(run), marks=pytest.mark.beside("memory_run.py", *run))
+        for run in (("small", "lora"), ("small", "full"), ("smollm2", "lora"))
+    ],
 )
-def test_a_run_takes_its_estimate_within_the_stated_factor(tmp_path, size, kind):
-    root = Path(srppo.__file__).parents[1]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
-    }
-    script = root / "tests" / "memory_run.py"
-    done = subprocess.run(
-        [sys.executable, str(script), size, kind, str(tmp_path / "run")], env=environment, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+def test_a_run_takes_its_estimate_within_the_stated_factor(run, beside, request):
+    done = beside(request.node)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["estimated"] / FACTOR <= told["taken"] <= told["estimated"] * FACTOR + SLACK, told

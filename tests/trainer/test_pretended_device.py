@@ -9,9 +9,11 @@ import pytest
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
-def test_the_trainers_tests_of_a_gpu_pass_on_a_pretended_one(on_pretended_device):
-    process, output = on_pretended_device
-    status = process.wait(timeout=600)
-    told = output.read_text()
-    assert status == 0, told[-6000:]
-    assert re.search(r"^1[2-9] passed", told, re.MULTILINE), told[-500:]
+@pytest.mark.beside(
+    "pretended_device.py", "-q", "-m", "gpu", "-k", "not kernels and not sft-auto and not adapter-float32",
+    "tests/trainer/test_training_gpu.py",
+)  # fmt: skip
+def test_the_trainers_tests_of_a_gpu_pass_on_a_pretended_one(beside, request):
+    done = beside(request.node)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"^1[2-9] passed", done.stdout, re.MULTILINE), done.stdout[-500:]
