@@ -50,6 +50,14 @@ def whole_columns(entries: int) -> int:
     return -(-entries // 16) * 16
 
 
+def to_row_ends(matrix: Tensor) -> Tensor:
+    """The same rows with what lies behind their entries (whole_columns), which is nobody's: a kernel that takes it
+    for entries is told a number of columns that is a multiple of 16."""
+    columns = whole_columns(matrix.shape[1])
+    assert columns <= matrix.stride(0)
+    return matrix.as_strided((matrix.shape[0], columns), matrix.stride())
+
+
 def maxima(vocab: int) -> int:
     """Room for the maxima of a row that Triton's scan keeps: one a part of whole tiles, the widest of 256 entries."""
     return -(-vocab // 256) * (256 // PART)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srppo_kernels import _triton
-from srppo_kernels.linear_logprob.gpu import GROUP, PART, whole_columns
+from srppo_kernels.linear_logprob.gpu import GROUP, PART, to_row_ends
 from srppo_kernels.linear_logprob.triton_scan import scan_tile
 from srppo_kernels.linear_logprob.triton_tiles import (
     BUSY_SCAN_TILES,
@@ -290,9 +290,8 @@ def from_kept(
     head: "Head",
     switches: dict[str, bool],
 ) -> None:
-    n, kept, kept_max = dz.shape[0], residual.kept[:, v], residual.group_max
-    entries = whole_columns(dz.shape[1])
-    assert entries <= min(kept.stride(0) - v.start, dz.stride(0))
+    kept, kept_max, dz = to_row_ends(residual.kept[:, v]), residual.group_max, to_row_ends(dz)
+    n, entries = dz.shape
     if not residual.around_one:
         kept_max = kept_max[:, v.start // PART :]
     still = -(-n // (DZ_STILL_ROWS * DZ_STILL_BLOCKS)) * -(-entries // (PART * DZ_STILL_MAXIMA))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from srppo_kernels import _triton
 from srppo_kernels._triton_language import exp_expm1
-from srppo_kernels.linear_logprob.gpu import whole_columns
+from srppo_kernels.linear_logprob.gpu import to_row_ends
 
 SCALED, SCALE_PROGRAMS = 4096, 2048  # elements of a step; programs at most: a factor of 1 costs their start alone
 LISTED, PLACED = 4096, 2048  # rows of a step
@@ -233,8 +233,8 @@ def place(
     moves. ``index`` has the row of each place, then those that have none; ``factor`` is by row,
     ``g scale e^-log_sum / temperature``.
     """
-    n, columns = kept.shape[0], whole_columns(kept.shape[1])
-    assert columns <= kept.stride(0)
+    kept = to_row_ends(kept)
+    n, columns = kept.shape
     index, factor = live.new_empty(n, dtype=torch.int64), torch.empty_like(log_sum)
     count, moved = (live.new_empty(1, dtype=torch.int32) for _ in range(2))
     to = live.new_empty(3, n if moves else 0, dtype=torch.int32)

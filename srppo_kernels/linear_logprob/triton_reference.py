@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from srppo_kernels import _triton
-from srppo_kernels.linear_logprob.gpu import whole_columns
+from srppo_kernels.linear_logprob.gpu import to_row_ends
 from srppo_kernels.linear_logprob.triton_dz import STEP
 from srppo_kernels.linear_logprob.triton_tiles import LOG2E, RowList, logits
 
@@ -180,12 +180,10 @@ def settle(
     zero_all: bool,
 ) -> None:
     """Makes E of what was kept around ``around[position, column // tile]``; a row stays where that is ``reference``."""
-    (n, vocab), kept = (y.shape[0], residual.kept.shape[1]), residual.kept
-    columns = whole_columns(vocab)
-    assert columns <= kept.stride(0)
+    n, vocab, kept = y.shape[0], residual.kept.shape[1], to_row_ends(residual.kept)
     with _triton.on_device(kept):
         settle_kernel[(-(-n // SETTLED[0]),)](
-            kept, around, reference, merged, rows.index, rows.count, y, residual.group_max, n, vocab, columns,
+            kept, around, reference, merged, rows.index, rows.count, y, residual.group_max, n, vocab, kept.shape[1],
             kept.stride(0), around.stride(0), TILE=tile, ROWS=SETTLED[0], COLUMNS=SETTLED[1], STEP=STEP,
             ZERO_ALL=zero_all, num_warps=8,
         )  # fmt: skip
