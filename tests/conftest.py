@@ -2,14 +2,13 @@
 hidden from the rest, with Triton interpreted, so that it is the same suite on every machine."""
 
 import argparse
-import itertools
 import os
-import random
 import re
 import shlex
 import sys
 import tempfile
 
+import interpreted
 import pytest
 import torch
 
@@ -40,19 +39,8 @@ def _seed() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """The interpreter takes programs in ascending order, a GPU in any: here shuffled, by another order every launch."""
-    if "triton.runtime.interpreter" not in sys.modules:
-        return
-    builder = sys.modules["triton.runtime.interpreter"].interpreter_builder
-    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
-    generator, order = random.Random(0), []
-
-    def shuffled(*grid: int) -> None:
-        set_grid_dim(*grid)
-        order[:] = itertools.product(*map(range, grid))
-        generator.shuffle(order)
-
-    builder.set_grid_dim, builder.set_grid_idx = shuffled, lambda *_: set_grid_idx(*order.pop())
+    if "triton.runtime.interpreter" in sys.modules:
+        interpreted.as_on_a_gpu(sys.modules["triton.runtime.interpreter"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -523,7 +523,7 @@ def test_offsets_of_exponentials_take_64_bits(checked):
     p = small(n=1, d=16, v=v, mask=None, grad=(False, False))
     live, head = torch.ones(1, dtype=torch.bool), Head(p.weight, None, None, 1.0, 1.0, None)
     kept = far(torch.zeros(1, gpu.whole_columns(v)))[:, :v]
-    residual = Residual(kept, far(torch.zeros(1, -(-v // 32))))
+    residual = Residual(kept, far(torch.zeros(1, gpu.maxima(v))))
     state = gpu.scan(p.hidden, head, p.targets, None, Rows(0, 1, live=live), False, residual, None)
     _, _, _, row_max, log_sum = RowOutputs.of(state, entropy=False)
     dz = torch.softmax(p.hidden.double() @ p.weight.double().T, 1)

@@ -1,0 +1,79 @@
+"""What Triton's interpreter does unlike a GPU, undone for all tests: kernels that are right in it alone fail here.
+
+order   it takes programs in ascending order, a GPU in any: here shuffled, by another order every launch
+bounds  it reads and writes any memory: here no access may leave the tensors of its launch
+other   where a masked load has none it gives zeros, a GPU what happens to be there: here bits that are a NaN in a float
+"""
+
+import itertools
+import random
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def as_on_a_gpu(interpreter: ModuleType) -> None:
+    """Changes ``triton.runtime.interpreter`` for this process."""
+    _shuffle(interpreter.interpreter_builder)
+    _watch(interpreter)
+
+
+def _shuffle(builder: Any) -> None:
+    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
+    generator, order = random.Random(0), []
+
+    def shuffled(*grid: int) -> None:
+        set_grid_dim(*grid)
+        order[:] = itertools.product(*map(range, grid))
+        generator.shuffle(order)
+
+    builder.set_grid_dim, builder.set_grid_idx = shuffled, lambda *_: set_grid_idx(*order.pop())
+
+
+def _watch(interpreter: ModuleType) -> None:
+    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
+    begin, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
+    update = builder.create_atomic_rmw
+    tensors: list[tuple[int, int]] = []  # of the launch: first byte, and one past the last
+
+    def beginning(self: Any, args: Any, kwargs: Any) -> Any:
+        hosts = begin(self, args, kwargs)
+        given = [getattr(x, "base", x) for x in (*hosts[0], *hosts[1].values())]
+        tensors[:] = [_extent(x) for x in given if isinstance(x, Tensor)]
+        return hosts
+
+    def check(pointers: Any, mask: Any) -> None:
+        touched = pointers.data[mask.data]
+        if touched.size:
+            size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            first, last = int(touched.min()), int(touched.max()) + size
+            assert any(a <= first and last <= b for a, b in tensors), "a place outside of the launch's tensors"
+
+    def checked_load(pointers: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
+        check(pointers, mask)
+        if other is None:
+            kind = pointers.get_element_ty()
+            nothing = np.zeros_like(pointers.data, dtype=interpreter._get_np_dtype(kind))
+            nothing.view(np.uint8)[...] = 1 if nothing.dtype == bool else 255
+            other = interpreter.TensorHandle(nothing, kind)
+        return load(pointers, mask, other, *rest, **options)
+
+    def checked_store(pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check(pointers, mask)
+        return store(pointers, value, mask, *rest, **options)
+
+    def checked_update(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check(pointers, mask)
+        return update(operation, pointers, value, mask, *rest, **options)
+
+    executor._init_args_hst = beginning
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+    builder.create_atomic_rmw = checked_update
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    size = elements if tensor.numel() else 0
+    return tensor.data_ptr(), tensor.data_ptr() + size * tensor.element_size()
