@@ -3,6 +3,8 @@
 What can be shown without a device is in test_sm90_host.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from backends import needs_triton
@@ -277,6 +279,8 @@ def test_elsewhere_the_backend_is_refused_in_words(monkeypatch):
         (torch.zeros(4, 64).bfloat16(), torch.zeros(64, 16).bfloat16().T, "contiguous"),
         (torch.zeros(4, 64).bfloat16(), torch.zeros(16, 68).bfloat16()[:, :64], "multiples of 16 bytes"),
         (torch.zeros(4, 64).bfloat16(), torch.zeros(64).bfloat16().expand(16, 64), "contiguous"),
+        (torch.zeros(4, 64).bfloat16(), torch.zeros(16, 128).bfloat16()[:, ::2], "contiguous"),
+        (torch.zeros(4, 0).bfloat16(), torch.zeros(16, 0).bfloat16(), "hidden size of 0"),
         (torch.zeros(4, 64).bfloat16(), torch.zeros(13, 64).bfloat16(), ""),
     ],
 )
@@ -284,6 +288,43 @@ def test_what_it_refuses(hidden, weight, reason):
     said = sm90.operand_obstacle(hidden, weight)
     assert reason in said and bool(said) == bool(reason)
     assert "compute capability 9.0" in sm90.obstacle(hidden, weight)
+
+
+def test_how_many_it_counts():
+    """Rows, and entries of the vocabulary: sm90.cu's own limit for the latter, of groups as they are by default."""
+    few = torch.empty(16, 64, dtype=torch.bfloat16, device="meta")
+    most, more = few.new_empty(sm90.LARGEST, 64), few.new_empty(sm90.LARGEST + 8, 64)
+    assert sm90.GROUP % sm90.TILE == 0
+    assert not sm90.operand_obstacle(most, few) and not sm90.operand_obstacle(few, most)
+    for operands in ((more, few), (few, more)):
+        assert "counts rows and vocabulary entries up to 2147471360" in sm90.operand_obstacle(*operands)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"hip": "6.4"}, "for CUDA devices of compute capability 9.0"),
+        ({"capability": (8, 0)}, "for compute capability 9.0 alone"),
+        ({"capability": (9, 1)}, "for compute capability 9.0 alone"),
+        ({"extension": "it was not built"}, "it was not built"),
+        ({"ops": ()}, "the extension was built without CUDA"),
+        ({"driver": "the driver is for CUDA 12"}, "the driver is for CUDA 12"),
+        ({"triton": "triton is not installed"}, "triton is not installed"),
+    ],
+)
+def test_which_devices_it_is_for(change, reason, monkeypatch):
+    here = {"hip": None, "capability": (9, 0), "extension": "", "ops": ("linear_logprob_scan_sm90",), "driver": "",
+            "triton": "", **change}  # fmt: skip
+    monkeypatch.setattr(torch.version, "hip", here["hip"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: here["capability"])
+    monkeypatch.setattr(_extension, "available", lambda: not here["extension"])
+    monkeypatch.setattr(_extension, "why", lambda: here["extension"])
+    monkeypatch.setattr(_extension, "driver_obstacle", lambda: here["driver"])
+    monkeypatch.setattr(sm90._triton, "obstacle", lambda device: here["triton"])
+    monkeypatch.setattr(torch.ops, "srppo_native", SimpleNamespace(**dict.fromkeys(here["ops"])))
+    said = sm90.call_obstacle(torch.device("cuda", 0), (torch.bfloat16,) * 2, 64, 64)
+    assert reason in said and bool(said) == bool(reason)
 
 
 def test_what_auto_takes(monkeypatch):
