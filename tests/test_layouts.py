@@ -7,17 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from backends import NATIVE, TRITON, needs_triton, running
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from srppo_kernels import _extension, gae, log_ratio_reward, ppo_loss, value_loss, whiten
+from srppo_kernels import gae, log_ratio_reward, ppo_loss, value_loss, whiten
 
 Call = Callable[[Tensor, Tensor, Tensor, Tensor, str], Any]
 
+# fmt: off
 OPS: dict[str, Call] = {
     "whiten": lambda x, y, z, mask, backend: whiten(x, mask, backend=backend),
-    "gae": lambda x, y, z, mask, backend: gae(x, y, mask, moments=True, backend=backend),
+    "gae": lambda x, y, z, mask, backend: gae(
+        x, y, mask, gamma=z.sigmoid()[:, 0], lam=z.sigmoid()[:, 1], bootstrap=x[:, 2], moments=True, backend=backend
+    ),
+    "gae's gradient": lambda x, y, z, mask, backend: torch.ops.srppo.gae_backward(
+        x, y, mask, 0.0, 0.0, z.sigmoid()[:, 0], z.sigmoid()[:, 1], "carry", None, backend
+    ),
     "ppo_loss": lambda x, y, z, mask, backend: ppo_loss(x, y, z, mask, entropy=z, entropy_coef=0.1, backend=backend),
     "ppo_loss with its gradient": lambda x, y, z, mask, backend: torch.ops.srppo.ppo_loss(
         x, y, z, mask, z, 0.2, 0.2, None, 0.1, "token_mean", None, None, backend
@@ -27,9 +34,11 @@ OPS: dict[str, Call] = {
     ),
     "value_loss": lambda x, y, z, mask, backend: value_loss(x, y, z, mask, backend=backend),
     "log_ratio_reward": lambda x, y, z, mask, backend: log_ratio_reward(
-        x, y, mask, placement="token", logprobs_policy=x, logprobs_ref=z, kl_coef=0.1, parts=True, backend=backend
+        x, y, mask, placement="token", logprobs_policy=x, logprobs_ref=z, kl_coef=0.1, parts=True, backend=backend,
+        truncated=mask[:, 0], missing_eos_penalty=1.5,
     ),
 }
+# fmt: on
 
 
 def problem(dtype: torch.dtype) -> list[Tensor]:
@@ -41,8 +50,12 @@ def problem(dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("auto", torch.float32), ("auto", torch.float64), ("reference", torch.float32)]
-)
+    ("backend", "dtype"),
+    [
+        ("auto", torch.float32), ("auto", torch.float64), ("reference", torch.float32),
+        pytest.param("triton", torch.float32, marks=needs_triton),
+    ],
+)  # fmt: skip
 def test_strides_are_what_a_compiler_is_told(op, backend, dtype):
     """A kernel that a compiler makes of the fake's strides reads the real tensor by them."""
     inputs = problem(dtype)
@@ -53,13 +66,24 @@ def test_strides_are_what_a_compiler_is_told(op, backend, dtype):
         assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype)
 
 
-@pytest.mark.skipif(not _extension.available(), reason="the extension was not built")
 @pytest.mark.parametrize("op", OPS)
-def test_any_byte_but_zero_is_true(op):
+@pytest.mark.parametrize("backend", [*NATIVE[:1], *TRITON])
+def test_strides_change_no_number(op, backend):
+    """Nor those of vectors with an element a row, which are views of one layout or the other."""
+    inputs = problem(torch.float32)
+    with running(backend) as name:
+        strided, whole = (tree_leaves(OPS[op](*given, name)) for given in (inputs, [t.contiguous() for t in inputs]))
+    for got, want in zip(strided, whole, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", [*NATIVE, *TRITON])
+def test_any_byte_but_zero_is_true(op, backend):
     """A bool tensor that is a view of bytes: torch's where and logical ops take each of them for True."""
     *inputs, mask = (t.contiguous() for t in problem(torch.float32))
     mask[0, :19], mask[1, 20:] = False, False
     odd = (mask.to(torch.uint8) * torch.randint(1, 256, mask.shape, dtype=torch.uint8)).view(torch.bool)
-    want = tree_leaves(OPS[op](*inputs, mask, "native"))
-    for got, expected in zip(tree_leaves(OPS[op](*inputs, odd, "native")), want, strict=True):
-        assert torch.equal(got, expected)
+    with running(backend) as name:
+        got, want = (tree_leaves(OPS[op](*inputs, given, name)) for given in (odd, mask))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -17,8 +17,9 @@ SRPPO_INLINE void store(float* p, Vf x, int n) {
   std::memcpy(p, &x, sizeof(float) * static_cast<unsigned>(n >= W ? W : n > 0 ? n : 0));
 }
 SRPPO_INLINE Mask load_mask(const bool* p, int n) {
+  const auto* const bytes = reinterpret_cast<const unsigned char*>(p);  // a bool's is taken to be 0 or 1: see blocks.h
   Vi lanes = {0, 0, 0, 0};
-  for (int i = 0; i < W; ++i) lanes[i] = i < n && p[i] ? -1 : 0;
+  for (int i = 0; i < W; ++i) lanes[i] = i < n && bytes[i] != 0 ? -1 : 0;
   return {lanes};
 }
 
