@@ -323,7 +323,7 @@ def test_which_devices_it_is_for(change, reason, monkeypatch):
     monkeypatch.setattr(_extension, "driver_obstacle", lambda: here["driver"])
     monkeypatch.setattr(sm90._triton, "obstacle", lambda device: here["triton"])
     monkeypatch.setattr(torch.ops, "srppo_native", SimpleNamespace(**dict.fromkeys(here["ops"])))
-    said = sm90.call_obstacle(torch.device("cuda", 0), (torch.bfloat16,) * 2, 64, 64)
+    said = sm90.call_obstacle(torch.device("cuda", 0), (torch.bfloat16,) * 2, 64)
     assert reason in said and bool(said) == bool(reason)
 
 
