@@ -224,7 +224,7 @@ def attention_of(config: PreTrainedConfig) -> str:
 
 def narrowest(config: PreTrainedConfig, *names: str) -> int:
     """The smallest of a model's settings whose names end so."""
-    settings = config.get_text_config().to_dict()
+    settings = vars(config.get_text_config())  # and not to_dict(), which copies all of it at each forward
     return min([2**31, *(n for key, n in settings.items() if key.endswith(names) and type(n) is int)])
 
 
