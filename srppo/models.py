@@ -332,20 +332,18 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
 
 def attach_adapter(model: nn.Module, path: str | Path, name: str) -> Any:
     """Loads a LoRA adapter folder onto a model (or onto a peft model that has others) under ``name``, frozen."""
-    from peft import PeftModel
+    from peft import PeftModelForCausalLM
 
     if name in getattr(model, "peft_config", {}) and has_adapter_layers(model):  # peft would mix the two
         raise UserError(
             f"the base has an adapter {name!r} in it, of an earlier run or reward: load it again, or give its folder"
         )
+    config = adapter_config(path)
+    check_adapter(f"the adapter in {path}", config)
+    config.inference_mode = True
     try:
-        check_adapter(f"the adapter in {path}", adapter_config(path))
-        adapted: Any = (
-            model if is_peft(model) else PeftModel.from_pretrained(model, str(path), adapter_name=name).eval()
-        )
-        found = adapted.load_adapter(str(path), adapter_name=name)  # what it lacks, from_pretrained only warns of
-    except UserError:
-        raise
+        adapted: Any = model if is_peft(model) else PeftModelForCausalLM(model, config, name)
+        found = adapted.load_adapter(str(path), name)  # what it lacks, PeftModel.from_pretrained only warns of
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the adapter in {path} could not be loaded onto the base model, is it for another one? "
