@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.metadata
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -856,6 +858,13 @@ def test_every_public_name_can_be_imported():
     assert set(srppo.__all__) <= set(dir(srppo))
     with pytest.raises(AttributeError, match="no attribute 'missing'"):
         _ = srppo.missing
+
+
+def test_submodules_that_the_readme_names_need_no_import_of_their_own():
+    named = re.findall(r"`srppo\.([a-z]+)\.\w+", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {"distributed", "evaluation", "metrics"} <= set(named)
+    for name in [*named, "data"]:  # an error names the last one
+        assert srppo.__getattr__(name) is importlib.import_module(f"srppo.{name}")
 
 
 def test_models_are_stored_as_safetensors_and_nothing_is_pickled(tiny_models):
