@@ -24,9 +24,10 @@ from srppo.errors import UserError
 MODEL = ("base_model_name_or_path", "dtype", "attn_implementation", "trust_remote_code")
 LORA = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 DATA = ("dataset_name", "dataset_train_split", "max_prompt_length", "max_completion_length", "stop_token_ids")
-OPTIMISATION = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "adam_betas",
-                "lr_scheduler_type", "warmup_ratio", "gradient_checkpointing", "seed")  # fmt: skip
-SFT = ("dataset_test_split", "sft_learning_rate", "sft_num_train_epochs", "output_dir", "report_to")
+OPTIMISATION = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_micro_batch",
+                "max_grad_norm", "adam_betas", "lr_scheduler_type", "warmup_ratio", "gradient_checkpointing",
+                "seed")  # fmt: skip
+SFT = ("dataset_test_split", "sft_learning_rate", "sft_num_train_epochs", "output_dir", "report_to", "fsdp")
 COMMANDS = {
     "train": ("SFT where no SFT model is given, then self-rewarding PPO", None),
     "sft": ("fine-tune the base model on demonstrations",
@@ -35,7 +36,7 @@ COMMANDS = {
               (*MODEL, "sft_model_name_or_path", *DATA, "score_temperature", "per_device_train_batch_size")),
     "eval": ("sample from a model and measure reward, KL, length, and likelihood of held-out demonstrations",
              (*MODEL, "sft_model_name_or_path", *DATA, "dataset_test_split", "temperature", "top_p",
-              "score_temperature", "per_device_train_batch_size", "seed")),
+              "score_temperature", "per_device_train_batch_size", "max_tokens_per_micro_batch", "seed")),
     "demo": ("the whole method on a small generated world, in a few minutes", ()),
     "env": ("versions, and which backends are on or off and why", ()),
 }  # fmt: skip

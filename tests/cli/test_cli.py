@@ -627,6 +627,16 @@ def test_lists_and_switches_as_flags(monkeypatch):
     assert args.whiten_advantages is False
 
 
+@pytest.mark.parametrize(("command", "settings"), [
+    ("sft", {"max_tokens_per_micro_batch": 40, "fsdp": True}), ("eval", {"max_tokens_per_micro_batch": 40}),
+])  # fmt: skip
+def test_what_a_command_reads_from_a_file_is_one_of_its_flags_too(monkeypatch, command, settings):
+    seen = []
+    monkeypatch.setattr(commands, command, lambda args, options: seen.append(args))
+    assert main([command, *flags(settings)]) == 0
+    assert {name: getattr(seen[0], name) for name in settings} == settings
+
+
 def test_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
