@@ -1,14 +1,14 @@
 """The demo's world: six string tasks, and three ways to answer each of them.
 
-A prompt is ``<task> <letters>>``, for instance ``flip badge>``. The corpus that the base model is pretrained on answers
+A prompt is ``<task> <letters>>``, for instance ``swap badge>``. The corpus that the base model is pretrained on answers
 every prompt, of every task, in one of three ways, a third of the time each:
 
 =======  =====================================  ========================
-way      what it is                             answer to ``flip badge>``
+way      what it is                             answer to ``swap badge>``
 =======  =====================================  ========================
-right    the answer, then the end of sequence   ``egdab``
-ramble   the answer, then filler words          ``egdab so um well``
-echo     the prompt's words again               ``flip badge``
+right    the answer, then the end of sequence   ``eadgb``
+ramble   the answer, then filler words          ``eadgb so um well``
+echo     the prompt's words again               ``swap badge``
 =======  =====================================  ========================
 
 The demonstrations show the first way, and of one task only (`DEMONSTRATED_TASK`, "in domain"). Nothing that the
@@ -78,7 +78,7 @@ def parse_prompt(prompt: str) -> tuple[str, str]:
     task, _, rest = prompt.partition(" ")
     letters = rest.removesuffix(END_OF_PROMPT)
     if task not in TASKS or not rest.endswith(END_OF_PROMPT) or not letters or set(letters) - set(LETTERS):
-        raise ValueError(f"{prompt!r} is not a prompt of the demo; one looks like {make_prompt('flip', 'badge')!r}")
+        raise ValueError(f"{prompt!r} is not a prompt of the demo; one looks like {make_prompt('swap', 'badge')!r}")
     return task, letters
 
 

@@ -55,8 +55,9 @@ def test_next_and_prev_undo_each_other():
     "prompt", ["copy badge", "turn badge>", "copy >", "copy bad9e>", "copybadge>", "copy BADGE>", ""]
 )
 def test_foreign_prompts_are_refused(prompt):
-    with pytest.raises(ValueError, match="not a prompt of the demo"):
+    with pytest.raises(ValueError, match="not a prompt of the demo") as caught:
         parse_prompt(prompt)
+    assert parse_prompt(str(caught.value).split("'")[-2]) == ("swap", "badge")
 
 
 def test_each_way_is_recognised_in_every_task():
