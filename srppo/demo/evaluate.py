@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,6 @@ def judge(
     max_completion_length: int,
     seed: int,
     batch_size: int = 256,
-    on_batch: Callable[[int], None] | None = None,
 ) -> Judgement:
     """Sample a completion per held-out prompt, at temperature 1, and measure it.
 
@@ -88,7 +87,6 @@ def judge(
             stop_token_ids=[tokenizer.eos_token_id],
             batch_size=batch_size,
             extrapolate=None if candidate.beta is None else (base, candidate.beta),
-            on_batch=on_batch,
         )
     parts = [
         reward_and_kl(candidate, sft, base, rollout.select(rows))

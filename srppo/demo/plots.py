@@ -61,12 +61,10 @@ def plot_iterations(path: Path, history: Sequence[Mapping[str, Any]], scores: Se
 
 
 def new_figure(panels: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure with panels side by side, which the Agg canvas draws on any machine."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A figure with panels side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)

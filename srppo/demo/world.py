@@ -62,11 +62,6 @@ class Example:
     prompt: str
     completion: str | None = None
 
-    @property
-    def in_domain(self) -> bool:
-        """Whether demonstrations of this task exist."""
-        return self.task == DEMONSTRATED_TASK
-
 
 def make_prompt(task: str, letters: str) -> str:
     """The prompt that asks for ``task`` on ``letters``."""
