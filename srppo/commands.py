@@ -139,7 +139,7 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     train_examples, held_out = load_data(args, tokenizer, console)
     assert args.base_model_name_or_path is not None
     stops = stop_tokens(tokenizer, args.stop_token_ids)
-    engine = make_engine(args, Sampling.of(args, stops, filler_token(tokenizer, stops)), url=args.vllm_url)
+    engine = make_engine(args, Sampling.of(args, stops, filler_token(tokenizer, stops)))
     if model is None:
         model = str(made)
         begins = resume == "latest" and distributed.on_main(lambda: not made.exists() and not checkpoints(output))
@@ -157,8 +157,7 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
             raise UserError(f"there is no SFT model in {made}: give the run's own with --sft_model_name_or_path")
     trainer = SRPPOTrainer(
         model, args.base_model_name_or_path, args, train_examples, held_out, processing_class=tokenizer,
-        console=console, engine=engine, importance_cap=args.importance_cap,
-        save_rollouts=args.save_rollouts, from_rollouts=args.from_rollouts, fsdp=args.fsdp,
+        console=console, engine=engine,
     )  # fmt: skip
     try:
         trainer.train()

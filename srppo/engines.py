@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from srppo import checkpoint, distributed
-from srppo.config import SRPPOConfig
+from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.errors import UserError
 from srppo.models import is_peft
 from srppo.roles import Role
 from srppo.rollout import Rollout, collate, generate
 
-VLLM_URL = "http://127.0.0.1:8000"
+VLLM_URL = PipelineConfig.vllm_url
 ADAPTER = "srppo-policy-"  # what the names of adapters on a server begin with
 
 
@@ -231,9 +231,10 @@ class VLLMEngine:
             return text
 
 
-def make_engine(args: SRPPOConfig, sampling: Sampling, *, url: str = VLLM_URL) -> Engine:
+def make_engine(args: SRPPOConfig, sampling: Sampling) -> Engine:
     """The engine that ``args.rollout_engine`` names."""
     if args.rollout_engine == "vllm":
+        url = args.vllm_url if isinstance(args, PipelineConfig) else VLLM_URL
         return VLLMEngine(sampling, Path(args.output_dir) / "rollout-adapters", url=url)
     return HFEngine(sampling)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srppo import checkpoint, distributed, memory, ppo, sharding, startup, training_state
-from srppo.config import SRPPOConfig
+from srppo.config import PipelineConfig, SRPPOConfig
 from srppo.console import Bar, Console
 from srppo.data import Dataset, Example, Sampler, as_examples, digest, filler_token, stop_tokens
 from srppo.engines import Engine, Sampling, importance_weights, make_engine, sampling_metrics
@@ -55,7 +55,8 @@ class SRPPOTrainer:
     Args:
         model: the SFT model: an adapter folder, a model folder or hub name, or a loaded model.
         base_model: the pretrained base: a folder or hub name, or a loaded model. Loaded models are frozen in place.
-        args: every setting; see :class:`srppo.config.SRPPOConfig`.
+        args: every setting; see :class:`srppo.config.SRPPOConfig`. A :class:`srppo.config.PipelineConfig`, as
+            ``run_sft`` takes, says of the last four arguments what they do not, and where the vLLM server is.
         train_dataset: prompts, as rows with the columns of :mod:`srppo.data` or as what :func:`srppo.data.prepare`
             gives. Completions in it are not used here.
         eval_dataset: the same, for evaluation; rows with a completion also give the likelihood of held-out
@@ -98,6 +99,9 @@ class SRPPOTrainer:
         fsdp: bool = False,
     ) -> None:
         model, base_model = path_as_text(model), path_as_text(base_model)
+        if isinstance(args, PipelineConfig):
+            importance_cap, fsdp = importance_cap or args.importance_cap, fsdp or args.fsdp
+            save_rollouts, from_rollouts = save_rollouts or args.save_rollouts, from_rollouts or args.from_rollouts
         self.args, self.callbacks, self.reward_fn = args, callbacks or (), reward_fn
         self.taken_in = {name: copy.copy(getattr(args, name)) for name in TAKEN_IN}
         require_functions(self.callbacks, reward_fn)

@@ -12,9 +12,9 @@ import torch
 from fake_vllm import FakeVLLM
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_runs import STOPS, config, rollout, trainer
+from tiny_runs import QUIET, ROWS, STOPS, config, examples, rollout, trainer
 
-from srppo import UserError, ppo, startup
+from srppo import PipelineConfig, SRPPOConfig, SRPPOTrainer, UserError, ppo, startup
 from srppo.engines import HFEngine, Sampling, VLLMEngine, importance_weights, make_engine, sampling_metrics
 from srppo.metrics import METRICS
 from srppo.rollout import collate, generate
@@ -209,8 +209,26 @@ def test_a_first_rollout_without_a_token_is_refused_for_what_it_is(tiny_models, 
 
 def test_the_configuration_chooses_the_engine(tmp_path):
     assert isinstance(make_engine(config(tmp_path), SAMPLING), HFEngine)
-    made = make_engine(config(tmp_path, rollout_engine="vllm"), SAMPLING, url="http://there:1/")
+    made = make_engine(config(tmp_path, rollout_engine="vllm", vllm_url="http://there:1/"), SAMPLING)
     assert isinstance(made, VLLMEngine) and made.url == "http://there:1"
+    plain = SRPPOConfig(rollout_engine="vllm", output_dir=str(tmp_path))
+    assert make_engine(plain, SAMPLING).url == PipelineConfig().vllm_url
+
+
+def test_what_a_pipelines_configuration_says_of_rollouts_holds_for_a_trainer_from_python(tiny_models, tmp_path):
+    """As one is written for run_sft and the trainer: only the command read that part of it."""
+    kept = {"save_rollouts": str(tmp_path / "kept"), "importance_cap": 2.0}
+    args = config(tmp_path, max_steps=1, vllm_url="http://there:1", rollout_engine="vllm", **kept)
+    run = SRPPOTrainer(tiny_models.sft, tiny_models.base, args, examples(ROWS), console=QUIET)
+    assert (run.save_rollouts, run.importance_cap, run.engine.url) == (tmp_path / "kept", 2.0, "http://there:1")
+    given = SRPPOTrainer(tiny_models.sft, tiny_models.base, args, examples(ROWS), console=QUIET,
+                         save_rollouts=tmp_path / "there", importance_cap=3.0)  # fmt: skip
+    assert (given.save_rollouts, given.importance_cap) == (tmp_path / "there", 3.0)
+    with pytest.raises(UserError, match="fsdp cuts weights over processes, and there is one"):
+        SRPPOTrainer(tiny_models.sft, tiny_models.base, config(tmp_path, fsdp=True), examples(ROWS), console=QUIET)
+    args = config(tmp_path, from_rollouts=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="is not there to be replayed"):
+        SRPPOTrainer(tiny_models.sft, tiny_models.base, args, examples(ROWS), console=QUIET).train()
 
 
 # -- importance weights -----------------------------------------------------------------------------------------------
