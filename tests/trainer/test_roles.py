@@ -22,6 +22,7 @@ from tiny import save, tiny_model, tiny_tokenizer
 from tiny_runs import (
     QUIET,
     ROWS,
+    STOPS,
     config,
     examples,
     full_roles,
@@ -55,6 +56,7 @@ from transformers import (
 from srppo import SelfReward, SRPPOConfig, SRPPOTrainer, UserError, ppo, run_sft
 from srppo.checkpoint import save_weights
 from srppo.data import Example
+from srppo.evaluation import evaluate_policy
 from srppo.models import (
     attach_adapter,
     check_adapter,
@@ -318,6 +320,10 @@ def test_adapters_are_switched_for_a_mini_batch_and_not_for_each_micro_batch(tin
     one_update(roles, args, rollout())
     on = [name for name in switched if name != "sft"]  # the one that is on outside
     assert on == ["policy", "critic"] * 4  # scores, and three epochs of one mini-batch
+    switched.clear()
+    rows = examples(ROWS)
+    evaluate_policy(roles.policy, roles.sft, roles.base, rows, args, tiny_tokenizer(), stop_token_ids=STOPS)
+    assert switched.count("policy") == 3  # sampling, and the log-probs of samples and of demonstrations
 
 
 def test_base_with_adapters_off_equals_the_plain_base_bit_for_bit(tiny_models, tmp_path):
