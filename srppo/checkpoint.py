@@ -200,12 +200,12 @@ def require_writable(path: Path, option: str) -> None:
         raise UserError(f"{option} {path} cannot be written, {place}: {error.strerror}") from None
 
 
-def require_file(path: str | None, option: str = "output_file") -> None:
+def require_file(path: str | None) -> None:
     """The same of a file that results go to; absent, they go to standard output."""
     if path is not None:
         if Path(path).is_dir():
-            raise UserError(f"{option} {path} is a folder: name a file in it")
-        require_writable(Path(path).resolve().parent, option)
+            raise UserError(f"output_file {path} is a folder: name a file in it")
+        require_writable(Path(path).resolve().parent, "output_file")
 
 
 def require_fresh_output(path: Path, *, again: bool = False, rollouts: str | Path | None = None) -> None:
@@ -231,11 +231,6 @@ def require_fresh_output(path: Path, *, again: bool = False, rollouts: str | Pat
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if not names or names - allowed:
         require_new_folder(path)
-
-
-def remove_folder(path: Path) -> None:
-    """Removes a folder that this run wrote."""
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def require_space(path: Path, needed: int) -> None:

@@ -73,7 +73,7 @@ class Console:
         with Progress(*columns, console=self.rich) as progress:
             yield Bar(progress, progress.add_task(title, total=total, rate="", status=""))
 
-    def table(self, title: str, rows: Sequence[Mapping[str, Any]], *, limit: int | None = None) -> None:
+    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows of equal keys as a table; floats with three digits, control characters as visible escapes."""
         from rich.table import Table
         from rich.text import Text
@@ -85,7 +85,7 @@ class Console:
         )
         for name, value in rows[0].items():
             table.add_column(name, justify="left" if isinstance(value, str) else "right", overflow="fold")
-        for row in rows[:limit]:
+        for row in rows:
             table.add_row(*(Text(shown(value)) for value in row.values()))
         self.rich.print(table)
 

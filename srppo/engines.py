@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import urllib.error
 import urllib.request
 import uuid
@@ -137,7 +138,7 @@ class VLLMEngine:
         """Takes adapters of these names off the server, and all that there are off the disk."""
         self.unload(names)
         for folder in self.folder.glob(f"{ADAPTER}*"):
-            checkpoint.remove_folder(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def sample(self, policy: Role, prompts: Sequence[Sequence[int]], *, step: int) -> Rollout:
         self.loaded = distributed.on_main(lambda: self.synchronise(policy, f"{self.prefix}{step}"))
@@ -162,7 +163,7 @@ class VLLMEngine:
         self.call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
         if self.loaded is not None:
             self.unload([self.loaded])
-            checkpoint.remove_folder(self.folder / self.loaded)
+            shutil.rmtree(self.folder / self.loaded, ignore_errors=True)
         return name
 
     def unload(self, names: Sequence[str]) -> None:

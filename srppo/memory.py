@@ -20,6 +20,7 @@ tokens on a CPU, growth of the process).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,16 +191,9 @@ def adapter_size(folder: str) -> int:
     """Weights in an adapter folder, from the file's header."""
     try:
         with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
-            return sum(product(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no mapping
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no mapping
     except (OSError, SafetensorError):
         return 0
-
-
-def product(shape: list[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 def new_adapter_size(model: PreTrainedModel, args: SRPPOConfig) -> int:
