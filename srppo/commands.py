@@ -78,7 +78,9 @@ def load_data(
         raise UserError(f"{args.dataset_name} has no rows: there is nothing to train on")
     held_out = examples(args, tokenizer, args.dataset_name, args.dataset_test_split, missing_split_ok=True)
     if not held_out:
-        console.note(f"{args.dataset_name} has no split {args.dataset_test_split!r}: training goes without evaluation")
+        console.note(
+            f"{args.dataset_name} has no rows in a split {args.dataset_test_split!r}: training goes without evaluation"
+        )
     return train, held_out
 
 

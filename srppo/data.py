@@ -72,7 +72,10 @@ def load_rows(source: str, split: str, *, missing_split_ok: bool = False) -> lis
         return rows_from_folder(path, split, missing_split_ok)
     if path.suffix in FILE_KINDS or path.exists():
         if not path.is_file():
-            raise UserError(f"data file {source} not found: check dataset_name, relative paths start at {Path.cwd()}")
+            raise UserError(
+                f"data file {source} not found: check dataset_name (or prompt_dataset_name); relative paths start at "
+                f"{Path.cwd()}"
+            )
         if split != "train":
             if missing_split_ok:
                 return []

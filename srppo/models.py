@@ -476,19 +476,21 @@ def check_same_vocabulary(
     sft: PreTrainedModel,
     base_path: str | Path | None,
     sft_path: str | Path | None,
+    *,
+    name: str = "SFT model",
 ) -> None:
     """Base and SFT must give probabilities to the same tokens, or their difference is no reward."""
     sizes = [head_of(model).weight.shape[0] for model in (base, sft)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"base and SFT model have different vocabularies ({sizes[0]} and {sizes[1]} tokens): the reward compares "
+            f"base and {name} have different vocabularies ({sizes[0]} and {sizes[1]} tokens): the reward compares "
             f"them token by token"
         )
     folders = [Path(p) for p in (base_path, sft_path) if p is not None]
     if len(folders) == 2 and all((f / "tokenizer_config.json").is_file() for f in folders):
         check_same_tokenizer(
             *(load_tokenizer(f, trust_remote_code=args.trust_remote_code) for f in folders),
-            what="the tokenizers of base and SFT model differ",
+            what=f"the tokenizers of base and {name} differ",
             why="the reward compares the two models token by token, so they must share one vocabulary",
         )
 

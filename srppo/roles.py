@@ -367,7 +367,8 @@ def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tupl
     """
     if not is_adapter_folder(path):
         model = load_model(path, args)
-        check_same_vocabulary(args, base.causal_lm, model, args.base_model_name_or_path, path)
+        paths = args.base_model_name_or_path, path
+        check_same_vocabulary(args, base.causal_lm, model, *paths, name=f"the model in {path}")
         policy = Role("policy", model)
     elif is_peft(base.model):
         policy = Role("policy", attach_adapter(base.model, path, "policy"), "policy")

@@ -565,7 +565,10 @@ def test_an_output_file_or_data_that_cannot_be_used_is_told_before_anything_is_c
 def test_models_that_do_not_fit_are_refused_with_exit_code_two(tiny_models, data, tmp_path, capfd):
     other = save(tiny_model(vocab_size=270), tmp_path / "other")
     assert main(["train", *train_flags(tiny_models, data, tmp_path / "run", sft_model_name_or_path=other)]) == 2
-    assert "different vocabularies (264 and 270 tokens)" in capfd.readouterr().err
+    assert "base and SFT model have different vocabularies (264 and 270 tokens)" in capfd.readouterr().err
+    models = {"base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.sft}
+    assert main(["eval", *flags({**models, "dataset_name": data, "model_name_or_path": other})]) == 2
+    assert f"base and the model in {other} have different vocabularies" in capfd.readouterr().err
     settings = {"use_peft": "true", "lora_target_modules": "lm_head"}
     assert main(["train", *train_flags(tiny_models, data, tmp_path / "run", **settings)]) == 2
     assert "the LM head" in capfd.readouterr().err

@@ -187,7 +187,7 @@ def test_a_byte_order_mark_as_spreadsheets_write_it_is_no_part_of_the_first_colu
 
 
 def test_a_missing_file_and_a_missing_hub_name_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"data file .*nowhere\.jsonl not found: check dataset_name"):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl not found: check dataset_name \(or prompt_dataset_name\)"):
         load_rows(str(tmp_path / "nowhere.jsonl"), "train")
     with pytest.raises(UserError, match="'no-such-dataset' is no file or folder here, and loading it from the hub"):
         load_rows("no-such-dataset", "train")
