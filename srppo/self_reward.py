@@ -288,7 +288,7 @@ class SelfReward:
                 "missing_eos_penalty needs to know which completions were cut, and this text does not tell: pass "
                 "completion_ids, or set append_eos=False where text keeps its stop token"
             )
-        if completion is not None and keeps_stop:
+        if keeps_stop:
             ids, _ = tokenize_row(where, {"prompt": prompt}, self.tokenizer, self.stop_token_ids)
             return ids, self.tokenizer(completion, add_special_tokens=False)["input_ids"]
         fields = {"prompt": prompt} if completion is None else {"prompt": prompt, "completion": completion}
@@ -358,7 +358,7 @@ def _roles(
         ):
             named = f" ({base})" if isinstance(base, str) else ""
             raise UserError(f"base and sft are the same model{named}, so every reward would be 0")
-        base, sft = frozen_roles(args, base, sft, share=True)
+        base, sft = frozen_roles(args, base, sft)
     if base.model is sft.model and base.adapter == sft.adapter:
         raise UserError("base and sft are the same model with the same adapter, so every reward would be 0")
     if base.device != sft.device:

@@ -104,7 +104,11 @@ class _Logprobs:
     ) -> tuple[Tensor | None, ...]:
         """``(log-probs, entropies[, None])``, each ``[B, logits_to_keep]`` fp32 and 0 on padding."""
         if any(value is not None and value is not False for value in inputs.values()):
-            return self._theirs(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, inputs)
+            if not self.warned:
+                warnings.warn("srppo: these batches have images, whose log-probs TRL computes itself", stacklevel=2)
+                self.warned = True
+            positional = (input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
+            return self.original(model, *positional, **inputs)
         labels = input_ids.masked_fill(attention_mask == 0, IGNORE)
         options = {
             "keep": logits_to_keep,
@@ -125,13 +129,6 @@ class _Logprobs:
         if entropies is not None and not gradient:
             entropies = entropies.detach()
         return (logprobs, entropies, None) if self.three else (logprobs, entropies)
-
-    def _theirs(self, model: nn.Module, *positional: Any) -> Any:
-        *arguments, inputs = positional
-        if not self.warned:
-            warnings.warn("srppo: these batches have images, whose log-probs TRL computes itself", stacklevel=3)
-            self.warned = True
-        return self.original(model, *arguments, **inputs)
 
 
 # -- SFT --------------------------------------------------------------------------------------------------------------
