@@ -67,11 +67,15 @@ def examples(
 
 
 def load_data(
-    args: PipelineConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+    args: PipelineConfig, tokenizer: PreTrainedTokenizerBase, console: Console, *, prompts_only: bool = False
 ) -> tuple[list[Example], list[Example]]:
-    """Training and evaluation rows; what is missing is said in one line."""
+    """Training and evaluation rows; what is missing is said in one line.
+
+    Args:
+        prompts_only: completions of training rows, which only SFT reads, are left out, however long.
+    """
     assert args.dataset_name is not None
-    train = examples(args, tokenizer, args.dataset_name, args.dataset_train_split)
+    train = examples(args, tokenizer, args.dataset_name, args.dataset_train_split, prompts_only=prompts_only)
     if args.prompt_dataset_name is not None:
         train += examples(args, tokenizer, args.prompt_dataset_name, args.dataset_train_split, prompts_only=True)
     if not train:
@@ -138,7 +142,7 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
     if resume is None:  # before SFT
         require_folders(args.save_rollouts, args.from_rollouts, range(1, args.max_steps + 1))
     tokenizer = tokenizer_for(model, args.base_model_name_or_path, args)
-    train_examples, held_out = load_data(args, tokenizer, console)
+    train_examples, held_out = load_data(args, tokenizer, console, prompts_only=model is not None)
     assert args.base_model_name_or_path is not None
     stops = stop_tokens(tokenizer, args.stop_token_ids)
     engine = make_engine(args, Sampling.of(args, stops, filler_token(tokenizer, stops)))

@@ -562,6 +562,14 @@ def test_an_output_file_or_data_that_cannot_be_used_is_told_before_anything_is_c
     assert "token 264 is outside of the model's vocabulary of 264 tokens" in capfd.readouterr().err
 
 
+def test_demonstrations_that_only_sft_would_read_may_be_longer_than_rollouts(tiny_models, data, tmp_path, capfd):
+    settings = {"max_completion_length": 3, "max_steps": 0}
+    assert main(["train", *train_flags(tiny_models, data, tmp_path / "a", **settings)]) == 2
+    assert "the completion has 4 tokens with its stop token and max_completion_length is 3" in capfd.readouterr().err
+    settings["sft_model_name_or_path"] = tiny_models.sft
+    assert main(["train", *train_flags(tiny_models, data, tmp_path / "b", **settings)]) == 0
+
+
 def test_models_that_do_not_fit_are_refused_with_exit_code_two(tiny_models, data, tmp_path, capfd):
     other = save(tiny_model(vocab_size=270), tmp_path / "other")
     assert main(["train", *train_flags(tiny_models, data, tmp_path / "run", sft_model_name_or_path=other)]) == 2
