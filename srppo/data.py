@@ -143,13 +143,11 @@ def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if path.suffix == ".csv":
             return list(rows_from_csv(path, io.StringIO(text, newline="")))
         return list(rows_from_jsonl(path, io.StringIO(text, newline=None)))
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text {wrong_byte(error)}") from None
-    except (OSError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
+    except (OSError, csv.Error, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 

@@ -124,7 +124,8 @@ def run_sft(
     if args.fsdp:
         sharding.shard(role.causal_lm)
     mini_batch_size = args.mini_batch_size * distributed.size()
-    total = args.sft_num_train_epochs * math.ceil(len(train) / mini_batch_size)
+    steps = math.ceil(len(train) / mini_batch_size)  # of an epoch
+    total = args.sft_num_train_epochs * steps
     learner = Learner.create(role, args, args.sft_learning_rate, total)
     console.note(
         f"SFT: {len(train)} demonstrations, {args.sft_num_train_epochs} epochs, {total} steps of "
@@ -133,7 +134,7 @@ def run_sft(
     generator = torch.Generator().manual_seed(args.seed)
     with atomic_folder(target) if distributed.is_main() else nullcontext() as folder:
         with MetricsWriter(folder, args, place=target) as writer, console.progress("SFT", total) as progress:
-            for epoch in range(args.sft_num_train_epochs):
+            for _ in range(args.sft_num_train_epochs):
                 order = torch.randperm(len(train), generator=generator)
                 for rows in order.split(mini_batch_size):
                     rollout = as_rollout([train[row] for row in rows.tolist()])
@@ -145,9 +146,10 @@ def run_sft(
                     rate = float(learner.scheduler.get_last_lr()[0])
                     learner.scheduler.step()
                     metrics = {"sft/loss": loss, "grad_norm": norm, "lr": rate}
-                    if held_out and len(writer.history) + 1 == (epoch + 1) * (total // args.sft_num_train_epochs):
+                    step = len(writer.history) + 1
+                    if held_out and step % steps == 0:
                         metrics["eval/loss"] = held_out_loss(role, as_rollout(held_out), args)
-                    writer.write(len(writer.history) + 1, metrics)
+                    writer.write(step, metrics)
                     progress.advance(tokens, f"loss {loss:.3f}")
             history = writer.history
         role.model.eval()

@@ -207,7 +207,7 @@ class SRPPOTrainer:
         self.console.note(f"memory: {memory.measured()}")
         last = self.history[-1] if self.history else {}
         self.console.table("evaluation", [{"metric": n, "value": v} for n, v in last.items() if n.startswith("eval/")])
-        return self.history[-1] if self.history else {}
+        return last
 
     def require_settings(self) -> None:
         """Stops if a setting that the trainer was made with is another now."""
