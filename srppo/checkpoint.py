@@ -458,8 +458,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def current_checkpoints(output_dir: Path) -> list[Path]:
-    """Those of them that the run came by whose metrics are there, and not what it left when it was resumed before them:
-    what a checkpoint says of its last iteration, its time included, stands in the metrics, too."""
+    """The checkpoints of the run that ``metrics.jsonl`` tells of, oldest first.
+
+    Later ones may be left over from before the run was resumed at an earlier one: the metrics then lack the last
+    iteration of such a checkpoint, or have it with other numbers (times, if nothing else). All of them where that
+    cannot be told.
+    """
     found = checkpoints(output_dir)
     try:
         text = (output_dir / "metrics.jsonl").read_text(encoding="utf-8")
@@ -479,8 +483,8 @@ def current_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def keep_newest(output_dir: Path, limit: int | None, step: int) -> None:
-    """Removes the oldest checkpoints beyond ``limit``, just after that of ``step`` was written; those of later steps
-    are left from before the run was resumed, and older still."""
+    """Removes the oldest checkpoints beyond ``limit``, just after that of ``step`` was written. Those of later steps
+    are left over from before the run was resumed: they count as the oldest."""
     if limit is not None:
         found = checkpoints(output_dir)
         stale = [path for path in found if step_of(path) > step]

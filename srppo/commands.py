@@ -108,7 +108,8 @@ def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
 
 
 def require_new_run(output: Path, *, makes_sft: bool) -> None:
-    """Stops where a run would write over another; of one that ended in its SFT stage or after it says how to go on."""
+    """Stops where a run would write over another. If all that this one has done is its SFT stage, or less, the message
+    says how to go on from there."""
     made = output / "sft"
     whole = any((made / name).is_file() for name in ("config.json", "adapter_config.json"))
     hint, there = "", list(output.iterdir()) if output.is_dir() else []

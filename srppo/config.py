@@ -240,7 +240,8 @@ class SRPPOConfig:
         return cls.from_dict({**read_yaml(path), **overrides}, source=str(path))
 
     def of_all_processes(self) -> dict[str, Any]:
-        """What no process may have otherwise than the rest. A path or a name may be another on another machine."""
+        """The settings that must be alike in all processes; of a path or a name, which may be another on another
+        machine, only whether it is set."""
         values = {}
         for field, hint in fields_and_types(type(self)):
             value = getattr(self, field.name)

@@ -6,5 +6,5 @@ class UserError(ValueError):
 
 
 def wrong_byte(error: UnicodeDecodeError) -> str:
-    """Where a file stops to be UTF-8, and what to do."""
+    """Where a file stops being UTF-8, and what to do."""
     return f"(byte 0x{error.object[error.start]:02x} at {error.start}): save it as UTF-8"

@@ -63,7 +63,7 @@ METRICS = {
     "num_tokens": "completion tokens sampled so far",
     "step_time": "seconds for the iteration",
     "time/rollout": "seconds for sampling",
-    "time/score": "seconds for the frozen passes, advantages and the guard's look",
+    "time/score": "seconds for scoring under all roles, advantages and the guard's look",
     "time/update": "seconds for the updates",
     "perf/tokens_per_second": "completion tokens of the iteration divided by its seconds",
     "perf/peak_memory_gib": "largest memory so far: of the GPU, or on a CPU of the process",

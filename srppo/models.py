@@ -251,8 +251,8 @@ def check_prompts(config: PretrainedConfig, examples: Sequence[Example], args: S
 
 
 def require_there(what: str, path: str | Path, args: SRPPOConfig | None = None) -> None:
-    """Stops at a folder that is not there, where the name is none that a hub has: one out of reach would be asked
-    for half a minute."""
+    """Stops where a path can only be a folder's and the folder is not there. The hub would be asked for it otherwise,
+    for half a minute where it is out of reach."""
     name = str(path)
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"no {what} could be loaded from {path}: there is no such folder{named_by(path, args)}")
@@ -265,7 +265,8 @@ def named_by(path: str | Path, args: SRPPOConfig | None) -> str:
 
 
 def not_loaded(what: str, path: str | Path, error: Exception, args: SRPPOConfig | None) -> UserError:
-    """What transformers raises, with which path it was that is no folder here: it may be a misspelt one."""
+    """What transformers raised, in one line. A path that is no folder here may be misspelt, so that is said with the
+    option that holds it."""
     told = first_line(error)
     if not Path(path).is_dir():
         told = f"it is no folder here{named_by(path, args)}, and from the hub: {told}"
@@ -431,7 +432,7 @@ def adapter_base(adapter: str | Path) -> str | None:
 
 
 def warn_of_another_base(adapter: str | Path, base: str | Path | None) -> None:
-    """Where the model that an adapter was made on is there, under another path than the base: it may be a copy."""
+    """Warns where an adapter was made on a model in another folder than the base's, which may be a copy of it."""
     named = adapter_base(adapter)
     if base is None or named is None or not Path(named).is_dir() or not Path(base).is_dir():
         return

@@ -1,5 +1,5 @@
-"""One PPO iteration as four functions for people with a loop of their own: score, advantages, update, and their
-metrics.
+"""One PPO iteration as three functions for people with a loop of their own: score, advantages, update. Their metrics
+are :func:`srppo.metrics.iteration_metrics`.
 
 In the notation of the paper, for a completion y of prompt x sampled from the policy pi::
 
@@ -47,7 +47,7 @@ RewardFn = Callable[[list[list[int]], list[list[int]]], Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Per-token results of the frozen passes over a rollout, all ``[B, T]`` fp32 and 0 where masked."""
+    """Per-token results of the passes over a rollout without gradients, all ``[B, T]`` fp32 and 0 where masked."""
 
     policy: Tensor  # log pi_old of the tokens taken, at the sampling temperature
     reference: Tensor  # log-probs of the KL reference, at the same temperature

@@ -167,7 +167,7 @@ class Role:
         return states[rollout.predicting]
 
     def packed_states(self, rollout: Rollout, *, one_row: bool | None = None) -> Tensor:
-        """The same without padding; ``one_row`` is for tests, absent the attention in use decides."""
+        """The same without padding; ``one_row``: all sequences in one row, absent where flash-attn is in use."""
         config = self.causal_lm.config
         attention = attention_of(config)
         packed = pack(
@@ -384,7 +384,8 @@ def policy_to_judge(args: SRPPOConfig, base: Role, sft: Role, path: str) -> tupl
 
 
 def made_on(adapter: str, models: Mapping[str | None, Role]) -> Role:
-    """That one of some full models, by their paths, which an adapter folder says it was made on: it fits onto each."""
+    """The one of some full models, by their paths, on which an adapter folder says it was made. Its shapes, which fit
+    all of them, do not tell."""
     named = adapter_base(adapter)
     place = None if named is None else Path(named).resolve()
     found = next((role for path, role in models.items() if path and Path(path).resolve() == place), None)
