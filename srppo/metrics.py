@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,6 +117,12 @@ def peak_memory_gib() -> float:
         peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
         if peak is not None:
             return int(peak.split()[1]) / 2**20
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # not there on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there and in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
