@@ -15,6 +15,7 @@ import pickletools
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -37,13 +38,16 @@ CHECKSUMS = "checksums.json"
 STATE_KEYS = {"policy", "critic", "optimizers", "schedulers", "sampler", "moments", "guard", "controller", "generator",
               "rng", "cuda_rng", "step", "episode", "num_tokens", "log_history"}  # fmt: skip
 
-
 CLAIMED: set[Path] = set()  # by this process
+WINDOWS = sys.platform == "win32"
 
 
 def sync(path: Path) -> None:
-    """Asks the disk to hold a file or a folder's entries before we go on."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Asks the disk to hold a file or a folder's entries before we go on. Windows opens no folder, and holds no file
+    that was opened for reading alone."""
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -56,7 +60,8 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f".writing-{secrets.token_hex(8)}"  # named first: Ctrl-C may come while it is made
     try:
-        folder.mkdir(mode=0o700)
+        # 0o700 shuts others out on Windows for good: what is moved out of the folder keeps whom it lets in
+        folder.mkdir(mode=0o777 if WINDOWS else 0o700)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:  # or while it is removed
@@ -82,6 +87,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             if replace and target.is_dir():
                 os.replace(target, aside)
+            elif target.is_dir():
+                target.rmdir()  # Windows renames no folder to one that is there, empty or not
             os.replace(folder, target)
         except BaseException:  # between the two: ``old`` goes at the end, and all that there is would go with it
             if aside.exists() and not target.exists():
@@ -101,22 +108,22 @@ def is_fixed(folder: Path) -> bool:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keeps runs of other processes out of a folder, where the file system has locks; a block inside of another is
-    fine. The system lets go of it when a process ends, however that comes about."""
+    """Keeps runs of other processes out of a folder, where the file system has locks of folders, as Windows has not; a
+    block inside of another is fine. The system lets go of it when a process ends, however that comes about."""
     place, descriptor = folder.resolve(), None
     new = [path for path in (place, *place.parents) if not path.exists()]
-    if place not in CLAIMED:
-        with suppress(OSError):  # what cannot be a folder is refused with the reason by the checks that follow
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY)
-    if descriptor is None:
+    if place in CLAIMED:
         yield
         return
+    with suppress(OSError):  # what cannot be a folder is refused with the reason by the checks that follow
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if descriptor is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"output_dir {folder} is in use by another run: end that one, or choose another folder"
@@ -127,7 +134,8 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         CLAIMED.discard(place)
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
         with suppress(OSError):  # a run that was refused leaves nothing
             for path in new:
                 path.rmdir()
@@ -144,6 +152,8 @@ def failed_writes(folder: Path) -> Iterator[None]:
             raise
         # torch's zip writer notices a short write and keeps the reason to itself: nearly always the disk is full
         number = int(told.group(1)) if told else errno.ENOSPC
+        if WINDOWS and number in (39, 112):  # its own numbers of a full disk
+            number = errno.ENOSPC
         raise OSError(number, os.strerror(number), str(folder)) from error
 
 
@@ -187,8 +197,8 @@ def require_new_folder(path: Path, option: str = "output_dir", *, hint: str = ""
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or the closest folder above it that is there."""
-    return next(p for p in (path, *path.resolve().parents) if p.exists())
+    """The path itself, or the closest folder above it that is there; the path where a drive is not."""
+    return next((p for p in (path, *path.resolve().parents) if p.exists()), path)
 
 
 def require_writable(path: Path, option: str) -> None:
