@@ -5,7 +5,7 @@ is built against is a CUDA build: they launch on torch's stream, which a CPU bui
 check_cuda` compiles them on any machine with nvcc and throws the objects away.
 
 Without a compiler the installation still succeeds, with one line that says what is missing, and the library runs on its
-plain-torch references.
+plain-torch references. So it does on Windows, where torch's build takes MSVC, and these sources are for GCC and clang.
 """
 
 import os
@@ -104,6 +104,9 @@ class CheckCuda(Command):
 
 
 def extension_arguments():
+    if sys.platform == "win32":
+        say(f"the extension is for GCC and clang, so it is not built on Windows: {LOST}")
+        return {}
     try:
         import pybind11
         import torch

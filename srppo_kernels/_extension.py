@@ -58,6 +58,8 @@ try:
 except ImportError as error:
     if "_C" in str(error) and "cannot import name" in str(error):
         _reason = "the extension was not built: no C++ compiler, no pybind11, or a failed build (see pip install -v)"
+        if sys.platform == "win32":
+            _reason = "the extension is not built on Windows: it is for GCC and clang"
         ours = {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES}
         if elsewhere := _built_elsewhere(ours):
             _reason = (

@@ -152,13 +152,19 @@ def test_an_extension_of_another_python_is_named(tmp_path):
 import pathlib, sys
 sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in str(f)]  # which would find the checkout's
 sys.path[1:] = [p for p in sys.path[1:] if not list(pathlib.Path(p).glob("srppo_kernels/_C.*"))]  # likewise
+import torch
+sys.platform = sys.argv[1]
 import srppo_kernels._extension as extension
 print(extension.why())
 """
-    for name, text in (("", "no C++ compiler"), ("_C.cpython-39-other.so", "only for another: _C.cpython-39-other.so")):
+    for system, name, text in (
+        ("linux", "", "no C++ compiler"),
+        ("win32", "", "not built on Windows"),
+        ("linux", "_C.cpython-39-other.so", "only for another: _C.cpython-39-other.so"),
+    ):
         if name:
             (package / name).touch()
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, system], cwd=tmp_path, capture_output=True, text=True)
         assert text in done.stdout, done.stderr
 
 
@@ -199,6 +205,17 @@ def test_a_failing_build_leaves_an_installation(tmp_path):
     assert str(tmp_path / "clang++") in lines[1]
     assert "runs on plain torch without its native kernels" in lines[1]
     assert not list((tmp_path / "lib").rglob("_C*"))
+
+
+def test_on_windows_no_build_is_tried_and_the_installation_stays(tmp_path):
+    options = ["setup.py", "build_ext", f"--build-temp={tmp_path}/t", f"--build-lib={tmp_path}/lib"]
+    code = "import runpy, setuptools; sys.platform = 'win32'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", f"import sys; sys.argv = {options}; {code}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("srppo: "))
+    assert "it is not built on Windows: srppo runs on plain torch without its native kernels" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
