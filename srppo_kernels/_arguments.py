@@ -118,6 +118,14 @@ def number_or_tensor(op: str, name: str, scalar: Tensor, device: torch.device) -
     return None, scalar
 
 
+WITHOUT_FLOAT64 = ("mps",)  # the types of devices that have none
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What is added up in: float64, or float32 on a device that has no other."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where any input is float64, else float32: half precision is read, never computed in."""
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import check_mask, check_number, check_same_shape, compute_dtype
+from srppo_kernels._arguments import check_mask, check_number, check_same_shape, compute_dtype, sum_dtype
 from srppo_kernels.ppo_loss.op import check_normalizer
 
 __all__ = ["Aux", "LossFn", "LossResult", "level_of"]
@@ -133,7 +133,7 @@ def whole(op: str, logprob: Tensor, mask: Tensor, *, what: str = "sequences, [B,
 def sequence_sums(logprob: Tensor, mask: Tensor) -> Tensor:
     """``[B]``: the sum over each row's tokens, added in float64; 0 for a row without any."""
     dtype = compute_dtype(logprob)
-    return logprob.masked_fill(~mask, 0).sum(-1, dtype=torch.float64).to(dtype)
+    return logprob.masked_fill(~mask, 0).sum(-1, dtype=sum_dtype(mask.device)).to(dtype)
 
 
 def sequence_means(logprob: Tensor, mask: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def live_pairs(op: str, mask: Tensor) -> Tensor:
 def divided(op: str, terms: Tensor, normalizer: float | Tensor) -> Tensor:
     """``sum of terms / normalizer``, added in float64; a normalizer of 0, of a batch without tokens, counts as 1."""
     check_normalizer(op, normalizer, zero=True)
-    total = terms.sum(dtype=torch.float64)
+    total = terms.sum(dtype=sum_dtype(terms.device))
     if isinstance(normalizer, Tensor):
         divisor = normalizer.detach().reshape(()).to(total)
         total = total / torch.where(divisor == 0, 1, divisor)

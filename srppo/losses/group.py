@@ -14,7 +14,7 @@ from torch import Tensor
 
 from srppo.losses.contract import LossResult, level, per_sequence, require, sequence_means, whole
 from srppo.losses.policy import clipped
-from srppo_kernels._arguments import check_mask, compute_dtype
+from srppo_kernels._arguments import check_mask, compute_dtype, sum_dtype
 
 __all__ = ["dapo", "dr_grpo", "group_advantages", "grpo", "gspo", "mean_weights"]
 
@@ -22,8 +22,8 @@ __all__ = ["dapo", "dr_grpo", "group_advantages", "grpo", "gspo", "mean_weights"
 def group_advantages(rewards: Tensor, group_size: int, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
     """``(R - mean) / (std + eps)`` within each group of ``group_size`` neighbours, ``[B]`` fp32 (fp64 stays fp64).
 
-    In fp64 throughout: the mean of equal rewards is then that reward, where a mean that is rounded to fp32 gave groups
-    of equal rewards around -300 advantages of up to 0.2, all of one sign.
+    In fp64, and around the group's first: the mean of equal rewards is then that reward, where a mean that is rounded
+    to fp32 gave groups of equal rewards around -300 advantages of up to 0.2, all of one sign.
 
     Args:
         rewards: ``[B]``, the answers to one prompt side by side. A NaN makes its whole group NaN.
@@ -37,7 +37,8 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: bool = True, ep
             f"group_advantages: rewards of shape {tuple(rewards.shape)} are no groups of {group_size}; pass [B], the "
             f"answers to one prompt side by side, at least two each"
         )
-    grouped = rewards.double().view(-1, group_size)
+    grouped = rewards.to(sum_dtype(rewards.device)).view(-1, group_size)
+    grouped = grouped - grouped[:, :1]  # equal ones are then 0, and their mean is, where there is no fp64 either
     centred = grouped - grouped.mean(-1, keepdim=True)
     if scale:
         centred = centred / (grouped.std(-1, keepdim=True) + eps)

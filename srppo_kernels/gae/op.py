@@ -15,6 +15,7 @@ from srppo_kernels._arguments import (
     check_same_shape,
     check_tensor,
     compute_dtype,
+    sum_dtype,
 )
 from srppo_kernels._extension import native_input, resolve
 from srppo_kernels._library import Op
@@ -89,7 +90,7 @@ def _run_gae(
         carry = mask_mode == "carry"
         options = (gamma, lam, gamma_rows, lam_rows, bootstrap, carry, cu_seqlens, moments)
         return gae_triton(rewards, values, mask, *options)
-    nothing = torch.empty(0, dtype=torch.float64, device=rewards.device)
+    nothing = torch.empty(0, dtype=sum_dtype(rewards.device), device=rewards.device)
     if chosen == "native":
         rows = [None if row is None else native_input(row) for row in (gamma_rows, lam_rows, bootstrap)]
         starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
@@ -122,7 +123,7 @@ _gae = Op("gae", _run_gae)
 def _(rewards, values, mask, gamma, lam, gamma_rows, lam_rows, bootstrap, mask_mode, cu_seqlens, moments, backend):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(rewards, values)
     advantages, returns = (rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
-    return advantages, returns, rewards.new_empty(3 if moments else 0, dtype=torch.float64)
+    return advantages, returns, rewards.new_empty(3 if moments else 0, dtype=sum_dtype(rewards.device))
 
 
 def _run_gae_backward(

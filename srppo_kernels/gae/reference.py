@@ -29,7 +29,7 @@ counts as 0.
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import compute_dtype
+from srppo_kernels._arguments import compute_dtype, sum_dtype
 
 __all__ = [
     "WHITEN_EPS",
@@ -125,9 +125,10 @@ def gae_backward_reference(
 
 
 def whiten_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """-> float64 `[3]`: count, mean and sum of squared deviations over valid tokens; two passes."""
-    x = torch.where(mask, x.double(), 0)
-    count = mask.sum(dtype=torch.float64)
+    """-> `[3]` in `sum_dtype`: count, mean and sum of squared deviations over valid tokens; two passes."""
+    wide = sum_dtype(x.device)
+    x = torch.where(mask, x.to(wide), 0)
+    count = mask.sum(dtype=wide)
     mean = x.sum() / count.clamp(min=1)
     deviation = torch.where(mask, x - mean, 0)
     return torch.stack((count, mean, (deviation * deviation).sum()))
@@ -137,7 +138,7 @@ def whiten_apply(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool) -> 
     """Whiten with given moments; the subtraction is float64, so a constant x gives 0 and not amplified rounding."""
     count, mean, squares = moments.unbind()
     scale = (squares / (count - 1).clamp(min=1) + WHITEN_EPS).rsqrt()
-    whitened = (torch.where(mask, x.double(), 0) - mean) * scale
+    whitened = (torch.where(mask, x.to(moments.dtype), 0) - mean) * scale
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, 0).to(compute_dtype(x))

@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from srppo_kernels import _triton
-from srppo_kernels._arguments import check_backend, check_mask, check_same_shape, check_tensor, compute_dtype
+from srppo_kernels._arguments import (
+    check_backend,
+    check_mask,
+    check_same_shape,
+    check_tensor,
+    compute_dtype,
+    sum_dtype,
+)
 from srppo_kernels._extension import native_input, resolve
 from srppo_kernels._library import Op
 from srppo_kernels.gae import reference
@@ -41,7 +48,7 @@ _whiten_moments = Op("whiten_moments", _run_whiten_moments)
 
 @_whiten_moments.register_fake
 def _(x, mask, backend):  # type: ignore[no-untyped-def]
-    return x.new_empty((3,), dtype=torch.float64)
+    return x.new_empty((3,), dtype=sum_dtype(x.device))
 
 
 def _moments_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -53,7 +60,7 @@ def _moments_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # d mean / dx = 1/n and d sum (x - mean)^2 / dx = 2 (x - mean): the mean's own move cancels.
     x, mask, moments = ctx.saved_tensors
     count, mean, _ = moments.unbind()
-    centred = torch.where(mask, x.double() - mean, 0)  # a NaN times 0 would be in the second derivative
+    centred = torch.where(mask, x.to(moments.dtype) - mean, 0)  # a NaN times 0 would be in the second derivative
     dx = grad[1] / count.clamp(min=1) + grad[2] * 2 * centred
     return torch.where(mask, dx, 0).to(x.dtype), None, None
 
@@ -92,8 +99,8 @@ def _apply_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     count, mean, squares = moments.unbind()
     freedom = (count - 1).clamp(min=1)
     scale = (squares / freedom + reference.WHITEN_EPS).rsqrt()
-    grad = torch.where(mask, grad.double(), 0)
-    centred = torch.where(mask, x.double() - mean, 0)
+    grad = torch.where(mask, grad.to(moments.dtype), 0)
+    centred = torch.where(mask, x.to(moments.dtype) - mean, 0)
     total = grad.sum()
     d_mean = (0 if ctx.shift_mean else total) - total * scale
     d_squares = (grad * centred).sum() * (-0.5) * scale**3 / freedom
@@ -127,6 +134,7 @@ def whiten(
 
     Args:
         x: any shape and float dtype; computed from float64 moments, returned in float32 (float64 stays float64).
+            The moments, too, are float32 on Apple's GPUs, which have no float64.
         mask: bool, same shape, True on valid tokens. What masked places hold, NaN included, is not read.
         shift_mean: False adds the mean back, which only rescales around it (used for rewards).
         moments: float64 `[3]`, count, mean and sum of squared deviations of x over its valid tokens, where the caller
@@ -156,10 +164,10 @@ def whiten(
         check_tensor("whiten", "moments", moments)
     if moments is None:
         moments = torch.ops.srppo.whiten_moments(x, mask, backend)
-    elif moments.shape != (3,) or moments.dtype != torch.float64 or moments.device != x.device:
+    elif moments.shape != (3,) or moments.dtype != sum_dtype(x.device) or moments.device != x.device:
         raise ValueError(
             f"whiten: moments has shape {tuple(moments.shape)}, dtype {moments.dtype} on {moments.device}; pass what "
-            f"gae(..., moments=True) returns: float64 [3] on x's device"
+            f"gae(..., moments=True) returns: {sum_dtype(x.device)} [3] on x's device"
         )
     if group is not None:
         moments = _merge_over_group(moments, group)

@@ -103,10 +103,14 @@ def accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
+def narrow_operands(device: torch.device) -> bool:
+    """Whether torch has GEMMs of 16-bit operands that return fp32: on a GPU, but not on Apple's."""
+    return device.type not in ("cpu", "mps")
+
+
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What the GEMMs read. A CPU has no 16-bit GEMM that returns fp32, so there operands are widened, which is
-    exact."""
-    if hidden.device.type != "cpu" and hidden.dtype == weight.dtype:
+    """What the GEMMs read: where none takes 16 bit and returns fp32, operands are widened, which is exact."""
+    if narrow_operands(hidden.device) and hidden.dtype == weight.dtype:
         return hidden.dtype
     return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from srppo_kernels._arguments import sum_dtype
 from srppo_kernels._library import differentiable_once
 from srppo_kernels.linear_logprob import fused
 from srppo_kernels.linear_logprob.checks import check_head
@@ -157,7 +158,8 @@ class _ChunkLosses:
 
     def total(self) -> Tensor:
         """The sum over chunks, in order, in float64."""
-        return torch.stack(self.scalars).double().sum().to(self.scalars[0].dtype)
+        total = torch.stack(self.scalars).to(sum_dtype(self.live.device)).sum()
+        return total.to(self.scalars[0].dtype)
 
     def argument_gradients(self) -> list[Tensor]:
         """dL/d(loss_args that need one)."""

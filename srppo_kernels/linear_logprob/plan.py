@@ -30,7 +30,14 @@ from torch import Tensor
 from srppo_kernels._arguments import check_choice
 from srppo_kernels.linear_logprob import gpu, native, native_gradients, sm90
 from srppo_kernels.linear_logprob.checks import cache_does_not_fit
-from srppo_kernels.linear_logprob.chunked import GROUP, backward_rows, kept_columns, maxima_of, row_block
+from srppo_kernels.linear_logprob.chunked import (
+    GROUP,
+    backward_rows,
+    kept_columns,
+    maxima_of,
+    narrow_operands,
+    row_block,
+)
 
 OPS = ("linear_logprob", "linear_loss", "linear_ppo_loss", "linear_log_ratio")
 PLANS = ("auto", "score", "precompute", "cache", "recompute")
@@ -313,7 +320,7 @@ def _how(problem: Problem, backend: str) -> str:
 
 def _weight_copy_bytes(problem: Problem) -> int:
     """A vocabulary group's weight widened to what the GEMMs read."""
-    if problem.device.type != "cpu" or problem.weight_dtype.itemsize == problem.accumulator_bytes:
+    if narrow_operands(problem.device) or problem.weight_dtype.itemsize == problem.accumulator_bytes:
         return 0
     return min(GROUP, problem.vocab) * problem.width * problem.accumulator_bytes
 

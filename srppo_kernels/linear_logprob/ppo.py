@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import check_finite, check_floating, check_tensor
+from srppo_kernels._arguments import check_finite, check_floating, check_tensor, sum_dtype
 from srppo_kernels._library import Op, differentiable_once
 from srppo_kernels.linear_logprob import fused
 from srppo_kernels.linear_logprob.checks import check_head
@@ -77,7 +77,7 @@ def _run_linear_ppo_loss(
     wanted = fused.Wanted(need_hidden, need_weight, need_bias, wide_weight=grad_weight_out is not None)
     formed = fused.run(x, head, y, live, loss, wanted, chunk=chunk, backend=backend, group=group, bound=bound)
     # The chunks' losses in float64 and in order: the sum then moves by no more than a rounding with the chunk size.
-    whole = losses[0] if len(losses) == 1 else torch.stack(losses).double().sum()
+    whole = losses[0] if len(losses) == 1 else torch.stack(losses).to(sum_dtype(x.device)).sum()
     total = (whole / divisor).to(losses[0].dtype)
     merged = PPOStats.merge(stats)
     vector = torch.stack([field for field in merged if field is not None])

@@ -17,6 +17,7 @@ from srppo_kernels._arguments import (
     check_tensor,
     compute_dtype,
     number_or_tensor,
+    sum_dtype,
 )
 from srppo_kernels._extension import native_input, resolve
 from srppo_kernels._library import Op
@@ -119,7 +120,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     elif normalize == "running":
         factor = scale / (std if std_tensor is None else std_tensor)
     ratio = torch.where(mask, sft.to(dtype), 0) - torch.where(mask, base.to(dtype), 0)
-    score = ratio if placement == "token" else ratio.sum(-1, keepdim=True, dtype=torch.float64).to(dtype)
+    score = ratio if placement == "token" else ratio.sum(-1, keepdim=True, dtype=sum_dtype(mask.device)).to(dtype)
     d_score = grad if placement == "token" else torch.where(reference.last_valid(mask), grad, 0).sum(-1, keepdim=True)
     if clip is not None:
         d_score = torch.where((score * factor).abs() <= clip, d_score, 0)

@@ -22,7 +22,7 @@ penalty: it has no token to carry one. Equal sft and base log-probs give exactly
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import compute_dtype
+from srppo_kernels._arguments import compute_dtype, sum_dtype
 
 __all__ = ["KL_BOUND", "KL_ESTIMATORS", "NORMALIZATIONS", "PLACEMENTS", "log_ratio_reward_reference"]
 
@@ -65,7 +65,7 @@ def log_ratio_reward_reference(
     """-> reward and penalty `[B, T]`, 0 on masked tokens; score and shaped score `[B]`; differentiable by autograd."""
     dtype = compute_dtype(logprobs_sft, logprobs_base, logprobs_policy, logprobs_ref)
     ratio = torch.where(mask, logprobs_sft.to(dtype), 0) - torch.where(mask, logprobs_base.to(dtype), 0)
-    total = ratio.sum(-1, keepdim=True, dtype=torch.float64).to(dtype)
+    total = ratio.sum(-1, keepdim=True, dtype=sum_dtype(mask.device)).to(dtype)
     score = ratio if placement == "token" else total
     if normalize == "length":
         score = score / mask.sum(-1, keepdim=True).clamp(min=1).to(dtype)
@@ -80,7 +80,7 @@ def log_ratio_reward_reference(
     reward = torch.where(mask if placement == "token" else last, score, 0)
     if truncated is not None and missing_eos_penalty is not None:
         reward = torch.where(last & truncated[:, None], reward - missing_eos_penalty, reward)
-    shaped = reward.sum(-1, dtype=torch.float64).to(dtype)
+    shaped = reward.sum(-1, dtype=sum_dtype(mask.device)).to(dtype)
     penalty = torch.zeros_like(ratio)
     if logprobs_policy is not None and logprobs_ref is not None and kl_coef != 0:
         d = torch.where(mask, logprobs_policy.to(dtype), 0) - torch.where(mask, logprobs_ref.to(dtype), 0)

@@ -25,7 +25,7 @@ normalizer replaces the divisor (for sequence_mean the number of sequences). A d
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import compute_dtype
+from srppo_kernels._arguments import compute_dtype, sum_dtype
 
 __all__ = [
     "LOG_RATIO_BOUND",
@@ -137,19 +137,20 @@ def ppo_loss_reference(
         d_entropy = torch.where(mask, -entropy_coef * weights, 0)
         entropy = torch.where(mask, entropy.to(dtype), 0)
         token_loss = token_loss - entropy_coef * entropy
-    loss = (token_loss * weights).sum(dtype=torch.float64).to(dtype)
+    wide = sum_dtype(mask.device)  # float64: one rounding at the end, whatever the number of tokens
+    loss = (token_loss * weights).sum(dtype=wide).to(dtype)
 
-    with torch.no_grad():  # float64: one rounding at the end, whatever the number of tokens
-        d, ratio = d.double(), ratio.double()
-        count = mask.sum(dtype=torch.float64)
+    with torch.no_grad():
+        d, ratio = d.to(wide), ratio.to(wide)
+        count = mask.sum(dtype=wide)
         safe = count.clamp(min=1)
         ratio_mean, ratio_var = _mean_and_variance(ratio, mask, safe)
         k3 = torch.where(mask, torch.expm1(d) - d, 0)
         ratio_max = torch.where(mask, ratio, 0).amax() if mask.numel() else count
         sums = [k3.sum() / safe, -d.sum() / safe]
-        sums += [clipped.sum(dtype=torch.float64) / safe for clipped in (low, high, dual)]
+        sums += [clipped.sum(dtype=wide) / safe for clipped in (low, high, dual)]
         sums += [ratio_mean, ratio_max, ratio_var]
-        sums += [(entropy.sum(dtype=torch.float64) if entropy is not None else count * 0) / safe, count]
+        sums += [(entropy.sum(dtype=wide) if entropy is not None else count * 0) / safe, count]
     return loss, d_logprobs, d_entropy, torch.stack(sums).float()
 
 
@@ -168,16 +169,17 @@ def value_loss_reference(
         outside = mask & ((values - old_values).abs() > clip)
         worse = outside & (clipped_error * clipped_error > squares)
         squares = torch.where(worse, clipped_error * clipped_error, squares)
-    loss = (0.5 * squares * weights).sum(dtype=torch.float64).to(dtype)
+    wide = sum_dtype(mask.device)
+    loss = (0.5 * squares * weights).sum(dtype=wide).to(dtype)
     d_values = torch.where(mask & ~worse, error, 0) * weights
 
     with torch.no_grad():
-        error, values, returns = error.double(), values.double(), returns.double()
-        count = mask.sum(dtype=torch.float64)
+        error, values, returns = error.to(wide), values.to(wide), returns.to(wide)
+        count = mask.sum(dtype=wide)
         safe = count.clamp(min=1)
         return_mean, return_var = _mean_and_variance(returns, mask, safe)
         _, residual_var = _mean_and_variance(error, mask, safe)
-        sums = [worse.sum(dtype=torch.float64) / safe, (error * error).sum() / safe, values.sum() / safe]
+        sums = [worse.sum(dtype=wide) / safe, (error * error).sum() / safe, values.sum() / safe]
         sums += [return_mean, return_var, residual_var, explained_variance(return_var, residual_var), count]
     return loss, d_values, torch.stack(sums).float()
 

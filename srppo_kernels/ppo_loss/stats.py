@@ -6,13 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from srppo_kernels._arguments import sum_dtype
 from srppo_kernels.ppo_loss.reference import explained_variance
 
 __all__ = ["PPOStats", "ValueStats"]
 
 
 def _columns(stats: Sequence[Sequence[Tensor | None]], kind: str) -> dict[str, Tensor]:
-    """Field -> float64 `[len(stats)]`, for fields that are given."""
+    """Field -> `[len(stats)]` in float64, where the device has it, for fields that are given."""
     if not stats:
         raise ValueError(f"{kind}.merge: stats is empty; pass at least one")
     fields: tuple[str, ...] = type(stats[0])._fields  # type: ignore[attr-defined]
@@ -22,7 +23,7 @@ def _columns(stats: Sequence[Sequence[Tensor | None]], kind: str) -> dict[str, T
         if given and len(given) != len(column):
             raise ValueError(f"{kind}.merge: {name} is None in some of the stats and given in others")
         if given:
-            columns[name] = torch.stack(given).double()
+            columns[name] = torch.stack(given).to(sum_dtype(given[0].device))
     return columns
 
 
