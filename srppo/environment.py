@@ -35,6 +35,8 @@ def describe() -> Iterator[str]:
     for name, value in _extension.build_info().items():
         yield f"  {name}: {value}"
     yield f"cuda: {cuda_state()}"
+    if torch.backends.mps.is_available():
+        yield "mps: there, and not used: models go to the CPU"
     yield f"triton kernels: {_triton.why()}"
     yield f"flash attention: {flash_state()}"
 

@@ -87,14 +87,14 @@ class HeldOut:
         self.sft = self.logprobs(sft)
 
     def logprobs(self, role: Role) -> Tensor:
-        """Log-prob of each demonstration, ``[B]``, at temperature 1."""
+        """Log-prob of each demonstration, ``[B]`` on the CPU, at temperature 1."""
         own = ppo.score_role(role, self.rollout, 1.0, self.parts).sum(-1)[self.own]
-        return distributed.gathered_rows(own)[: len(self.rollout)].double()
+        return distributed.gathered_rows(own)[: len(self.rollout)].cpu().double()
 
     def look(self, policy: Role) -> tuple[float, float, float]:
         """Log-prob per token under the policy, its gain over SFT, and the gain's standard error over demonstrations:
         infinite for a single one, which tells nothing of others."""
-        logprobs, lengths = self.logprobs(policy), self.rollout.lengths.double()
+        logprobs, lengths = self.logprobs(policy), self.rollout.lengths.cpu().double()
         tokens, count = lengths.sum(), len(lengths)
         gains = logprobs - self.sft
         gain = gains.sum() / tokens

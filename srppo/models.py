@@ -122,6 +122,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def choose_device() -> torch.device:
+    """A CUDA device, or the CPU: on a Mac, too, whose GPU (mps) was never tried here."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

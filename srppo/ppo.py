@@ -75,7 +75,7 @@ class RunningMoments:
         self.count, self.mean, self.m2 = 0, 0.0, 0.0
 
     def update(self, values: Tensor) -> None:
-        batch = values.double()
+        batch = values.cpu().double()
         batch = batch[batch.isfinite()]
         if not len(batch):
             return

@@ -276,7 +276,7 @@ def check_head(role: Role) -> None:
         with from_tokens_alone(model):
             states = trunk(input_ids=rows, use_cache=False).last_hidden_state
         head = role.head
-        one, other = states[:, :4].double()
+        one, other = states[:, :4].cpu().double()  # not every device has float64
         # in 16 bit, tokens behind may change how experts round; an encoder's states change by more
         if (other - one).norm() > (1e-4 if states.dtype.itemsize >= 4 else 0.2) * one.norm():
             raise UserError(

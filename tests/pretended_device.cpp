@@ -1,7 +1,7 @@
 // A device that is none: memory of this process, on which torch computes by way of the CPU.
 //
 // It is as strict as a GPU about what is where: an operator that is given a tensor of the CPU beside one of its own fails,
-// and so does NumPy. New memory is NaN. What torch lets a GPU take from the CPU it takes too: numbers (tensors without
+// and so does NumPy. New memory is NaN. As on Apple's GPUs, nothing is in float64. What torch lets a GPU take from the CPU it takes too: numbers (tensors without
 // dimensions), and indices.
 #include <cstdlib>
 #include <cstring>
@@ -101,12 +101,18 @@ const bool registered = (at::RegisterPrivateUse1HooksInterface(new Hooks), true)
 
 // -- operators that know of memory -----------------------------------------------------------------------------------------
 
+void refuse_float64(Maybe<at::ScalarType> dtype) {
+  TORCH_CHECK_TYPE(c10::dtype_or_default(dtype) != at::kDouble, "the device has no float64");
+}
+
 Tensor empty(Ints size, Maybe<at::ScalarType> dtype, Maybe<at::Layout>, Maybe<at::Device>, Maybe<bool>,
              Maybe<at::MemoryFormat> format) {
+  refuse_float64(dtype);
   return at::detail::empty_generic(size, &memory, kKeys, c10::dtype_or_default(dtype), format);
 }
 
 Tensor empty_strided(Ints size, Ints stride, Maybe<at::ScalarType> dtype, Maybe<at::Layout>, Maybe<at::Device>, Maybe<bool>) {
+  refuse_float64(dtype);
   return at::detail::empty_strided_generic(size, stride, &memory, kKeys, c10::dtype_or_default(dtype));
 }
 

@@ -48,8 +48,10 @@ def install(library: str) -> None:
 
 def pytest_configure() -> None:
     from srppo import memory, models
+    from srppo_kernels import _arguments
 
     install(os.environ[LIBRARY])
+    _arguments.WITHOUT_FLOAT64 += (NAME,)
     choose_dtype = models.choose_dtype
     for module in (memory, models):
         module.choose_device = lambda: torch.device(NAME, 0)

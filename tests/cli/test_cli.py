@@ -31,7 +31,7 @@ import srppo
 from srppo import checkpoint, commands, ppo
 from srppo import sft as sft_module
 from srppo.cli import COMMANDS, main
-from srppo.models import choose_dtype
+from srppo.models import choose_device, choose_dtype
 from srppo.roles import frozen_roles
 from srppo_kernels import _extension
 
@@ -317,14 +317,18 @@ def test_env_of_packages_and_a_device_that_are_there_and_are_not(capfd, monkeypa
     monkeypatch.setattr(importlib.metadata, "version", of)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     absent = True
     lines = told()
+    assert lines["mps"] == "there, and not used: models go to the CPU" and choose_device() == torch.device("cpu")
     assert (lines["bitsandbytes"], lines["flash-attn"], lines["tensorboard"]) == ("1.2.3", *2 * ["not installed"])
     assert lines["cuda"] == "off: torch is a CPU build"
     assert "is not installed; attention is torch's own" in lines["flash attention"]
     absent = False
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     lines = told()
+    assert "mps" not in lines
     assert lines["flash-attn"] == "1.2.3"
     assert lines["cuda"] == "off: torch is built for CUDA 13.0 and sees no device"
     assert lines["flash attention"] == "off: no CUDA device"
