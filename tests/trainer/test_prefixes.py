@@ -58,6 +58,7 @@ def test_each_token_attends_to_its_own_history_and_each_history_is_there_once(se
             assert sorted(seen.tolist()) == sorted(places[: depth + 1])
     for tree, filled in zip(trees, range(len(trees)), strict=True):
         mine = [sequences[i] for i in found.order[tree.first : tree.end].tolist()]
+        assert mine
         histories = {tuple(s[:n]) for s in mine for n in range(1, len(s) + 1)}
         assert tree.size == len(histories) and (tree.size <= capacity or len(histories) == max(map(len, mine)))
         gaps = forest.attends[filled, 0, tree.size :]
@@ -76,6 +77,12 @@ def test_the_layout_that_is_taken_costs_no_more_than_one_tree_or_none(sequences,
     assert (shared.attends is None) == (cost_of(*shared.input_ids.shape) == cost_of(*apart.input_ids.shape))
     for packed in (shared, apart):
         assert torch.equal(packed.input_ids.flatten()[packed.predicting], given.input_ids[given.predicting])
+
+
+def test_sequences_that_begin_unlike_lie_apart_where_attention_is_all_that_costs():
+    found = prefixes.in_order(*ragged([[k] * 12 for k in range(4)]))
+    cost, trees = prefixes.cheapest(found, lambda rows, width: rows * width**2)
+    assert (cost, len(trees)) == (4 * 12**2, 4)
 
 
 def test_what_is_shared_is_laid_out_once_for_the_whole_micro_batch():
