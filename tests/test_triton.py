@@ -111,16 +111,44 @@ def test_no_kernel_asks_for_the_extension(monkeypatch):
 
 
 def test_a_counter_stays_out_of_the_memory_of_graphs(monkeypatch):
-    """torch.compile's "reduce-overhead" warms up with all that the calling thread allocates in its graph's memory."""
-    stream, made = SimpleNamespace(device_index=0, cuda_stream=7), []
+    """torch.compile's "reduce-overhead" warms up with all that the calling thread allocates in its graph's memory. Each
+    stream has one of its own, and a graph that is captured one for each call."""
+    stream, made, capturing = SimpleNamespace(device_index=0, cuda_stream=7), [], False
     monkeypatch.setattr(_triton, "_counters", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda on: (made.append(on), nullcontext())[1])
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: (made.append(threading.get_ident()), object())[1])
     counters = [_triton.finish_counter(torch.device("cuda", 0)) for _ in range(2)]
     assert counters[0] is counters[1]
     assert made[0] is stream and made[1] != threading.get_ident() and len(made) == 2
+    for other in ({"cuda_stream": 8}, {"device_index": 1}):
+        stream = SimpleNamespace(**{"device_index": 0, "cuda_stream": 7, **other})
+        counters.append(_triton.finish_counter(torch.device("cuda", 0)))
+    capturing = True
+    counters += [_triton.finish_counter(torch.device("cuda", 0)) for _ in range(2)]
+    assert len(set(map(id, counters))) == 5
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "hip", "refused"),
+    [({1: (8, 0)}, None, False), ({0: (8, 0), 1: (7, 5)}, None, True), ({1: (7, 5)}, "6.4", False)],
+)
+def test_the_kernels_need_an_ampere(capabilities, hip, refused, monkeypatch):
+    """Of NVIDIA's; and they are launched on the device that is asked, or on the current one."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: f"on {device}")
+    monkeypatch.setattr(_triton, "_installed", lambda: True)
+    _triton._device_obstacle.cache_clear()
+    try:
+        for name in ("cuda", "cuda:1"):
+            said = _triton.obstacle(torch.device(name), explicit=False)
+            assert said == ("the device has compute capability 7.5 and the kernels need 8.0" if refused else "")
+    finally:
+        _triton._device_obstacle.cache_clear()
+    assert _triton.on_device(SimpleNamespace(device=torch.device("cuda:1"))) == "on cuda:1"
 
 
 def test_a_number_on_the_cpu_is_no_tensor_for_a_devices_kernel():
