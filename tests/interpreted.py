@@ -7,10 +7,13 @@ other   where a masked load has none it gives zeros, a GPU what happens to be th
 
 import itertools
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -18,6 +21,16 @@ def as_on_a_gpu(interpreter: ModuleType) -> None:
     """Changes ``triton.runtime.interpreter`` for this process."""
     _shuffle(interpreter.interpreter_builder)
     _watch(interpreter)
+
+
+@contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
+    """Memory that torch hands out holds NaNs (and the largest integers), and not what a process mostly finds: zeros."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _shuffle(builder: Any) -> None:

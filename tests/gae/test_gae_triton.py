@@ -5,12 +5,19 @@ import torch
 from backends import MASKS, make_mask, needs_triton, poison, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import fresh_memory_is_nan
 from torch import Tensor
 
 from srppo_kernels.gae import gae
 from srppo_kernels.gae.reference import gae_reference
 
 pytestmark = needs_triton
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_unwritten():
+    with fresh_memory_is_nan():
+        yield
 
 
 def inputs(rows: int, steps: int, kind: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,6 +120,11 @@ def test_moments_of_more_rows_than_are_merged_at_a_time(spread):
     x = got[mask].double()
     exact = torch.stack([torch.tensor(float(len(x))), x.mean(), (x - x.mean()).square().sum()])
     torch.testing.assert_close(moments, exact, rtol=1e-12, atol=0)
+
+
+def test_moments_of_nothing():
+    nothing = torch.empty(2, 0)
+    assert (gae(nothing, nothing, nothing.bool(), moments=True, backend="triton")[2] == 0).all()
 
 
 def test_a_nan_on_a_valid_token_is_seen_and_only_where_it_reaches():

@@ -5,11 +5,18 @@ import torch
 from backends import MASKS, make_mask, needs_triton, poison, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import fresh_memory_is_nan
 
 from srppo_kernels.gae import whiten
 from srppo_kernels.gae.reference import whiten_reference
 
 pytestmark = needs_triton
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_unwritten():
+    with fresh_memory_is_nan():
+        yield
 
 
 @settings(max_examples=20, deadline=None)

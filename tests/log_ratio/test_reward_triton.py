@@ -5,6 +5,7 @@ import torch
 from backends import MASKS, make_mask, needs_triton, poison, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import fresh_memory_is_nan
 
 from srppo_kernels.log_ratio import log_ratio_reward
 
@@ -19,6 +20,8 @@ def small_steps(monkeypatch):
     from srppo_kernels import _triton_language
 
     monkeypatch.setattr(_triton_language, "_SEARCH", tl.constexpr(512))
+    with fresh_memory_is_nan():
+        yield
 
 
 @settings(max_examples=40, deadline=None)
@@ -75,3 +78,11 @@ def test_equal_models_earn_exactly_nothing_and_padding_changes_no_bit():
     for a, b in zip(whole, padded, strict=True):
         assert same_bits(a, b[:, 1100:1190].contiguous() if b.dim() == 2 else b)
     assert (padded.reward[:, :1100] == 0).all() and (padded.penalty[:, :1100] == 0).all()
+
+
+def test_a_score_is_summed_in_float64_and_a_kl_of_weight_0_is_not_read():
+    sft, mask = torch.tensor([[1e9, 1.0, -1e9, 1.0]]), torch.ones(1, 4, dtype=torch.bool)
+    nothing = torch.full_like(sft, torch.nan)
+    towards = {"logprobs_policy": nothing, "logprobs_ref": nothing, "kl_coef": 0.0}
+    got = log_ratio_reward(sft, torch.zeros_like(sft), mask, **towards, parts=True, backend="triton")
+    assert got.score == 2 and got.reward.tolist() == [[0, 0, 0, 2]] and (got.penalty == 0).all()

@@ -5,6 +5,7 @@ import torch
 from backends import MASKS, make_mask, needs_triton, poison, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import fresh_memory_is_nan
 from loss_rounding import absolute_errors
 
 from srppo_kernels.ppo_loss import ppo_loss, value_loss
@@ -23,6 +24,8 @@ def small_steps(monkeypatch):
 
     monkeypatch.setattr(_triton_language, "_CHUNK", tl.constexpr(2))
     monkeypatch.setattr(_triton_language, "_SEARCH", tl.constexpr(512))
+    with fresh_memory_is_nan():
+        yield
 
 
 def tokens(shape: tuple[int, ...], kind: str, spread: float, seed: int) -> list[torch.Tensor]:
@@ -128,6 +131,29 @@ def test_small_kl_keeps_its_digits_and_a_nan_is_seen():
     assert lp.grad.isnan().nonzero().tolist() == [[0, 700]]
 
 
+def test_what_is_at_a_bound_is_not_beyond_it():
+    """A ratio of 1 where it may not move, a log-ratio of 20, no advantage; a value whose clipped error is as large."""
+    new, mask = torch.tensor([[0.0, 0, 1, -1, 20, -20, 30, -30]]), torch.ones(1, 8, dtype=torch.bool)
+    advantages = torch.tensor([[1.0, -1, 0, 0, -1, 1, -1, 1]])
+    values, returns = torch.tensor([[1.0, 0.5, -1]]), torch.tensor([[0.75, 0, 0]])
+
+    def run(backend, dual_clip, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (new, values)]
+        loss, stats = ppo_loss(
+            leaves[0], torch.zeros_like(leaves[0]), advantages.to(dtype), mask, clip_low=0.0, clip_high=0.0,
+            dual_clip=dual_clip, backend=backend,
+        )  # fmt: skip
+        of_values, value_stats = value_loss(
+            leaves[1], torch.zeros_like(leaves[1]), returns.to(dtype), mask[:, :3], clip=0.5, backend=backend
+        )
+        return [*stats, *value_stats, *torch.autograd.grad(loss + of_values, leaves)]
+
+    for dual_clip in (None, 1.5):
+        exact = run("reference", dual_clip, torch.float64)
+        for got, want in zip(run("triton", dual_clip, torch.float32), exact, strict=True):
+            assert got is want is None or torch.allclose(got.double(), want.double(), rtol=1e-5, atol=1e-12)
+
+
 def padded(x: torch.Tensor, left: int, right: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (left, right), value=False if x.dtype == torch.bool else float("nan"))
 
@@ -150,6 +176,10 @@ def test_padding_on_either_side_changes_no_bit(kind, reduction):
         return [loss, of_values, *stats, *value_stats], [x[:, left : left + 600].contiguous() for x in gradients]
 
     (want, gradients), (got, others) = run(0, 0), run(637, 1000)
+    exact, _ = ppo_loss(
+        new, old, advantages, mask, entropy=entropy, entropy_coef=0.01, reduction=reduction, backend="reference"
+    )
+    torch.testing.assert_close(want[0], exact)
     assert all(same_bits(a, b) for a, b in zip(want, got, strict=True))
     assert all(same_bits(a, b) for a, b in zip(gradients, others, strict=True))
 
@@ -173,6 +203,9 @@ def test_the_explained_variance_of_returns_that_do_not_vary():
     for constant in (1.0, 0.3, -0.1156, 0.0033, 231.9395):
         _, stats = value_loss(values, values, torch.full((2, 1500), constant), mask, backend="triton")
         assert stats.return_var == stats.explained_variance == 0
+    nearly = 100 + 0.05 * torch.randn(2, 1500)
+    _, stats = value_loss(values, values, nearly, mask, backend="triton")
+    assert stats.return_var == pytest.approx(nearly.double().var(correction=0).item(), rel=1e-4)
 
 
 def test_opcheck():
