@@ -118,6 +118,7 @@ def test_what_is_kept(dense):
     """E of a row: around one number, -s at the target, a row of zeros for NaN and beyond the count."""
     p = make(n=N, d=16, v=V, grad=(False, False), **some(not dense))
     p.hidden[12] = torch.nan
+    p.targets[1:3] = torch.tensor([0, V - 1])
     call = Call(p, keep=True)
     kept = torch.full((N + 3, gpu.whole_columns(V)), torch.nan)[:, :V]
     call.residual = Residual(kept, torch.full((N + 3, 1), torch.nan))
