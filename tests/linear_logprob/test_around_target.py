@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import needs_triton
+from interpreted import fresh_memory_is_nan
 from launches import launched
 from linear_logprob.head_problems import make, relative, value_bound
 from linear_logprob.test_linear_logprob_sm90 import Call
@@ -27,6 +28,8 @@ def around_target(monkeypatch):
     monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
     monkeypatch.setattr(sm90, "operand_obstacle", lambda *_: "there is no device")
     monkeypatch.setattr(_extension, "warn_once", lambda *_: None)
+    with fresh_memory_is_nan():
+        yield
 
 
 @pytest.fixture
@@ -74,6 +77,21 @@ def test_a_loss(wanted, masked, dtype, formed):
             # The interpreter truncates to bf16, here exponentials twice: half an ulp of 2^-8 a time, and they add up.
             assert relative(got, right) < (2e-5 if dtype == torch.float32 else 1.2e-2)
     assert not formed  # products read the exponentials
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_that_nobody_wrote_are_not_read(masked):
+    """Of 150 rows 100 are live, and with a mask exponentials of the first 128 are there."""
+    live = torch.arange(150) % 3 > 0
+    p = make(n=150, d=16, v=60, **({"mask": live} if masked else {}))
+    if not masked:
+        p.targets[~live] = -100
+    args = (p.hidden, p.weight, p.targets, lambda lp, h: (lp.sum(), {}))
+    loss, _ = linear_loss(*args, backend="sm90", workspace_bytes=1 << 30, **p.options)
+    twin = p.double()
+    exact = torch.autograd.grad(twin.oracle()[0].sum(), twin.inputs())
+    for got, right in zip(torch.autograd.grad(loss, p.inputs()), exact, strict=True):
+        assert relative(got, right) < 2e-5
 
 
 def test_a_loss_of_the_entropy(formed):

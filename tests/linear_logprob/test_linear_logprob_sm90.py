@@ -369,6 +369,17 @@ def test_what_explain_says_bounds_what_an_allocator_counted(which, monkeypatch):
     assert MEASURED[which] <= said(problem, which) <= 1.005 * MEASURED[which]
 
 
+@pytest.mark.parametrize("groups", [1, 3, 74, 100])
+def test_a_dz_of_its_own_is_within_its_bytes(groups):
+    """In whole groups of the vocabulary, one at least; by default eight."""
+    rows, vocab = 8192, 151936
+    one = rows * 2 * gpu.GROUP
+    for size in (groups * one, (groups + 1) * one - 1):
+        assert gpu.chunk_entries(rows, vocab, 2, size) == min(groups * gpu.GROUP, vocab)
+    assert gpu.chunk_entries(rows, vocab, 2, 1) == gpu.GROUP
+    assert gpu.chunk_entries(rows, vocab, 2, 0) == 8 * gpu.GROUP and gpu.chunk_entries(rows, 100, 2, 0) == 100
+
+
 def test_what_explain_counts(monkeypatch):
     """What none of the measured calls had, in MiB."""
     monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")

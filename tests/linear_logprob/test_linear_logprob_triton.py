@@ -14,7 +14,7 @@ from linear_logprob.head_problems import KINDS, Problem, make, relative, value_b
 from torch import Tensor
 
 from srppo_kernels import _triton, explain, linear_log_ratio, linear_logprob, linear_loss, linear_ppo_loss
-from srppo_kernels.linear_logprob import fused, gpu
+from srppo_kernels.linear_logprob import fused, gpu, triton_gradients
 from srppo_kernels.linear_logprob.backward import Destination, RowScalars
 from srppo_kernels.linear_logprob.chunked import Head, Residual, RowOutputs
 from srppo_kernels.linear_logprob.rows import Rows
@@ -225,6 +225,10 @@ def test_no_row_and_one():
     assert nothing.logprob.shape == (0,)
     (dweight,) = torch.autograd.grad(nothing.logprob.sum(), [p.weight])
     assert (dweight == 0).all()
+    buffer = torch.full_like(p.weight, 2.0)
+    args = (p.hidden[:0], p.weight, p.targets[:0])
+    linear_logprob(*args, grad_weight_out=buffer, backend="triton", plan="cache").logprob.sum().backward()
+    assert (buffer == 2).all()
 
 
 def test_all_rows_masked():
@@ -236,10 +240,13 @@ def test_all_rows_masked():
         assert all((t == 0).all() for t in torch.autograd.grad(weighted(*got), p.inputs()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_chunks_of_rows_and_a_callers_buffer(dtype):
-    """Chunks that add up: dweight in fp32, or into grad_weight_out (Liger 1082: invariance to the split)."""
-    p = small(n=150, d=16, v=96, dtype=dtype, bias=True, mask=torch.rand(150) > 0.3)
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
+def test_chunks_of_rows_and_a_callers_buffer(dtype, masked, monkeypatch):
+    """Chunks that add up: dweight in fp32, or into grad_weight_out (Liger 1082: invariance to the split); unmasked by
+    cuBLAS, in parts of the vocabulary."""
+    monkeypatch.setattr(triton_gradients, "WIDE_PART", 64)
+    mask = torch.rand(150) > 0.3 if masked else None
+    p = small(n=150, d=16, v=96, dtype=dtype, bias=True, mask=mask)
     g = torch.linspace(0, 1, 150)
     twin = p.double()
     want = torch.autograd.grad((twin.oracle()[0] * g).sum(), twin.inputs())
@@ -253,7 +260,7 @@ def test_chunks_of_rows_and_a_callers_buffer(dtype):
     buffer = torch.full((96, 16), 2.0)
     loss, _ = linear_loss(*args, **options, grad_weight_out=buffer)
     loss.backward()
-    assert relative(buffer - 2, want[1]) < bound
+    assert relative(buffer - 2, want[1]) < bound and relative(p.options["bias"].grad, want[2]) < bound
     buffer.fill_(2.0)
     p.run(plan="recompute", backend="triton", grad_weight_out=buffer).logprob.backward(g)
     assert relative(buffer - 2, want[1]) < bound
@@ -406,15 +413,14 @@ def test_scale(elements, dtypes):
 
 
 def test_strides_and_integer_targets():
-    """Rows and heads that are views, a transposed head, int32 targets, leading dimensions."""
-    p = small(n=36)
-    p.options["mask"] = None
+    """Rows, biases and heads that are views, a transposed head, int32 targets, leading dimensions."""
+    p = small(n=36, bias=True, mask=None)
     expected = p.run(plan="score", backend="triton").logprob
     wide = torch.zeros(36, 2 * D)
     wide[:, ::2] = p.hidden.detach()
-    transposed = p.weight.detach().T.contiguous().T
+    transposed, bias = p.weight.detach().T.contiguous().T, torch.stack([p.options["bias"].detach()] * 2, 1)[:, 0]
     got = linear_logprob(
-        wide[:, ::2].view(4, 9, D), transposed, p.targets.view(4, 9).int(), backend="triton", plan="score"
+        wide[:, ::2].view(4, 9, D), transposed, p.targets.view(4, 9).int(), bias=bias, backend="triton", plan="score"
     )
     assert torch.equal(got.logprob.flatten(), expected)
 

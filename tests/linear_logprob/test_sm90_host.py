@@ -416,6 +416,15 @@ def test_a_shard_whose_entry_nearest_to_the_target_is_ruled_out(emulated):
     assert (m + t / s - (torch.softmax(z, 1) * z).sum(1)).abs().max() < 2e-4
 
 
+@needs_triton
+def test_no_rows_and_an_empty_shard(emulated):
+    """The state of no entry, as where a vocabulary has fewer blocks than there are ranks."""
+    p = make(n=5, d=24, v=400, dtype=torch.bfloat16, grad=(False, False))
+    assert Call(Problem(p.hidden[:0], p.weight, p.targets[:0], {})).run().shape == (4, 0)
+    m, *rest = Call(Problem(p.hidden, p.weight[:0], p.targets, {})).run()
+    assert (m < -1e38).all() and all((values == 0).all() for values in rest)
+
+
 MUTANTS = {
     "a slot released before it is read": ("      hopper::wgmma_wait<1>();", "      //"),
     "accumulators used before they are there": ("    hopper::wgmma_wait<0>();\n", ""),
