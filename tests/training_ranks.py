@@ -62,6 +62,8 @@ def steps(models: TinyModels, folder: Path, name: str) -> dict[str, Any]:
     trained_head(roles)
     if name == "fsdp" and size > 1:
         sharding.shard_roles(roles)
+        for role in roles:  # a layer is gathered apart from the others
+            assert len(sharding.parts(role.causal_lm)) == 1 + role.causal_lm.config.num_hidden_layers
     given = rollout()
     policy, critic = (
         dataclasses.replace(x, optimizer=torch.optim.SGD(groups_of(x), lr=args.learning_rate))
