@@ -128,7 +128,11 @@ def config_from(options: argparse.Namespace) -> PipelineConfig:
     flags = {name: value for name, value in vars(options).items() if name in names}
     flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in flags.items()}
     settings = read_yaml(options.config) if options.config else {}
-    return PipelineConfig.from_dict({**settings, **flags}, source=options.config or "the flags")
+    args = PipelineConfig.from_dict({**settings, **flags}, source=options.config or "the flags")
+    idle = [name for name in LORA if getattr(args, name) != getattr(PipelineConfig, name)]
+    if idle and not args.use_peft:  # or all weights would be trained, at the memory and learning rate of an adapter
+        raise UserError(f"{idle[0]} is for adapters: add --use_peft, or leave it out to train all weights")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -363,6 +363,8 @@ JUDGED = ["--base_model_name_or_path", "x", "--sft_model_name_or_path", "x", "--
         (["eval", *JUDGED, "--extrapolate", "0"], "--extrapolate must be above 0; got 0.0"),
         (["train", "--lora_r", "0"], "lora_r must be at least 1; got 0"),
         (["train", "--lora_r", "two"], "lora_r must be a whole number; got 'two'"),
+        (["train", "--lora_r", "64"], "lora_r is for adapters: add --use_peft, or leave it out to train all weights"),
+        (["sft", "--lora_target_modules", "q_proj"], "lora_target_modules is for adapters: add --use_peft"),
         (["train", "--config", "no-such.yaml"], "cannot read the configuration file no-such.yaml"),
         (
             ["sft", "--base_model_name_or_path", "x", "--dataset_name", "no.jsonl"],
