@@ -174,12 +174,10 @@ def train(args: PipelineConfig, options: argparse.Namespace) -> None:
         if saved:
             resume = f"resume with --resume_from_checkpoint {saved[-1]}"
         else:
-            resume = "no checkpoint was due yet (save_steps)"
-            if args.sft_model_name_or_path is None:
-                resume += "; start again from its SFT model with --resume_from_checkpoint latest"
-        console.note(
-            f"stopped after iteration {trainer.step}: metrics up to there are in {trainer.output_dir}; {resume}"
-        )
+            place = " from its SFT model" if args.sft_model_name_or_path is None else ""
+            resume = f"no checkpoint was due yet (save_steps); start again{place} with --resume_from_checkpoint latest"
+        done = f"after iteration {trainer.step}: metrics up to there are in {trainer.output_dir}"
+        console.note(f"stopped {done if trainer.step else 'before the first iteration was done'}; {resume}")
         raise
 
 

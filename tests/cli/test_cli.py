@@ -732,6 +732,21 @@ def test_ctrl_c_in_ppo_keeps_what_was_complete_and_says_how_to_go_on(
         assert main(["train", *arguments, "--resume_from_checkpoint", "latest"]) == 0
 
 
+@pytest.mark.parametrize("call", [1, 2])
+def test_ctrl_c_in_a_run_with_a_given_sft_model_says_how_to_start_again(
+    tiny_models, data, tmp_path, monkeypatch, capfd, call
+):
+    """The same command would find its folder in use; after no iteration there are no metrics to be named."""
+    arguments = train_flags(tiny_models, data, tmp_path / "run", sft_model_name_or_path=tiny_models.sft)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, ppo, "update", call)
+        assert main(["train", *arguments]) == 130
+    said = " ".join(capfd.readouterr().err.split())
+    assert ("stopped before the first iteration was done; no" in said) == (call == 1)
+    assert "was due yet (save_steps); start again with --resume_from_checkpoint latest" in said
+    assert main(["train", *arguments, "--resume_from_checkpoint", "latest"]) == 0
+
+
 def test_ctrl_c_while_the_final_model_is_written_leaves_no_half_model(tiny_models, data, tmp_path, monkeypatch):
     out = tmp_path / "run"
     arguments = train_flags(tiny_models, data, out, sft_model_name_or_path=tiny_models.sft)
