@@ -274,16 +274,15 @@ def not_loaded(what: str, path: str | Path, error: Exception, args: SRPPOConfig 
     return UserError(f"no {what} could be loaded from {path}: {told}")
 
 
-def load_tokenizer(
-    path: str | Path, *, trust_remote_code: bool = False, args: SRPPOConfig | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, args: SRPPOConfig | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder, as it is: a tuned model is written with it. One without a pad token needs none,
-    see :func:`srppo.data.filler_token`. Errors name the option of ``args`` that holds the path."""
+    see :func:`srppo.data.filler_token`. Errors name the option of ``args`` that holds the path; without ``args`` no
+    code that comes with it is run."""
     from transformers import AutoTokenizer
 
     require_there("tokenizer", path, args)
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=args is not None and args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise not_loaded("tokenizer", path, error, args) from None
 
@@ -296,7 +295,7 @@ def tokenizer_for(
     if not paths:
         raise UserError("give processing_class: the tokenizer cannot be found from models in memory")
     with_tokenizer = [path for path in paths if (Path(path) / "tokenizer_config.json").is_file()]
-    return load_tokenizer((with_tokenizer or paths[-1:])[0], trust_remote_code=args.trust_remote_code, args=args)
+    return load_tokenizer((with_tokenizer or paths[-1:])[0], args)
 
 
 def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
@@ -491,7 +490,7 @@ def check_same_vocabulary(
     folders = [Path(p) for p in (base_path, sft_path) if p is not None]
     if len(folders) == 2 and all((f / "tokenizer_config.json").is_file() for f in folders):
         check_same_tokenizer(
-            *(load_tokenizer(f, trust_remote_code=args.trust_remote_code) for f in folders),
+            *(load_tokenizer(f, args) for f in folders),
             what=f"the tokenizers of base and {name} differ",
             why="the reward compares the two models token by token, so they must share one vocabulary",
         )

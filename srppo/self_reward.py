@@ -383,11 +383,11 @@ def _tokenizer(
     if tokenizer is None:
         return tokenizer_for(sft, base, args) if folders else None
     if isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer, trust_remote_code=args.trust_remote_code)
+        tokenizer = load_tokenizer(tokenizer, args)
     for folder in folders:
         if (Path(folder) / "tokenizer_config.json").is_file():
             check_same_tokenizer(
-                load_tokenizer(folder, trust_remote_code=args.trust_remote_code),
+                load_tokenizer(folder, args),
                 tokenizer,
                 what=f"the tokenizer is not that of the model in {folder}",
                 why="its log-probs would be of other tokens; leave tokenizer out to take the model's own",

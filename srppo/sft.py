@@ -100,7 +100,7 @@ def run_sft(
     target = Path(output_dir)
     distributed.on_main(lambda: require_new_folder(target))
     if tokenizer is None:
-        tokenizer = load_tokenizer(starting_model(args), trust_remote_code=args.trust_remote_code)
+        tokenizer = load_tokenizer(starting_model(args), args)
     stops = stop_tokens(tokenizer, args.stop_token_ids)
     train, held_out = (demonstrations(rows, tokenizer, stops, args) for rows in (train_dataset, eval_dataset))
     if not train:

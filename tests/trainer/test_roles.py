@@ -171,7 +171,7 @@ def test_saved_policy_loads_with_plain_transformers_and_peft_and_gives_its_log_p
 def test_the_tokenizer_is_the_first_that_a_folder_has_and_of_a_hub_the_bases(tiny_models, tmp_path, monkeypatch):
     """Weights alone, as an adapter's folder may have them, go with the base's; a name is not looked up for it."""
     loaded = []
-    monkeypatch.setattr("srppo.models.load_tokenizer", lambda path, **_: loaded.append(path))
+    monkeypatch.setattr("srppo.models.load_tokenizer", lambda path, _: loaded.append(path))
     bare, base, sft = tmp_path / "bare", tiny_models.base, tiny_models.sft
     bare.mkdir()
     args = config(tmp_path)
