@@ -149,7 +149,8 @@ class Role:
 
     def hidden(self, rollout: Rollout) -> Tensor:
         """Hidden states that predict ``rollout.tokens``, ``[N, D]``. Call it inside :meth:`active`."""
-        if not is_peft(self.model) and has_adapter_layers(self.model):
+        touched = hasattr(self.model, "peft_config") and not is_peft(self.model)  # peft leaves the attribute behind
+        if touched and has_adapter_layers(self.model):
             raise UserError(
                 f"adapters were put into the model that plays {self.name}, by another trainer or SelfReward over the "
                 "same object, and they are on: give each of them a model of its own, or folders"
