@@ -406,7 +406,8 @@ class SRPPOTrainer:
     def resume(self) -> None:
         """Goes on where the checkpoint that is asked for was written, or starts in an output folder of its own."""
         wanted = self.args.resume_from_checkpoint
-        folder = None if wanted is None else distributed.on_main(lambda: self.find(wanted))
+        held: list[Any] = []  # by the checkpoint: its tensors and its state
+        folder = None if wanted is None else distributed.on_main(lambda: self.find(wanted, held))
         if folder is None and self.begun:
             raise UserError(
                 "this trainer has begun its run already: make a new one, or where the run has a checkpoint set "
@@ -418,22 +419,22 @@ class SRPPOTrainer:
         if folder is None:
             self.console.note(f"no checkpoint in {self.output_dir} yet: starting at the beginning")
             return
-        loaded = None
-        with contextlib.suppress(checkpoint.Damaged):  # the first rank has read it just now
-            loaded = checkpoint.load_checkpoint(folder)
-        if distributed.any_rank(loaded is None) or loaded is None:
+        if not distributed.is_main():  # which has read it, to find it whole
+            with contextlib.suppress(checkpoint.Damaged):
+                held += checkpoint.load_checkpoint(folder)
+        if distributed.any_rank(not held):
             raise UserError(
                 f"checkpoint {folder} cannot be read by every process: each needs to see the folder that the first does"
             )
-        training_state.restore(self, folder, *loaded)
+        training_state.restore(self, folder, *held)
         if self.guard.best is not None and not distributed.on_main(
             lambda: checkpoint.adopt_best(folder.parent, self.output_dir)
         ):
             self.console.warn(f"{folder.parent / 'best'} is gone: what is best is judged anew from here")
             self.guard.best = None
 
-    def find(self, wanted: str) -> Path | None:
-        """The checkpoint to go on from, and the output folder made ready for what follows."""
+    def find(self, wanted: str, held: list[Any]) -> Path | None:
+        """The checkpoint to go on from, with what is in it in ``held``, and the output folder made ready."""
         if wanted == "latest":
             checkpoint.require_latest(self.output_dir, self.save_rollouts)
         else:
@@ -441,7 +442,7 @@ class SRPPOTrainer:
         found = checkpoint.find_checkpoint(wanted, self.output_dir, self.console.warn)
         if found is None:
             return None
-        folder = found[0]
+        folder, *held[:] = found
         if folder.resolve().parent != self.output_dir.resolve():
             checkpoint.require_new_folder(self.output_dir)
         return folder

@@ -237,7 +237,9 @@ def test_latest_is_of_the_run_that_was_resumed_and_not_of_what_it_left_behind(
     assert names(tmp_path / "run") == ["checkpoint-2", "checkpoint-4"]
     assert checkpoint.find_checkpoint("latest", tmp_path / "run", print)[0].name == "checkpoint-2"
     run.args.resume_from_checkpoint = "latest"
+    monkeypatch.setattr(checkpoint, "load_checkpoint", read := Mock(wraps=checkpoint.load_checkpoint))
     run.train()
+    assert read.call_count == 1  # of full fine-tuning it is as large as both models and their moments
     assert all(torch.equal(value, final[name]) for name, value in weights(run).items())
     for run.output_dir, run.args.resume_from_checkpoint in ((tmp_path / "run", None), (tmp_path / "new", "latest")):
         with pytest.raises(UserError, match="this trainer has begun its run already"):
