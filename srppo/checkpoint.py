@@ -17,6 +17,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -54,6 +55,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def move(old: Path, new: Path) -> None:
+    """Renames, over a file that is there. On Windows no file may be open in what moves, and what was just written is
+    read by virus scanners and indexers: it is asked again for some seconds."""
+    for seconds in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2) if WINDOWS else ():
+        try:
+            return os.replace(old, new)
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(old, new)
+
+
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A folder beside what will be written; gone at the end, whatever happened."""
@@ -86,13 +98,13 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         aside = old / target.name
         try:
             if replace and target.is_dir():
-                os.replace(target, aside)
+                move(target, aside)
             elif target.is_dir():
                 target.rmdir()  # Windows renames no folder to one that is there, empty or not
-            os.replace(folder, target)
+            move(folder, target)
         except BaseException:  # between the two: ``old`` goes at the end, and all that there is would go with it
             if aside.exists() and not target.exists():
-                os.replace(aside, target)
+                move(aside, target)
             if not replace and target.is_dir() and any(target.iterdir()):
                 raise UserError(f"{target} was new or empty and is not any more: another run wrote to it") from None
             raise
@@ -163,7 +175,7 @@ def write_text(path: Path, text: str) -> None:
         new = folder / path.name
         new.write_text(text, encoding="utf-8")
         sync(new)
-        os.replace(new, path)
+        move(new, path)
 
 
 def to_json(value: Mapping[str, Any]) -> str:
@@ -178,7 +190,7 @@ def publish(folder: Path, target: Path) -> None:
             sync(inner)
         if path.is_dir():  # a tokenizer's further chat templates: no folder is renamed to one with files in it
             shutil.rmtree(target / path.name, ignore_errors=True)
-        os.replace(path, target / path.name)
+        move(path, target / path.name)
     sync(target)
 
 
@@ -278,7 +290,7 @@ def save_weights(role: Role, folder: Path, state: Mapping[str, Any] | None = Non
             inner = scratch / role.adapter if (scratch / role.adapter).is_dir() else scratch
             for path in inner.iterdir():
                 if path.name != "README.md":  # peft's empty model card; ours says what was trained
-                    os.replace(path, folder / path.name)
+                    move(path, folder / path.name)
     else:
         with failed_writes(folder):
             role.causal_lm.save_pretrained(str(folder), state_dict=state)
@@ -445,7 +457,7 @@ def sweep(output_dir: Path, rollouts: str | Path | None = None) -> None:
                 and (aside.name == "best" or step_of(aside) >= 0)
                 and not (output_dir / aside.name).exists()
             ):
-                os.replace(aside, output_dir / aside.name)
+                move(aside, output_dir / aside.name)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -499,4 +511,4 @@ def keep_newest(output_dir: Path, limit: int | None, step: int) -> None:
         found = checkpoints(output_dir)
         stale = [path for path in found if step_of(path) > step]
         for path in [*stale, *(path for path in found if path not in stale)][:-limit]:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=WINDOWS)  # where a file in it may be open: it goes the next time

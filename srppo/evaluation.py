@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from srppo import distributed
-from srppo.checkpoint import temporary_folder
+from srppo.checkpoint import move, temporary_folder
 from srppo.config import SRPPOConfig
 from srppo.data import Example, filler_token
 from srppo.models import Head
@@ -172,7 +172,7 @@ def write_completions(folder: Path, rows: Sequence[dict[str, Any]], *, step: int
         path = writing / f"completions_{step:05d}.parquet"
         with path.open("wb") as file:  # pyarrow takes the path of a folder such as run:1 for a URI, and ~ for a home
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"step": step, **row} for row in rows]), file)
-        path.replace(folder / path.name)
+        move(path, folder / path.name)
 
 
 def table_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def save_rollout(folder: Path, rollout: Rollout, *, step: int, sampling: Samplin
         target = path_of(folder, step)
         save_file(tensors, writing / target.name, metadata)
         checkpoint.sync(writing / target.name)
-        (writing / target.name).replace(target)
+        checkpoint.move(writing / target.name, target)
 
 
 def require_rollouts(folder: Path, steps: Sequence[int]) -> None:

@@ -118,6 +118,39 @@ def test_a_run_that_is_refused_leaves_nothing(windows, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_virus_scanner_reads_is_moved_when_it_is_done(windows, tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    reads = (tmp_path / "old" / "weights").open("w")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            reads.close()
+
+    monkeypatch.setattr(checkpoint.time, "sleep", sleep)
+    checkpoint.move(tmp_path / "old", tmp_path / "new")
+    assert (tmp_path / "new" / "weights").is_file() and len(waited) == 2
+    with (tmp_path / "new" / "weights").open(), pytest.raises(PermissionError):
+        checkpoint.move(tmp_path / "new", tmp_path / "never")
+
+
+def test_an_old_checkpoint_in_which_a_file_is_open_stays_and_the_run_goes_on(windows, tmp_path, monkeypatch):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "state").touch()
+    unlink = os.unlink
+
+    def refused(path, **options):
+        raise PermissionError(errno.EACCES, "a file is in use", str(path))
+
+    monkeypatch.setattr(os, "unlink", refused)
+    checkpoint.keep_newest(tmp_path, 1, 2)
+    monkeypatch.setattr(os, "unlink", unlink)
+    checkpoint.keep_newest(tmp_path, 1, 2)
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+
+
 def test_a_folder_lets_in_who_may_be_in_the_one_around_it(windows, tmp_path, monkeypatch):
     modes, mkdir = [], os.mkdir
     monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777, **options: modes.append(mode) or mkdir(path, mode))
