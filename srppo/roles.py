@@ -33,6 +33,7 @@ from srppo.models import (
     check_adapter,
     check_read_back,
     check_same_vocabulary,
+    choose_device,
     disable_dropout,
     first_line,
     freeze,
@@ -346,10 +347,20 @@ def frozen_roles(
         freeze(sft_model)
         check_same_vocabulary(args, base_model, sft_model, base_path, sft_path)
         roles = Role("base", base_model), Role("sft", sft_model)
+    require_one_device(*roles)
     for role in roles:
         disable_dropout(role.model)
         check_head(role)
     return laid_out_alike(*roles)
+
+
+def require_one_device(base: Role, sft: Role) -> None:
+    """Stops where one was given in memory and lies elsewhere than what was loaded, as on a Mac's GPU."""
+    if base.device != sft.device:
+        raise UserError(
+            f"base is on {base.device} and SFT on {sft.device}: move one to the other's device; what is given by its "
+            f"name is loaded to {choose_device()}"
+        )
 
 
 def laid_out_alike(base: Role, sft: Role) -> tuple[Role, Role]:

@@ -34,7 +34,7 @@ from srppo.models import (
 )
 from srppo.packing import check_padding, neighbours
 from srppo.ppo import RunningMoments
-from srppo.roles import Role, check_head, frozen_roles, laid_out_alike, undisturbed
+from srppo.roles import Role, check_head, frozen_roles, laid_out_alike, require_one_device, undisturbed
 from srppo.rollout import Rollout, collate, until_stop
 from srppo_kernels import linear_log_ratio, log_ratio_reward
 
@@ -361,8 +361,7 @@ def _roles(
         base, sft = frozen_roles(args, base, sft)
     if base.model is sft.model and base.adapter == sft.adapter:
         raise UserError("base and sft are the same model with the same adapter, so every reward would be 0")
-    if base.device != sft.device:
-        raise UserError(f"base is on {base.device} and SFT on {sft.device}: move one to the other's device")
+    require_one_device(base, sft)
     return base, sft
 
 

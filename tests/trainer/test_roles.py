@@ -439,6 +439,13 @@ def test_a_head_transform_that_nobody_knows_is_refused(tmp_path):
             use()
 
 
+def test_a_model_in_memory_that_lies_elsewhere_than_the_other_is_refused(tiny_models, tmp_path):
+    """As on a Mac's GPU beside a base that is given by its folder; here on torch's device without memory."""
+    sft = tiny_model("llama", seed=1).to("meta")
+    with pytest.raises(UserError, match=r"base is on cpu and SFT on meta: move one .* by its name is loaded to cpu"):
+        build_roles(config(tmp_path), tiny_models.base, sft)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_model_that_reads_later_tokens_is_refused(causal):
     """As BertGeneration's decoder where its configuration does not say that it is one, here untrained."""
