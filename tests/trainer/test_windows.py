@@ -79,11 +79,13 @@ def test_every_module_is_imported_without_what_windows_has_not(monkeypatch):
     assert {"srppo.metrics", "srppo.checkpoint", "srppo.commands", "srppo.demo.run"} <= set(names)
 
 
-def test_memory_is_measured_without_proc_and_resource(monkeypatch):
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_memory_is_measured_without_proc(monkeypatch, system):
     process = types.SimpleNamespace(memory_info=lambda: types.SimpleNamespace(peak_wset=3 * 2**29))
+    usage = types.SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: types.SimpleNamespace(ru_maxrss=3 * 2**29))
     monkeypatch.setattr(metrics.Path, "exists", lambda *_, **__: False)
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setitem(sys.modules, "resource", usage if system == "darwin" else None)
     monkeypatch.setitem(sys.modules, "psutil", types.SimpleNamespace(Process=lambda: process))
     assert metrics.peak_memory_gib() == 1.5
 
