@@ -13,8 +13,11 @@ import importlib.metadata
 import io
 import json
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
@@ -191,17 +194,26 @@ def complain(text: str, code: int) -> int:
     return code
 
 
-def write_lines(rows: Sequence[Any], path: str | None) -> None:
-    """JSON lines to a file, all at once, or to standard output."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if path is None:
+@contextmanager
+def lines_to(path: str | None) -> Iterator[Callable[[Any], None]]:
+    """Takes rows one by one, as JSON lines in a file that is there all at once at the end, or on standard output then.
+
+    They wait on the disk: as objects and then one text, 100,000 scored completions of 100 tokens would take 4 GiB.
+    """
+    from srppo.checkpoint import sync, temporary_folder
+
+    with temporary_folder(Path(tempfile.gettempdir()) if path is None else Path(path).parent) as folder:
+        waiting = folder / "lines.jsonl"
+        with waiting.open("w", encoding="utf-8") as file:
+            yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
+        if path is not None:
+            sync(waiting)
+            os.replace(waiting, path)
+            return
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # what JSON is, in a locale of fewer characters too
-        sys.stdout.write(text)
-    else:
-        from srppo.checkpoint import write_text
-
-        write_text(Path(path), text)
+        with waiting.open(encoding="utf-8") as file:
+            shutil.copyfileobj(file, sys.stdout)
 
 
 if __name__ == "__main__":

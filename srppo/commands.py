@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -28,6 +30,10 @@ from srppo.roles import frozen_roles, policy_to_judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+SCORED_AT_A_SWITCH = 16  # batches under SFT, then as many under the base; see srppo.self_reward.HELD_BYTES
 
 
 def quiet_libraries() -> None:
@@ -188,7 +194,7 @@ def training_nothing(args: PipelineConfig) -> PipelineConfig:
 
 def score(args: PipelineConfig, options: argparse.Namespace) -> None:
     """JSON lines with the log-ratio of each given completion."""
-    from srppo.cli import write_lines
+    from srppo.cli import lines_to
     from srppo.ppo import logprobs
     from srppo.rollout import collate_demonstrations
 
@@ -211,26 +217,42 @@ def score(args: PipelineConfig, options: argparse.Namespace) -> None:
     check_positions(base.causal_lm.config, [len(r.prompt_ids) + len(r.completion_ids or ()) for r in rows])
     pad = filler_token(tokenizer, stops)
     check_tokens(base.causal_lm, rows, [*stops, pad])
-    results: list[dict[str, Any]] = []
-    with console.progress("scoring", len(rows)) as progress:
-        for start in range(0, len(rows), args.per_device_train_batch_size):
-            part = rows[start : start + args.per_device_train_batch_size]
-            rollout = collate_demonstrations(part, pad_token_id=pad, stop_token_ids=stops, device=base.device)
-            pair = [logprobs(role, rollout, temperature=args.score_temperature)[0].cpu() for role in (sft_model, base)]
-            for row, example in enumerate(part):
-                assert example.completion_ids is not None
-                results.append(scored(example, tokenizer, *(p[row, : len(example.completion_ids)] for p in pair)))
-            progress.advance(int(rollout.completion_mask.sum()), steps=len(part))
-    write_lines(results, options.output_file)
-    mean = sum(r["score"] for r in results) / len(results)
-    console.note(f"{len(results)} completions, mean score {mean:.4f} nats")
+    scores = []
+    texts = functools.cache(lambda token: tokenizer.decode([token]))  # 5 microseconds each
+    with lines_to(options.output_file) as write, console.progress("scoring", len(rows)) as progress:
+        parts = batches(rows, args.per_device_train_batch_size)
+        for several in batches(list(parts), SCORED_AT_A_SWITCH):
+            rollouts = [
+                collate_demonstrations(part, pad_token_id=pad, stop_token_ids=stops, device=base.device)
+                for part in several
+            ]
+            with sft_model.active():
+                of_sft = [logprobs(sft_model, given, temperature=args.score_temperature)[0].cpu() for given in rollouts]
+            with base.active():
+                for part, rollout, logp_sft in zip(several, rollouts, of_sft, strict=True):
+                    logp_base = logprobs(base, rollout, temperature=args.score_temperature)[0].cpu()
+                    for example, of_one, of_other in zip(part, logp_sft, logp_base, strict=True):
+                        result = scored(example, tokenizer, of_one, of_other, texts)
+                        scores.append(result["score"])
+                        write(result)
+                    progress.advance(int(rollout.completion_mask.sum()), steps=len(part))
+    console.note(f"{len(scores)} completions, mean score {sum(scores) / len(scores):.4f} nats")
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def scored(
-    example: Example, tokenizer: PreTrainedTokenizerBase, logp_sft: torch.Tensor, logp_base: torch.Tensor
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    logp_sft: torch.Tensor,
+    logp_base: torch.Tensor,
+    text_of: Callable[[int], str],
 ) -> dict[str, Any]:
     ids = example.completion_ids
     assert ids is not None
+    logp_sft, logp_base = logp_sft[: len(ids)], logp_base[: len(ids)]
     rewards = logp_sft - logp_base
     return {
         **example.key,
@@ -240,7 +262,7 @@ def scored(
         "score_per_token": rewards.mean().item(),
         "logp_sft": logp_sft.sum().item(),
         "logp_base": logp_base.sum().item(),
-        "tokens": [tokenizer.decode([token]) for token in ids],
+        "tokens": [text_of(token) for token in ids],
         "token_ids": ids,
         "rewards": rewards.tolist(),
         "logps_sft": logp_sft.tolist(),
@@ -250,7 +272,7 @@ def scored(
 
 def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
     """Metrics of a model on the test split (the train split of a single file), and its completions as JSON lines."""
-    from srppo.cli import write_lines
+    from srppo.cli import lines_to
     from srppo.evaluation import evaluate_policy
 
     console, args = shared_console(), training_nothing(args)
@@ -284,7 +306,9 @@ def eval(args: PipelineConfig, options: argparse.Namespace) -> None:
         )  # fmt: skip
     console.table("evaluation", [{"metric": name, "value": value} for name, value in metrics.items()])
     if distributed.is_main():
-        write_lines([{"metrics": metrics}, *completions], options.output_file)
+        with lines_to(options.output_file) as write:
+            for row in ({"metrics": metrics}, *completions):
+                write(row)
     distributed.finish()
 
 

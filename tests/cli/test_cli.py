@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import srppo
 from srppo import checkpoint, commands, ppo
 from srppo import sft as sft_module
-from srppo.cli import COMMANDS, main
+from srppo.cli import COMMANDS, lines_to, main
 from srppo.models import choose_device, choose_dtype
 from srppo.roles import frozen_roles
 from srppo_kernels import _extension
@@ -197,6 +197,42 @@ def test_score_writes_to_a_file_and_works_in_bfloat16(tiny_models, tmp_path, cap
         scores[dtype] = [row["score"] for row in read_jsonl(out)]
     assert scores["float32"] != scores["bfloat16"]
     assert scores["bfloat16"] == pytest.approx(scores["float32"], abs=1.0)
+    assert capfd.readouterr().out == ""
+
+
+def test_score_switches_adapters_once_for_several_batches_with_the_same_lines(
+    tiny_models, tmp_path, capfd, monkeypatch
+):
+    """Each goes through every layer in Python, as long as a forward of eight short rows on a GPU."""
+    off, switched, printed = PeftModel.disable_adapter, [], []
+    monkeypatch.setattr(PeftModel, "disable_adapter", lambda model: switched.append("off") or off(model))
+    options = {
+        "base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.adapter,
+        "dataset_name": write_jsonl(tmp_path / "data.jsonl", ROWS), "per_device_train_batch_size": 1,
+    }  # fmt: skip
+    counts = []
+    for several in (16, 1):
+        monkeypatch.setattr(commands, "SCORED_AT_A_SWITCH", several)
+        assert main(["score", *flags(options)]) == 0
+        printed.append(capfd.readouterr().out)
+        counts.append(len(switched))
+        switched.clear()
+    assert printed[0] == printed[1] and printed[0].count("\n") == len(ROWS)
+    assert counts[1] - counts[0] == len(ROWS) - 1
+
+
+def test_nothing_is_printed_of_rows_that_a_mistake_follows(capfd):
+    def rows():
+        yield {"text": "ü"}
+        raise srppo.UserError("the next one is wrong")
+
+    def written():
+        with lines_to(None) as write:
+            for row in rows():
+                write(row)
+
+    with pytest.raises(srppo.UserError, match="the next"):
+        written()
     assert capfd.readouterr().out == ""
 
 
