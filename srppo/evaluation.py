@@ -185,7 +185,7 @@ def table_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def sequence_logprobs(role: Role, rollout: Rollout, temperature: float, args: SRPPOConfig) -> torch.Tensor:
     """Log-prob of each completion, summed over its tokens, ``[B]`` on the CPU."""
     sums = torch.zeros(len(rollout))
-    with role.active():
+    with role.active():  # once, and not for each micro-batch
         for rows in split_micro_batches(torch.arange(len(rollout)), rollout, args, role):
             sums[rows] = logprobs(role, rollout.select(rows), temperature=temperature)[0].sum(-1).cpu()
     return sums

@@ -133,7 +133,11 @@ def run_sft(
     )
     generator = torch.Generator().manual_seed(args.seed)
     with atomic_folder(target) if distributed.is_main() else nullcontext() as folder:
-        with MetricsWriter(folder, args, place=target) as writer, console.progress("SFT", total) as progress:
+        with (
+            MetricsWriter(folder, args, place=target) as writer,
+            console.progress("SFT", total) as progress,
+            role.active(),  # once, and not for each step
+        ):
             for _ in range(args.sft_num_train_epochs):
                 order = torch.randperm(len(train), generator=generator)
                 for rows in order.split(mini_batch_size):

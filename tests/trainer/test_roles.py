@@ -326,6 +326,33 @@ def test_adapters_are_switched_for_a_mini_batch_and_not_for_each_micro_batch(tin
     assert switched.count("policy") == 3  # sampling, and the log-probs of samples and of demonstrations
 
 
+def test_an_evaluation_switches_adapters_as_often_however_many_micro_batches_it_has(tiny_models, tmp_path, monkeypatch):
+    counts, scores = [], []
+    for size in (1, 6):
+        run = trainer(tiny_models, tmp_path / str(size), kind="adapter", eval_dataset=examples(ROWS),
+                      per_device_train_batch_size=size)  # fmt: skip
+        switch, switched = run.roles.policy.model.set_adapter, []
+        monkeypatch.setattr(
+            run.roles.policy.model,
+            "set_adapter",
+            lambda name, s=switch, on=switched, **k: on.append(name) or s(name, **k),
+        )
+        scores.append(run.evaluate()["eval/objective/scores"])
+        counts.append(switched)
+    assert counts[0] == counts[1] and scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_sft_switches_its_adapter_on_once_and_not_for_each_step(tiny_models, tmp_path, monkeypatch):
+    switch, switched, counts = PeftModel.set_adapter, [], []
+    monkeypatch.setattr(PeftModel, "set_adapter", lambda *a, **k: switched.append(a) or switch(*a, **k))
+    for epochs in (1, 4):
+        args = config(tmp_path, base_model_name_or_path=tiny_models.base, use_peft=True, sft_num_train_epochs=epochs)
+        run_sft(args, train_dataset=examples(ROWS), output_dir=tmp_path / str(epochs), console=QUIET)
+        counts.append(len(switched))
+        switched.clear()
+    assert counts[0] == counts[1]
+
+
 def test_base_with_adapters_off_equals_the_plain_base_bit_for_bit(tiny_models, tmp_path):
     base, _ = frozen_roles(config(tmp_path), tiny_models.base, tiny_models.adapter)
     plain = role(AutoModelForCausalLM.from_pretrained(tiny_models.base), layout=base.layout)
