@@ -10,8 +10,10 @@ boundary too; every demonstration ends in a stop token.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("prompt", "completion", "messages", "input_ids", "answer", "id")
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
+TOKENISED_AT_ONCE = 1000  # rows; a fast tokenizer takes all cores for many texts, and one for a single text
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +258,7 @@ def prepare(
     max_completion_length: int,
     prompts_only: bool = False,
 ) -> list[Example]:
-    """Tokenises rows; the first bad one is an error that names its place and what to do.
+    """Tokenises rows, many in a call; the first bad one is an error that names its place and what to do.
 
     Args:
         rows: what :func:`load_rows` gives, or plain mappings (a list of dicts, a ``datasets.Dataset``).
@@ -264,37 +267,73 @@ def prepare(
         prompts_only: completions are left out, however long.
     """
     examples = []
-    for number, item in enumerate(rows):
-        where, row = item if isinstance(item, tuple) else (f"row {number}", item)
-        if not isinstance(row, Mapping):  # of a path, or a DatasetDict, the rows would be letters or names of splits
-            raise UserError(
-                f"{where} is a {type(row).__name__}: a row must be a mapping, such as {{'prompt': ...}}; "
-                "srppo.data.load_rows reads those of a file"
-            )
-        prompt_ids, completion_ids = tokenize_row(where, row, tokenizer, stop_token_ids)
-        if not prompt_ids:
-            raise UserError(f"{where}: the prompt has no tokens; give it at least one character, or drop the row")
-        if len(prompt_ids) > max_prompt_length:
-            raise UserError(
-                f"{where}: the prompt has {len(prompt_ids)} tokens and max_prompt_length is {max_prompt_length}: "
-                "raise it, or drop the row"
-            )
-        completion_ids = None if prompts_only else completion_ids
-        if completion_ids is not None and len(completion_ids) > max_completion_length:
-            raise UserError(
-                f"{where}: the completion has {len(completion_ids)} tokens with its stop token and "
-                f"max_completion_length "
-                f"is {max_completion_length}: raise it, or drop the row (a cut demonstration would teach not to stop)"
-            )
-        answer, key = row.get("answer"), row.get("id")
-        answer, key = None if answer is None else str(answer), key if key is None or isinstance(key, int) else str(key)
-        examples.append(Example(prompt_ids, completion_ids, answer, where, key))
+    same: dict[int, int] = {}
+    numbered = enumerate(rows)
+    while chunk := list(itertools.islice(numbered, TOKENISED_AT_ONCE)):
+        read, mistake = [], None
+        for number, item in chunk:
+            where, row = item if isinstance(item, tuple) else (f"row {number}", item)
+            try:
+                texts = texts_of(where, row, tokenizer)
+            except UserError as error:  # told after those of the rows before it
+                mistake = error
+                break
+            read.append((where, row, dataclasses.replace(texts, completion=None) if prompts_only else texts))
+        tokenised = tokenise([texts for _, _, texts in read], tokenizer, stop_token_ids)
+        for (where, row, _), (prompt_ids, completion_ids) in zip(read, tokenised, strict=True):
+            check_lengths(where, prompt_ids, completion_ids, max_prompt_length, max_completion_length)
+            # one object for each token of the vocabulary, and not for each in the data: 32 bytes of 40
+            prompt_ids = [same.setdefault(token, token) for token in prompt_ids]
+            completion_ids = completion_ids and [same.setdefault(token, token) for token in completion_ids]
+            answer, key = row.get("answer"), row.get("id")
+            answer = None if answer is None else str(answer)
+            key = key if key is None or isinstance(key, int) else str(key)
+            examples.append(Example(prompt_ids, completion_ids, answer, where, key))
+        if mistake is not None:
+            raise mistake
     return examples
+
+
+def check_lengths(
+    where: str, prompt_ids: list[int], completion_ids: list[int] | None, longest_prompt: int, longest_completion: int
+) -> None:
+    if not prompt_ids:
+        raise UserError(f"{where}: the prompt has no tokens; give it at least one character, or drop the row")
+    if len(prompt_ids) > longest_prompt:
+        raise UserError(
+            f"{where}: the prompt has {len(prompt_ids)} tokens and max_prompt_length is {longest_prompt}: "
+            "raise it, or drop the row"
+        )
+    if completion_ids is not None and len(completion_ids) > longest_completion:
+        raise UserError(
+            f"{where}: the completion has {len(completion_ids)} tokens with its stop token and "
+            f"max_completion_length "
+            f"is {longest_completion}: raise it, or drop the row (a cut demonstration would teach not to stop)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What a row says, before it is tokenised; a prompt may be so already."""
+
+    prompt: str | list[int]
+    completion: str | None
+    rendered: bool = False  # by a chat template, which has written the special tokens itself
 
 
 def tokenize_row(
     where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
 ) -> tuple[list[int], list[int] | None]:
+    return tokenise([texts_of(where, row, tokenizer)], tokenizer, stop_token_ids)[0]
+
+
+def texts_of(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """The texts of a row; whatever is wrong with it but their lengths is an error."""
+    if not isinstance(row, Mapping):  # of a path, or a DatasetDict, the rows would be letters or names of splits
+        raise UserError(
+            f"{where} is a {type(row).__name__}: a row must be a mapping, such as {{'prompt': ...}}; "
+            "srppo.data.load_rows reads those of a file"
+        )
     check_columns(where, row)
     prompt, completion = row.get("prompt"), row.get("completion")
     if row.get("messages") is not None:
@@ -302,22 +341,43 @@ def tokenize_row(
             raise UserError(f"{where}: messages hold the completion already; drop the completion, or give a prompt")
         prompt, completion = split_messages(where, row["messages"])
     if row.get("input_ids") is not None:
-        prompt_ids = checked_ids(where, row["input_ids"], len(tokenizer))
-    elif isinstance(prompt, str):
-        prompt_ids = tokenizer(prompt, add_special_tokens=True)["input_ids"]
-        if prompt and prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
-            # some tokenizers end every text with EOS, and a completion must follow here; one that was written stays
-            written = [*tokenizer(prompt, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            prompt_ids = prompt_ids[:-1] if prompt_ids[-len(written) :] == written else prompt_ids
+        prompt = checked_ids(where, row["input_ids"], len(tokenizer))
     elif isinstance(prompt, list):
-        return tokenize_chat(where, prompt, completion, tokenizer, stop_token_ids)
-    else:
+        return rendered(where, prompt, completion, tokenizer)
+    elif not isinstance(prompt, str):
         raise UserError(f"{where}: prompt must be text or a list of messages, got {type(prompt).__name__}")
-    if completion is None:
-        return prompt_ids, None
-    if not isinstance(completion, str):
+    if completion is not None and not isinstance(completion, str):
         raise UserError(f"{where}: completion must be text, got {type(completion).__name__}")
-    return prompt_ids, end_with_stop(tokenizer(completion, add_special_tokens=False)["input_ids"], stop_token_ids)
+    return Texts(prompt, completion)
+
+
+def tokenise(
+    rows: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
+) -> list[tuple[list[int], list[int] | None]]:
+    """Prompt and completion of each row, as the tokenizer gives them alone; all texts of a kind in one call."""
+
+    def ids_of(texts: list[str], special: bool) -> Iterator[list[int]]:
+        return iter(tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else [])
+
+    plain = ids_of([row.prompt for row in rows if isinstance(row.prompt, str) and not row.rendered], True)
+    chats = ids_of([row.prompt for row in rows if isinstance(row.prompt, str) and row.rendered], False)
+    completions = ids_of([row.completion for row in rows if row.completion is not None], False)
+    found = []
+    for row in rows:
+        prompt_ids = row.prompt if isinstance(row.prompt, list) else next(chats if row.rendered else plain)
+        if isinstance(row.prompt, str) and not row.rendered:
+            prompt_ids = without_added_end(row.prompt, prompt_ids, tokenizer)
+        ended = None if row.completion is None else end_with_stop(next(completions), stop_token_ids)
+        found.append((prompt_ids, ended))
+    return found
+
+
+def without_added_end(prompt: str, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Some tokenizers end every text with EOS, and a completion must follow here; one that was written stays."""
+    if not prompt or not prompt_ids or prompt_ids[-1] != tokenizer.eos_token_id:
+        return prompt_ids
+    written = [*tokenizer(prompt, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return prompt_ids[:-1] if prompt_ids[-len(written) :] == written else prompt_ids
 
 
 def whole_numbers(ids: Iterable[Any]) -> list[int]:
@@ -383,13 +443,7 @@ def check_messages(where: str, messages: Any) -> None:
             )
 
 
-def tokenize_chat(
-    where: str,
-    prompt: list[Any],
-    completion: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_token_ids: Sequence[int],
-) -> tuple[list[int], list[int] | None]:
+def rendered(where: str, prompt: list[Any], completion: Any, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """Renders with the chat template; the completion is what the template adds to the rendered prompt, up to its
     stop."""
     if not tokenizer.chat_template:
@@ -403,22 +457,19 @@ def tokenize_chat(
             check_messages(where, part)
     prompt, completion = with_content(prompt), completion and with_content(completion)
     try:
-        rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         whole = None if completion is None else tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
     except (TemplateError, TypeError) as error:
         raise UserError(f"{where}: the chat template cannot render these messages: {error}") from None
-    prompt_ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     if whole is None:
-        return prompt_ids, None
-    if not whole.startswith(rendered):
+        return Texts(text, None, rendered=True)
+    if not whole.startswith(text):
         raise UserError(
             f"{where}: the chat template renders the prompt differently once the answer follows, so the two cannot be "
             f"told "
             "apart; give prompt and completion as text"
         )
-    return prompt_ids, end_with_stop(
-        tokenizer(whole[len(rendered) :], add_special_tokens=False)["input_ids"], stop_token_ids
-    )
+    return Texts(text, whole[len(text) :], rendered=True)
 
 
 def with_content(messages: list[Any]) -> list[Any]:

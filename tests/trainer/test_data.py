@@ -262,6 +262,41 @@ def test_what_holds_no_rows_is_refused_as_such_and_not_by_its_letters(rows):
         tokenised(rows)
 
 
+def test_many_rows_are_tokenised_in_a_call_as_each_is_alone(monkeypatch):
+    """Cores are idle while a fast tokenizer has a single text."""
+    turn = {"role": "user", "content": "hi"}
+    chats = [{"messages": [turn, {"role": "assistant", "content": "yo"}]}, {"prompt": [turn]}]
+    rows = [
+        {"prompt": "ab", "completion": "c"},
+        {"prompt": "x", "completion": ""},
+        {"input_ids": [258]},
+        *chats,
+        ROWS[0],
+    ]
+    alone = [tokenised([row])[0] for row in rows]
+    call, calls = TOKENIZER._encode_plus, []
+    monkeypatch.setattr(TOKENIZER, "_encode_plus", lambda *a, **k: calls.append(k) or call(*a, **k))
+    for size in (2, 3, 100):
+        monkeypatch.setattr("srppo.data.TOKENISED_AT_ONCE", size)
+        calls.clear()
+        together = tokenised(rows)
+        assert [(e.prompt_ids, e.completion_ids) for e in together] == [(e.prompt_ids, e.completion_ids) for e in alone]
+        assert [e.where for e in together] == [f"row {i}" for i in range(len(rows))]
+    assert len(calls) == 3  # prompts, prompts of chats, completions
+
+
+def test_of_several_bad_rows_the_first_is_named_whatever_is_wrong_with_it():
+    for bad in ([{"prompt": "x" * 65}, {"text": "y"}], [{"text": "y"}, {"prompt": "x" * 65}]):
+        with pytest.raises(UserError, match="row 1"):
+            tokenised([{"prompt": "good"}, *bad])
+
+
+def test_the_same_token_is_one_object_in_all_rows():
+    """An integer beyond the first 256 takes 32 bytes, and its place in a list 8."""
+    rows = tokenised([{"input_ids": [int("258")]}, {"input_ids": [int("258")]}])
+    assert rows[0].prompt_ids[0] is rows[1].prompt_ids[0]
+
+
 def test_rows_without_a_place_are_counted():
     with pytest.raises(UserError, match=r"^row 1: the prompt has no tokens"):
         tokenised([{"prompt": "a"}, {"prompt": ""}])
