@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -193,10 +194,10 @@ def check_tokens(model: PreTrainedModel, examples: Iterable[Example], others: Se
         others: the stop tokens and what padding is filled with.
     """
     size = vocabulary_size(model)
-    rows = [
-        ("a stop token or the pad token", others),
-        *((e.where, [*e.prompt_ids, *(e.completion_ids or ())]) for e in examples),
-    ]
+    rows = itertools.chain(  # one by one: together they would be a copy of all data, 8 bytes a token
+        [("a stop token or the pad token", others)],
+        ((e.where, [*e.prompt_ids, *(e.completion_ids or ())]) for e in examples),
+    )
     for where, ids in rows:
         if max(ids, default=0) >= size:
             raise UserError(
