@@ -71,7 +71,7 @@ def of_losses(x: Tensor, y: Tensor, z: Tensor, mask: Tensor):
     yield losses.gspo(x, y, mask, z.detach(), y[:, 0].detach(), normalizer=n)
     yield losses.dpo(x, y, mask, z.detach(), normalizer=2.0)
     yield losses.group_advantages(x[:, 0].detach(), 2)
-    yield losses.group_advantages(torch.full((3,), -3017.7), 3, eps=0.0, scale=False)
+    yield losses.group_advantages(torch.full((7,), -3001.3), 7, eps=0.0, scale=False)
 
 
 def of_heads(x: Tensor, y: Tensor, z: Tensor, mask: Tensor):
