@@ -7,6 +7,7 @@ schedule and the scalar maths over many more shapes, are in test_sm90_tables.py.
 
 import ctypes
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -423,6 +424,16 @@ def test_no_rows_and_an_empty_shard(emulated):
     assert Call(Problem(p.hidden[:0], p.weight, p.targets[:0], {})).run().shape == (4, 0)
     m, *rest = Call(Problem(p.hidden, p.weight[:0], p.targets, {})).run()
     assert (m < -1e38).all() and all((values == 0).all() for values in rest)
+
+
+@needs_triton
+def test_what_cublas_multiplies_is_zero_beyond_the_count(emulated):
+    """All 150 rows, where a call has no mask and 50 targets are to be ignored."""
+    p = make(n=150, d=24, v=400, dtype=torch.bfloat16, grad=(False, False), mask=torch.arange(150) % 3 > 0)
+    call = Call(p, keep=True)
+    call.rows = replace(call.rows, dense=True)
+    call.run()
+    assert call.residual.kept[:100].isfinite().all() and (call.residual.kept[100:] == 0).all()
 
 
 MUTANTS = {
