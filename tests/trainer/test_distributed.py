@@ -223,6 +223,16 @@ def test_without_a_launcher_nothing_is_joined_and_functions_are_the_identity(mon
     distributed.finish()
 
 
+def test_tied_weights_that_were_put_together_are_one_tensor():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in ("embedding", "layer", "head")})
+    model["head"].weight = model["embedding"].weight
+    assert sharding.whole_state(model) is None
+    model.set_reshard_after_forward = None  # as a sharded model has
+    state = sharding.whole_state(model)
+    assert state["head.weight"] is state["embedding.weight"]
+    assert torch.equal(state["layer.weight"], model["layer"].weight)
+
+
 def test_every_rank_has_random_numbers_of_its_own(monkeypatch):
     """In training and in evaluation: on a CPU torch's generator reads the low 32 bits of a seed."""
     drawn = []
