@@ -68,8 +68,9 @@ def _watch(interpreter: ModuleType) -> None:
         check(pointers, mask)
         if other is None:
             kind = pointers.get_element_ty()
-            nothing = np.zeros_like(pointers.data, dtype=interpreter._get_np_dtype(kind))
-            nothing.view(np.uint8)[...] = 1 if nothing.dtype == bool else 255
+            dtype = np.dtype(interpreter._get_np_dtype(kind))
+            bits = dtype.type(True) if dtype.kind == "b" else np.frombuffer(b"\xff" * dtype.itemsize, dtype)[0]
+            nothing = np.full(pointers.data.shape, bits, dtype)
             other = interpreter.TensorHandle(nothing, kind)
         return load(pointers, mask, other, *rest, **options)
 
