@@ -101,7 +101,8 @@ def sft(args: PipelineConfig, options: argparse.Namespace) -> None:
     require(args, "base_model_name_or_path", "dataset_name")
     distributed.on_main(lambda: require_new_folder(Path(args.output_dir)))
     tokenizer = tokenizer_for(None, args.base_model_name_or_path, args)
-    train, held_out = load_data(args, tokenizer, console)
+    without_prompts = dataclasses.replace(args, prompt_dataset_name=None)  # of a file for train: SFT reads none
+    train, held_out = load_data(without_prompts, tokenizer, console)
     run_sft(
         args,
         train_dataset=train,

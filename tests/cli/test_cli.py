@@ -122,7 +122,9 @@ def test_sft_writes_a_model_that_fits_the_demonstrations_better(tiny_models, dat
         "base_model_name_or_path": tiny_models.base, "dataset_name": data, "output_dir": out, "report_to": "none",
         "sft_learning_rate": 1e-2, "sft_num_train_epochs": 4, "max_completion_length": 16,
     }  # fmt: skip
-    assert main(["sft", *flags(options)]) == 0
+    file = tmp_path / "run.yaml"  # of train, too, whose further prompts SFT does not read
+    file.write_text(f"prompt_dataset_name: {tmp_path / 'nowhere.jsonl'}\n")
+    assert main(["sft", "--config", str(file), *flags(options)]) == 0
     AutoModelForCausalLM.from_pretrained(out)
     losses = [entry["sft/loss"] for entry in read_jsonl(out / "metrics.jsonl")]
     assert len(losses) == 4 and losses[-1] < 0.7 * losses[0]
