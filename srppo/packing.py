@@ -115,13 +115,25 @@ class Packed:
 def pack(
     rollout: Rollout, hidden_size: int, *, one_row: bool = False, widest_tree: int = 0, widest_row: int = 2**31
 ) -> Packed:
-    """The tokens of a rollout, without its padding.
+    """The tokens of a rollout, without its padding. How they lie is found once for a rollout and the same options, as
+    each role of an iteration asks for it; a tree's mask is computed each time, on the rollout's device.
 
     Args:
         one_row: all of them in one row.
         widest_tree: rows of at most so many tokens may be trees, if that is cheaper.
         widest_row: a sequence beside others ends within so many tokens of its row.
     """
+    options = hidden_size, one_row, widest_tree, widest_row
+    if options not in rollout.laid_out:
+        rollout.laid_out[options] = lay_out(rollout, *options)
+    packed, forest = rollout.laid_out[options]
+    return packed if forest is None else dataclasses.replace(packed, attends=forest.attends)
+
+
+def lay_out(
+    rollout: Rollout, hidden_size: int, one_row: bool, widest_tree: int, widest_row: int
+) -> tuple[Packed, prefixes.Forest | None]:
+    """What :func:`pack` gives but for the mask, and where there is one, what has it."""
     keep, device = rollout.attention_mask.bool(), rollout.input_ids.device
     lengths = tuple(rollout.sequence_lengths)
     width, starts = plan(lengths, hidden_size, one_row, widest_row)
@@ -130,16 +142,14 @@ def pack(
         sequences = prefixes.in_order(rollout.input_ids, keep)
         cost, trees = prefixes.cheapest(sequences, functools.partial(row_cost, hidden_size))
         if cost < row_cost(hidden_size, rows, width) and max(tree.size for tree in trees) <= widest_tree:
-            forest = prefixes.lay_out(sequences, trees)
-            ids, positions, attends, places = (
-                t.to(device) for t in (forest.input_ids, forest.position_ids, forest.attends, forest.places)
-            )
-            return Packed(ids, positions, places.gather(1, rollout.position_ids)[rollout.predicting], attends)
+            forest = prefixes.lay_out(sequences, trees).to(device)
+            predicting = forest.places.gather(1, rollout.position_ids)[rollout.predicting]
+            return Packed(forest.input_ids, forest.position_ids, predicting), forest
     places = torch.tensor(starts, device=device)[:, None] + rollout.position_ids
     ids, positions = torch.zeros((2, rows * width), dtype=torch.int64, device=device)
     ids[places[keep]] = rollout.input_ids[keep]
     positions[places[keep]] = rollout.position_ids[keep]
-    return Packed(ids.view(rows, width), positions.view(rows, width), places[rollout.predicting])
+    return Packed(ids.view(rows, width), positions.view(rows, width), places[rollout.predicting]), None
 
 
 def layout_of(role: Role) -> Layout:

@@ -85,19 +85,36 @@ class Forest:
 
     input_ids: Tensor  # [R, W]
     position_ids: Tensor  # [R, W]
-    attends: Tensor  # [R, 1, W, W] bool: whether the token of a row attends to that of a column
     places: Tensor  # [B, L] of the sequences as they were given: where in the R * W a token is
+    on_paths: list[Tensor]  # of each tree [S, N] bool: the tokens of its sequences
+    owners: list[Tensor]  # of each tree [N]: which of its sequences added a token
+
+    @property
+    def attends(self) -> Tensor:
+        """Whether the token of a row attends to that of a column, ``[R, 1, W, W]`` bool; computed anew each time, as
+        it is the one thing here whose size is not that of the tokens."""
+        rows, width = self.input_ids.shape
+        attends = torch.eye(width, dtype=torch.bool, device=self.input_ids.device).repeat(rows, 1, 1)
+        for row, positions, on_path, owner in zip(attends, self.position_ids, self.on_paths, self.owners, strict=True):
+            reached = positions[: len(owner)]
+            row[: len(owner), : len(owner)] = on_path[owner] & (reached <= reached[:, None])
+        return attends[:, None]
+
+    def to(self, device: torch.device) -> Forest:
+        ids, positions, places = (t.to(device) for t in (self.input_ids, self.position_ids, self.places))
+        of_trees = ([t.to(device) for t in tensors] for tensors in (self.on_paths, self.owners))
+        return Forest(ids, positions, places, *of_trees)
 
 
 def lay_out(sequences: Sorted, rows: Sequence[Row]) -> Forest:
     width = max(tree.size for tree in rows)
     ids, positions = torch.zeros((2, len(rows), width), dtype=torch.int64)
-    attends = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)
     places = torch.zeros_like(sequences.ids)
+    on_paths, owners = [], []
     depth = torch.arange(sequences.ids.shape[1])
     for r, tree in enumerate(rows):
-        owner = torch.zeros(width, dtype=torch.int64)  # of a token: the sequence that added it
-        on_path = torch.zeros((tree.end - tree.first, width), dtype=torch.bool)
+        owner = torch.zeros(tree.size, dtype=torch.int64)
+        on_path = torch.zeros((tree.end - tree.first, tree.size), dtype=torch.bool)
         free = 0
         for k in range(tree.first, tree.end):
             length, common = sequences.lengths[k], sequences.common[k] if k > tree.first else 0
@@ -107,11 +124,11 @@ def lay_out(sequences: Sorted, rows: Sequence[Row]) -> Forest:
             on_path[k - tree.first, path] = True
             ids[r, path], positions[r, path] = sequences.ids[k, :length], depth[:length]
             free += length - common
-        reached = positions[r, :free]
-        attends[r, :free, :free] = on_path[owner[:free], :free] & (reached <= reached[:, None])
+        on_paths.append(on_path)
+        owners.append(owner)
     given = torch.empty_like(places)
     given[sequences.order] = places
-    return Forest(ids, positions, attends[:, None], given)
+    return Forest(ids, positions, given, on_paths, owners)
 
 
 def tree_mask(attends: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,8 @@ class Rollout:
     truncated: Tensor  # [B] bool, true where no stop token came
     prompt_length: int  # P
     sampler_logprobs: Tensor | None = None  # [B, T] fp32, of what sampled, 0 where masked; if it gave them
+    # what srppo.packing has found of its tokens; another rollout made of this one begins without
+    laid_out: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def completions(self) -> Tensor:

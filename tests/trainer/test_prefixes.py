@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -96,6 +97,30 @@ def test_no_row_is_wider_than_a_tree_may_be():
     nodes = pack(alike(), 10_000, widest_tree=100).input_ids.shape[1]
     assert pack(alike(), 10_000, widest_tree=nodes).attends is not None
     assert pack(alike(), 10_000, widest_tree=nodes - 1).attends is None
+
+
+def test_the_layout_of_a_micro_batch_is_found_once_for_all_roles(tmp_path, monkeypatch):
+    """On a GPU they wait for it: for a small model it takes as long as a forward."""
+    args = config(tmp_path, num_ppo_epochs=1)
+    roles, calls, find = full_roles(args), [], prefixes.in_order
+    monkeypatch.setattr(prefixes, "in_order", lambda *given: calls.append(given) or find(*given))
+    given = alike()
+    micro_batches = [torch.tensor([0, 1, 2]), torch.tensor([3, 4])]
+    ppo.score(roles, given, args, micro_batches)
+    assert roles.policy.layout == Layout.SHARED and len(calls) == 2
+    one_update(roles, args, given, mini_batches=[micro_batches])
+    assert len(calls) == 2 + 2 + 2  # scored again, and the update
+
+
+def test_a_layout_is_the_same_when_it_is_asked_for_again_and_another_rollouts_is_its_own():
+    given = alike()
+    first, again = (pack(given, 10_000, widest_tree=100) for _ in range(2))
+    for name in ("input_ids", "position_ids", "predicting", "attends"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert pack(given, 10_000).attends is None  # other options
+    fewer = dataclasses.replace(given, completion_mask=given.completion_mask & False)
+    assert len(pack(fewer, 10_000, widest_tree=100).predicting) == 0 < len(first.predicting)
+    assert given.laid_out and not given.select([0, 1]).laid_out and not given.to(torch.device("cpu")).laid_out
 
 
 # -- states -----------------------------------------------------------------------------------------------------------
