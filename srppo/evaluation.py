@@ -147,18 +147,20 @@ def completion_rows(
 
     Without special tokens a completion is without its stop token too, which ``stop_token_ids`` may make of any token.
     """
+    tokens, masks = rollout.completions.cpu(), rollout.completion_mask.cpu()  # at once: a GPU would be asked row by row
+    numbers = zip(scores.tolist(), kl.tolist(), rollout.truncated.tolist(), strict=True)
     rows = []
-    for row, example in enumerate(examples):
-        ids = rollout.completions[row][rollout.completion_mask[row]].tolist()
-        text_ids = ids[:-1] if skip_special_tokens and not rollout.truncated[row] else ids
+    for example, row, mask, (score, apart, truncated) in zip(examples, tokens, masks, numbers, strict=True):
+        ids = row[mask].tolist()
+        text_ids = ids[:-1] if skip_special_tokens and not truncated else ids
         rows.append({
             "prompt": tokenizer.decode(example.prompt_ids),
             "completion": tokenizer.decode(text_ids, skip_special_tokens=skip_special_tokens),
-            "score": scores[row].item(),
-            "score_per_token": scores[row].item() / max(len(ids), 1),
-            "kl": kl[row].item(),
+            "score": score,
+            "score_per_token": score / max(len(ids), 1),
+            "kl": apart,
             "length": len(ids),
-            "truncated": bool(rollout.truncated[row]),
+            "truncated": truncated,
         })  # fmt: skip
     return rows
 

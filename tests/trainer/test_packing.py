@@ -16,7 +16,7 @@ from tiny_runs import config, full_roles, role, rollout, trainer, widened
 from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel
 
 from srppo import SelfReward, UserError, ppo
-from srppo.packing import Layout, fill, fill_padded, keeps_sequences_apart, layout_of, pack, plan
+from srppo.packing import Layout, fill, fill_padded, keeps_sequences_apart, layout_of, narrowest, pack, plan
 from srppo.roles import Role, build_roles
 from srppo.rollout import collate
 
@@ -123,6 +123,15 @@ def counting_places(kind: str) -> PreTrainedModel:
         index_topk_blocks=2, layer_types=["full_attention", "minimax_m3_sparse"],
     )  # fmt: skip
     return transformers.MiniMaxM3VLForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", [Llama4TextConfig, transformers.Gemma3TextConfig, transformers.LlamaConfig])
+def test_the_widest_row_is_read_from_the_settings_without_a_copy_of_them(kind, monkeypatch):
+    made = kind()
+    names = ("window", "window_size", "chunk_size", "floor_scale")
+    copied = min([2**31, *(n for key, n in made.to_dict().items() if key.endswith(names) and type(n) is int)])
+    monkeypatch.setattr(kind, "to_dict", lambda _: pytest.fail("every forward would copy all settings"))
+    assert narrowest(made, *names) == copied
 
 
 @pytest.mark.parametrize("kind", ["llama4", "minimax_m3"])
