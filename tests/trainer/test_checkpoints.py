@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import examples, trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srppo import UserError, checkpoint, ppo
+from srppo import UserError, checkpoint, distributed, ppo
 from srppo.console import Console
 from srppo.training_state import restore
 
@@ -349,9 +349,10 @@ def test_a_checkpoint_before_the_first_iteration(tiny_models, tmp_path):
     assert again.step == 0
 
 
-def test_a_checkpoint_that_the_first_process_alone_sees_is_refused(tiny_models, tmp_path):
+def test_a_checkpoint_that_the_first_process_alone_sees_is_refused(tiny_models, tmp_path, monkeypatch):
     run = trainer(tiny_models, tmp_path, resume_from_checkpoint="latest")
-    run.find = lambda wanted: tmp_path / "checkpoint-1"
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    run.find = lambda wanted, held: tmp_path / "checkpoint-1"  # as the first process, which is another, says
     with pytest.raises(UserError, match=r"checkpoint .*checkpoint-1 cannot be read by every process"):
         run.resume()
 
