@@ -200,7 +200,7 @@ def lines_to(path: str | None) -> Iterator[Callable[[Any], None]]:
 
     They wait on the disk: as objects and then one text, 100,000 scored completions of 100 tokens would take 4 GiB.
     """
-    from srppo.checkpoint import sync, temporary_folder
+    from srppo.checkpoint import move, sync, temporary_folder
 
     with temporary_folder(Path(tempfile.gettempdir()) if path is None else Path(path).parent) as folder:
         waiting = folder / "lines.jsonl"
@@ -208,7 +208,7 @@ def lines_to(path: str | None) -> Iterator[Callable[[Any], None]]:
             yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
         if path is not None:
             sync(waiting)
-            os.replace(waiting, path)
+            move(waiting, Path(path))
             return
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # what JSON is, in a locale of fewer characters too

@@ -1,8 +1,8 @@
 // A device that is none: memory of this process, on which torch computes by way of the CPU.
 //
 // It is as strict as a GPU about what is where: an operator that is given a tensor of the CPU beside one of its own fails,
-// and so does NumPy. New memory is NaN. As on Apple's GPUs, nothing is in float64. What torch lets a GPU take from the CPU it takes too: numbers (tensors without
-// dimensions), and indices.
+// and so does NumPy. New memory is NaN. As on Apple's GPUs, nothing is in float64. What torch lets a GPU take from the CPU it
+// takes too: numbers (tensors without dimensions), and indices.
 #include <cstdlib>
 #include <cstring>
 #include <set>
