@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,10 +30,6 @@ from srppo.roles import frozen_roles, policy_to_judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T")
-
-SCORED_AT_A_SWITCH = 16  # batches under SFT, then as many under the base; see srppo.self_reward.HELD_BYTES
 
 
 def quiet_libraries() -> None:
@@ -221,27 +217,16 @@ def score(args: PipelineConfig, options: argparse.Namespace) -> None:
     scores = []
     texts = functools.cache(lambda token: tokenizer.decode([token]))  # 5 microseconds each
     with lines_to(options.output_file) as write, console.progress("scoring", len(rows)) as progress:
-        parts = batches(rows, args.per_device_train_batch_size)
-        for several in batches(list(parts), SCORED_AT_A_SWITCH):
-            rollouts = [
-                collate_demonstrations(part, pad_token_id=pad, stop_token_ids=stops, device=base.device)
-                for part in several
-            ]
-            with sft_model.active():
-                of_sft = [logprobs(sft_model, given, temperature=args.score_temperature)[0].cpu() for given in rollouts]
-            with base.active():
-                for part, rollout, logp_sft in zip(several, rollouts, of_sft, strict=True):
-                    logp_base = logprobs(base, rollout, temperature=args.score_temperature)[0].cpu()
-                    for example, of_one, of_other in zip(part, logp_sft, logp_base, strict=True):
-                        result = scored(example, tokenizer, of_one, of_other, texts)
-                        scores.append(result["score"])
-                        write(result)
-                    progress.advance(int(rollout.completion_mask.sum()), steps=len(part))
+        for start in range(0, len(rows), args.per_device_train_batch_size):
+            part = rows[start : start + args.per_device_train_batch_size]
+            rollout = collate_demonstrations(part, pad_token_id=pad, stop_token_ids=stops, device=base.device)
+            pair = [logprobs(role, rollout, temperature=args.score_temperature)[0].cpu() for role in (sft_model, base)]
+            for example, logp_sft, logp_base in zip(part, *pair, strict=True):
+                result = scored(example, tokenizer, logp_sft, logp_base, texts)
+                scores.append(result["score"])
+                write(result)
+            progress.advance(int(rollout.completion_mask.sum()), steps=len(part))
     console.note(f"{len(scores)} completions, mean score {sum(scores) / len(scores):.4f} nats")
-
-
-def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def scored(

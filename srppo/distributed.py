@@ -14,8 +14,8 @@ So a result depends on the number of ranks by the rounding of a sum, and by whic
 Gradients are summed here, after the backward passes of a mini-batch, over the list of parameters that the optimizer
 steps, and not by a ``DistributedDataParallel`` around the model. DDP averages instead of summing, expects a backward
 for each forward, and hooks every parameter that requires a gradient when it is made; here several adapters of one model
-have a backward each, peft switches ``requires_grad`` between them, and a mini-batch has as many backward passes as its
-tokens need, a number that may differ from rank to rank. One sum at the end is right whatever they are.
+have a backward each, and a mini-batch has as many backward passes as its tokens need, a number that may differ from
+rank to rank. One sum at the end is right whatever they are.
 
 Alone (no process group) every function is the identity.
 """

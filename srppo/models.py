@@ -52,13 +52,6 @@ def has_adapter_layers(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def adapters_off(model: nn.Module) -> bool:
-    """Whether the adapters in a model are switched off, as by peft's ``disable_adapter``."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return next((module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)), False)
-
-
 def path_as_text(model: T | Path) -> T | str:
     """A path as the text that names a folder; a model or a tokenizer in memory as it is."""
     return str(model) if isinstance(model, Path) else model

@@ -202,27 +202,6 @@ def test_score_writes_to_a_file_and_works_in_bfloat16(tiny_models, tmp_path, cap
     assert capfd.readouterr().out == ""
 
 
-def test_score_switches_adapters_once_for_several_batches_with_the_same_lines(
-    tiny_models, tmp_path, capfd, monkeypatch
-):
-    """Each goes through every layer in Python, as long as a forward of eight short rows on a GPU."""
-    off, switched, printed = PeftModel.disable_adapter, [], []
-    monkeypatch.setattr(PeftModel, "disable_adapter", lambda model: switched.append("off") or off(model))
-    options = {
-        "base_model_name_or_path": tiny_models.base, "sft_model_name_or_path": tiny_models.adapter,
-        "dataset_name": write_jsonl(tmp_path / "data.jsonl", ROWS), "per_device_train_batch_size": 1,
-    }  # fmt: skip
-    counts = []
-    for several in (16, 1):
-        monkeypatch.setattr(commands, "SCORED_AT_A_SWITCH", several)
-        assert main(["score", *flags(options)]) == 0
-        printed.append(capfd.readouterr().out)
-        counts.append(len(switched))
-        switched.clear()
-    assert printed[0] == printed[1] and printed[0].count("\n") == len(ROWS)
-    assert counts[1] - counts[0] == len(ROWS) - 1
-
-
 def test_nothing_is_printed_of_rows_that_a_mistake_follows(capfd):
     def rows():
         yield {"text": "ü"}
