@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("prompt", "completion", "messages", "input_ids", "answer", "id")
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv")
-TOKENISED_AT_ONCE = 1000  # rows; a fast tokenizer takes all cores for many texts, and one for a single text
+TOKENIZED_AT_ONCE = 1000  # rows; a fast tokenizer takes all cores for many texts, and one for a single text
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +269,7 @@ def prepare(
     examples = []
     same: dict[int, int] = {}
     numbered = enumerate(rows)
-    while chunk := list(itertools.islice(numbered, TOKENISED_AT_ONCE)):
+    while chunk := list(itertools.islice(numbered, TOKENIZED_AT_ONCE)):
         read, mistake = [], None
         for number, item in chunk:
             where, row = item if isinstance(item, tuple) else (f"row {number}", item)
@@ -279,8 +279,8 @@ def prepare(
                 mistake = error
                 break
             read.append((where, row, dataclasses.replace(texts, completion=None) if prompts_only else texts))
-        tokenised = tokenise([texts for _, _, texts in read], tokenizer, stop_token_ids)
-        for (where, row, _), (prompt_ids, completion_ids) in zip(read, tokenised, strict=True):
+        tokenized = tokenize_all([texts for _, _, texts in read], tokenizer, stop_token_ids)
+        for (where, row, _), (prompt_ids, completion_ids) in zip(read, tokenized, strict=True):
             check_lengths(where, prompt_ids, completion_ids, max_prompt_length, max_completion_length)
             # one object for each token of the vocabulary, and not for each in the data: 32 bytes of 40
             prompt_ids = [same.setdefault(token, token) for token in prompt_ids]
@@ -306,8 +306,7 @@ def check_lengths(
         )
     if completion_ids is not None and len(completion_ids) > longest_completion:
         raise UserError(
-            f"{where}: the completion has {len(completion_ids)} tokens with its stop token and "
-            f"max_completion_length "
+            f"{where}: the completion has {len(completion_ids)} tokens with its stop token and max_completion_length "
             f"is {longest_completion}: raise it, or drop the row (a cut demonstration would teach not to stop)"
         )
 
@@ -324,7 +323,7 @@ class Texts:
 def tokenize_row(
     where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
 ) -> tuple[list[int], list[int] | None]:
-    return tokenise([texts_of(where, row, tokenizer)], tokenizer, stop_token_ids)[0]
+    return tokenize_all([texts_of(where, row, tokenizer)], tokenizer, stop_token_ids)[0]
 
 
 def texts_of(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Texts:
@@ -351,7 +350,7 @@ def texts_of(where: str, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerB
     return Texts(prompt, completion)
 
 
-def tokenise(
+def tokenize_all(
     rows: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
 ) -> list[tuple[list[int], list[int] | None]]:
     """Prompt and completion of each row, as the tokenizer gives them alone; all texts of a kind in one call."""

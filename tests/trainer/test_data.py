@@ -277,7 +277,7 @@ def test_many_rows_are_tokenised_in_a_call_as_each_is_alone(monkeypatch):
     call, calls = TOKENIZER._encode_plus, []
     monkeypatch.setattr(TOKENIZER, "_encode_plus", lambda *a, **k: calls.append(k) or call(*a, **k))
     for size in (2, 3, 100):
-        monkeypatch.setattr("srppo.data.TOKENISED_AT_ONCE", size)
+        monkeypatch.setattr("srppo.data.TOKENIZED_AT_ONCE", size)
         calls.clear()
         together = tokenised(rows)
         assert [(e.prompt_ids, e.completion_ids) for e in together] == [(e.prompt_ids, e.completion_ids) for e in alone]
