@@ -44,6 +44,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that wait for a process that begins with their folder (beside.py) come last in it."""
+    folders = list(dict.fromkeys(item.path.parent for item in items))
+    items.sort(key=lambda item: (folders.index(item.path.parent), item.get_closest_marker("beside") is not None))
     if torch.cuda.is_available() or os.environ["SRPPO_TESTS"] == "pretended":  # pretended_device.py
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu")

@@ -1,8 +1,7 @@
 """Peak memory, measured: the growth of the resident set's high-water mark of a process that does nothing else."""
 
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from linear_logprob.head_problems import BACKENDS
@@ -12,26 +11,37 @@ QUARTER = N * V * 4 // 4  # of one fp32 [N, V] tensor: 201 MB
 DWEIGHT = V * D * 4  # 113 MB
 
 
-def peak(*arguments: str) -> int:
-    script = Path(__file__).with_name("peak.py")
-    result = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout)
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident set from /proc")
+FROZEN = ("--shape", "256", str(D), str(V), "--frozen", "--workspace", "0")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident set from /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_forward_and_backward(dtype):
-    extra = peak("--dtype", dtype)
+def measured(*arguments: str) -> Any:
+    """A case of these arguments for peak.py."""
+    marks = pytest.mark.beside("linear_logprob/peak.py", *arguments)
+    return pytest.param(arguments, marks=marks, id="-".join(a for a in arguments if a not in FROZEN and a[0] != "-"))
+
+
+@pytest.fixture
+def extra(beside, request) -> int:
+    done = beside(request.node)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("extra", [measured("--dtype", dtype) for dtype in ("float32", "bfloat16")], indirect=True)
+def test_forward_and_backward(extra):
     assert 0 < extra < QUARTER, f"{extra / 2**20:.0f} MiB"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident set from /proc")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_frozen_head_has_no_dweight(backend):
+@pytest.mark.parametrize(
+    "extra",
+    [
+        measured(*FROZEN, "--op", op, "--backend", backend)
+        for op in ("linear_logprob", "linear_ppo_loss")
+        for backend in BACKENDS
+    ],
+    indirect=True,
+)
+def test_a_frozen_head_has_no_dweight(extra):
     """TRL 7076, Liger 237."""
-    for op in ("linear_logprob", "linear_ppo_loss"):
-        extra = peak("--shape", "256", str(D), str(V), "--frozen", "--workspace", "0", "--op", op, "--backend", backend)
-        assert extra < 0.7 * DWEIGHT, f"{op}: {extra / 2**20:.0f} MiB"
+    assert extra < 0.7 * DWEIGHT, f"{extra / 2**20:.0f} MiB"
