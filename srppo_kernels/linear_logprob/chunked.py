@@ -69,7 +69,7 @@ class Residual(NamedTuple):
     (triton_reference.py).
     """
 
-    kept: Tensor  # [rows, V], of rows that kept_columns apart: exp(z - maximum of its vocabulary group)
+    kept: Tensor  # [rows, V], rows kept_columns apart: exp(z - maximum of its vocabulary group)
     group_max: Tensor  # [rows, groups], as many as maxima_of says
 
     @property
