@@ -24,6 +24,9 @@ if not torch.cuda.is_available():
     # Before anything imports triton: it reads the variable when it decorates a function.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# For pytest-xdist's workers, which inherit it: threads that wait for each other leave the core to the other worker.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Names that no model has are tests of errors. Asking the hub for them takes minutes where it is not reached.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -44,9 +47,6 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that wait for a process that begins with their folder (beside.py) come last in it."""
-    folders = list(dict.fromkeys(item.path.parent for item in items))
-    items.sort(key=lambda item: (folders.index(item.path.parent), item.get_closest_marker("beside") is not None))
     if torch.cuda.is_available() or os.environ["SRPPO_TESTS"] == "pretended":  # pretended_device.py
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu")

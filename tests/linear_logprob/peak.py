@@ -27,7 +27,6 @@ def peak() -> int:
 def main() -> None:
     """One measurement."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", help="that beside.py gives; nothing is written")
     parser.add_argument("--shape", type=int, nargs=3, default=(4096, 576, 49152))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--op", default="linear_logprob")

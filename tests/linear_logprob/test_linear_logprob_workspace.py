@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from backends import LEVELS
-from linear_logprob.amx_level import build, no_avx512_bf16, no_compiler
 
 from srppo_kernels import _extension
 from srppo_kernels.linear_logprob import native, native_gradients
@@ -75,15 +74,6 @@ def check(folder: Path, library: str, cases: list[str]) -> None:
 
 def test_a_bounded_workspace_for_any_number_of_threads(tmp_path):
     check(tmp_path, "", here())
-
-
-@no_avx512_bf16
-@no_compiler
-def test_a_bounded_workspace_on_emulated_amx_tiles(beside, request, tmp_path):
-    built = [item for item in request.session.items if item.name == "test_what_every_level_has_to_pass"]
-    library = Path(beside(built[0]).args[2]) / "emulated.so" if built else build(tmp_path)
-    # 4097: rows of an odd width are copied on their way to the tiles, which is the most that a thread takes there.
-    check(tmp_path, str(library), ["amx-bfloat16-score", "amx-bfloat16-recompute", "amx-bfloat16-score-4097x40"])
 
 
 def test_what_the_torch_backend_takes(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from apart import run_apart
 from rich.console import Console as RichConsole
 from tiny import tiny_model, tiny_tokenizer
 from tiny_runs import QUIET, ROWS, config, examples
@@ -176,15 +177,9 @@ def test_a_process_is_not_charged_with_the_memory_of_the_one_that_started_it():
     assert 0 < float(done.stdout) < peak_memory_gib() - len(held) / 2**31
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        pytest.param(" ".join(run), marks=pytest.mark.beside("memory_run.py", *run))
-        for run in (("small", "lora"), ("small", "full"), ("smollm2", "lora"))
-    ],
-)
-def test_a_run_takes_its_estimate_within_the_stated_factor(run, beside, request):
-    done = beside(request.node)
+@pytest.mark.parametrize(("size", "kind"), [("small", "lora"), ("small", "full"), ("smollm2", "lora")])
+def test_a_run_takes_its_estimate_within_the_stated_factor(tmp_path, size, kind):
+    done = run_apart("memory_run.py", tmp_path, size, kind)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["estimated"] / FACTOR <= told["taken"] <= told["estimated"] * FACTOR + SLACK, told
