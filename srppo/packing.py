@@ -65,17 +65,19 @@ def fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     What is longer than ``capacity`` gets a bin of its own.
     """
-    bins: list[list[int]] = []
-    free: list[int] = []
+    leaves = 1 << (len(lengths) - 1).bit_length()
+    bins: list[list[int]] = [[] for _ in range(leaves)]
+    room = [capacity] * (2 * leaves)  # a tree: bin b is node leaves + b, and node n has the largest room below it
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((b for b, room in enumerate(free) if room >= lengths[index]), None)
-        if place is None:
-            place = len(bins)
-            bins.append([])
-            free.append(capacity)
-        bins[place].append(index)
-        free[place] -= lengths[index]
-    return bins
+        wanted, node = min(lengths[index], capacity), 1
+        while node < leaves:
+            node = 2 * node + (room[2 * node] < wanted)  # to the left where there is room, so to the first such bin
+        bins[node - leaves].append(index)
+        room[node] -= lengths[index]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return [members for members in bins if members]
 
 
 @functools.lru_cache(maxsize=4096)  # each micro-batch of a rollout goes through all roles and epochs

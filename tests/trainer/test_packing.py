@@ -37,6 +37,20 @@ def test_bins_hold_every_sequence_once_and_no_more_than_they_may(lengths, capaci
 
 
 @examples_settings(deadline=None, max_examples=60)
+@over(LENGTHS, st.integers(1, 200))
+def test_a_sequence_goes_to_the_first_bin_with_room_the_longest_first(lengths, capacity):
+    wanted: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        loads = [sum(lengths[i] for i in members) for members in wanted]
+        room = [members for members, load in zip(wanted, loads, strict=True) if load + lengths[index] <= capacity]
+        if room:
+            room[0].append(index)
+        else:
+            wanted.append([index])
+    assert fill(lengths, capacity) == wanted
+
+
+@examples_settings(deadline=None, max_examples=60)
 @over(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=20), st.integers(1, 300))
 def test_padded_micro_batches_hold_every_sequence_once_within_the_limit(pairs, limit):
     prompts, completions = zip(*pairs, strict=True)
