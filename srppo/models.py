@@ -45,11 +45,20 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
+def adapter_layers(module: nn.Module) -> Iterator[Any]:
+    """The layers of a model that have adapters, or whole modules of adapters, in place of weights of their own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+        yield module
+    for child in [module.base_layer] if isinstance(module, BaseTunerLayer) else module.children():
+        yield from adapter_layers(child)
+
+
 def has_adapter_layers(model: nn.Module) -> bool:
     """Whether adapters lie in a model, as they stay in one that a peft model was made around."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    return next(adapter_layers(model), None) is not None
 
 
 def path_as_text(model: T | Path) -> T | str:

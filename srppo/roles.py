@@ -29,6 +29,7 @@ from srppo.errors import UserError
 from srppo.models import (
     Head,
     adapter_base,
+    adapter_layers,
     attach_adapter,
     check_adapter,
     check_read_back,
@@ -203,17 +204,6 @@ def switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
     finally:
         for layer, active, disabled in before:
             layer._active_adapter, layer._disable_adapters = active, disabled
-
-
-def adapter_layers(module: nn.Module) -> Iterator[Any]:
-    """The layers of a model that have adapters, or whole modules of adapters, in place of weights of their own."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
-        yield module
-    for child in [module.base_layer] if isinstance(module, BaseTunerLayer) else module.children():
-        yield from adapter_layers(child)
 
 
 @contextmanager
