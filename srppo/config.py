@@ -64,7 +64,7 @@ class SRPPOConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = option(
         "auto",
         "dtype of the frozen weights; auto: on a GPU bfloat16 with LoRA and where nothing is trained, float32 "
-        "otherwise; nf4: 4 bit, on a GPU",
+        "otherwise; nf4: 4 bit, with bitsandbytes",
     )
     attn_implementation: str | None = option(None, "attention of transformers: eager, sdpa, flash_attention_2")
     use_peft: bool = option(

@@ -143,7 +143,7 @@ def four_bit(args: SRPPOConfig, device: torch.device) -> dict[str, Any]:
     The head stays in 16 bit: the fused ops read its weight.
 
     Raises:
-        UserError: the weights are to be trained, or there is no GPU or no bitsandbytes for it.
+        UserError: the weights are to be trained, or there is no bitsandbytes.
     """
     if args.dtype != "nf4":
         return {}
@@ -151,16 +151,33 @@ def four_bit(args: SRPPOConfig, device: torch.device) -> dict[str, Any]:
         raise UserError("dtype=nf4 is for frozen weights under adapters: it needs use_peft=true")
     if args.value_model == "separate":
         raise UserError("dtype=nf4 is for frozen weights, and value_model=separate trains all of the critic's")
-    if device.type != "cuda":
-        raise UserError("dtype=nf4 needs a GPU: 4-bit layers are bitsandbytes' CUDA kernels; use dtype=auto here")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("dtype=nf4 needs a package that is not installed: pip install bitsandbytes")
+        raise UserError("dtype=nf4 needs a package that is not installed: pip install 'bitsandbytes>=0.46.1'")
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=choose_dtype(args, device)
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def keep_unpacked(what: str, model: nn.Module) -> None:
+    """Keeps 4-bit layers as they are on a CPU with BF16 instructions, where bitsandbytes repacks them at their first
+    forward in evaluation mode: gradients do not go through what is packed (0.50 warns and computes others), and its
+    scales are rounded.
+
+    Raises:
+        UserError: a layer is packed already.
+    """
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise UserError(
+                    f"{what} was used in 4 bit on the CPU, for which bitsandbytes packs the weights so that no "
+                    "gradient goes through them: load it again, or give its folder and dtype=nf4"
+                )
+            layer.support_avx512bf16_for_cpu = False
 
 
 def require_full_precision(name: str, parameters: Iterable[nn.Parameter]) -> None:
@@ -313,6 +330,12 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
             raise UserError(
                 f"the adapter in {path} does not say which model it was made on: give it as base_model_name_or_path"
             )
+        if quantized:
+            raise UserError(
+                f"the adapter in {path} would be merged into weights in 4 bit, and most of it lost to their rounding: "
+                "merge it where it was made and give the full model, or give the model under it as the base and the "
+                "adapter as sft_model_name_or_path"
+            )
         if is_adapter_folder(under):
             raise UserError(
                 f"the base model {under} is an adapter: give the model that it stands on, or merge the two first"
@@ -331,6 +354,7 @@ def load_model(path: str | Path, args: SRPPOConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise not_loaded("causal language model", path, error, args) from None
+    keep_unpacked(f"the model in {path}", model)
     return (model if quantized else model.to(device)).eval()
 
 

@@ -43,6 +43,7 @@ from srppo.models import (
     head_of,
     is_adapter_folder,
     is_peft,
+    keep_unpacked,
     load_model,
     lora_config,
     merged,
@@ -325,6 +326,7 @@ def frozen_roles(
                 "load it again, or give its folder"
             )
         require_no_float64(f"the {name}", model)
+        keep_unpacked(f"the {name}", model)
         model.eval()  # what trained it may have left it in training mode, where a router's noise is no dropout
     base_model = load_model(base, args) if isinstance(base, str) else base
     freeze(base_model)
@@ -420,6 +422,12 @@ def build_roles(
     value_model = {"auto": "adapter" if args.use_peft else "separate"}.get(args.value_model, args.value_model)
     if peft_config is not None and not args.use_peft:
         raise UserError("peft_config is for adapters: set use_peft=true, or leave it out to train all weights")
+    quantized = any(getattr(model, "is_quantized", False) for model in (base, sft))
+    if quantized and (not args.use_peft or value_model == "separate"):
+        raise UserError(
+            "base or SFT is a quantized model in memory, whose weights cannot be trained: set use_peft=true and "
+            "value_model=adapter, or give it in full precision"
+        )
     base_role, sft_role = frozen_roles(args, base, sft, share=args.use_peft)
     if not args.use_peft:
         policy = Role("policy", thawed(copy.deepcopy(sft_role.causal_lm)), trainable=True)

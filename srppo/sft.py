@@ -28,6 +28,7 @@ from srppo.models import (
     check_positions,
     check_tokens,
     has_adapter_layers,
+    keep_unpacked,
     load_model,
     load_tokenizer,
     require_full_precision,
@@ -187,6 +188,7 @@ def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
             "the model to fine-tune has adapter layers in it, of peft or an earlier run: load it again, or "
             "merge_and_unload() them"
         )
+    keep_unpacked("the model to fine-tune", model)
     role = Role("sft", model.eval(), trainable=True)  # the two looks at it are without its dropout
     check_head(role)
     layout = layout_of(role)
