@@ -166,8 +166,10 @@ def extension_arguments():
             extension.extra_compile_args.append(f'-DSRPPO_CUDA="{",".join(CUDA_ARCHITECTURES)}"')
             extension.extra_objects += objects
             extension.library_dirs += folders
-            # The runtime is linked statically: the wheel then needs torch's driver and no other CUDA library.
-            extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
+            # The runtime is linked statically: the wheel then needs torch's driver and no other CUDA library. In
+            # torch_cuda are the stable ABI's functions of streams and errors; torch 2.11's libtorch brings it along,
+            # 2.13's does not, as linkers leave that out.
+            extension.libraries += ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
 
         def compile_cuda(self):
             folder = Path(self.build_temp) / "cuda"

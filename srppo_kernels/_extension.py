@@ -70,6 +70,10 @@ except ImportError as error:
             _reason = f"the extension was not built for this Python, only for another: {', '.join(others)}"
     else:
         _reason = f"the extension does not load: {error}"
+        if "libtorch_cuda" in str(error):
+            _reason += (
+                " (it was built against a CUDA build of torch and this is none: install with --no-build-isolation)"
+            )
 
 _warned: set[str] = set()
 

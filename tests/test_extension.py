@@ -207,6 +207,38 @@ def test_a_failing_build_leaves_an_installation(tmp_path):
     assert not list((tmp_path / "lib").rglob("_C*"))
 
 
+def test_cuda_kernels_are_linked_to_what_they_need_of_torch(tmp_path):
+    """With compilers that note how they are called. Left to what comes along with libtorch, all of the extension failed
+    to load where it was built against torch 2.13, whose libtorch linkers leave out."""
+    note = (
+        f"#!{sys.executable}\nimport pathlib, sys\n"
+        + """
+arguments = sys.argv[1:]
+if "--dryrun" in arguments:
+    print("#$ TOP=/toolkit", file=sys.stderr)
+elif "-o" in arguments:
+    pathlib.Path(arguments[arguments.index("-o") + 1]).touch()
+    with pathlib.Path(__file__).with_name("calls.txt").open("a") as calls:
+        print(*arguments, file=calls)
+else:
+    print("13.0.0")
+"""
+    )
+    for name in ("c++", "g++", "gcc", "nvcc"):
+        (tmp_path / name).write_text(note)
+        (tmp_path / name).chmod(0o755)
+    options = ["setup.py", "build_ext", f"--build-temp={tmp_path}/t", f"--build-lib={tmp_path}/lib"]
+    code = "import runpy, sys, torch; torch.version.cuda = '13.0'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", f"import sys; sys.argv = {options}; {code}"]
+    environment = {"PATH": str(tmp_path), "USE_NINJA": "0", "MAX_JOBS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not [line for line in done.stderr.splitlines() if line.startswith("srppo: ")]
+    (link,) = (call.split() for call in (tmp_path / "calls.txt").read_text().splitlines() if "-shared" in call.split())
+    assert {"-ltorch_cpu", "-ltorch_cuda", "-lcudart_static", "-L/toolkit/lib64"} <= set(link)
+    assert len([name for name in link if name.endswith(".cu.o")]) == len(list((ROOT / "csrc").rglob("*.cu")))
+
+
 def test_on_windows_no_build_is_tried_and_the_installation_stays(tmp_path):
     options = ["setup.py", "build_ext", f"--build-temp={tmp_path}/t", f"--build-lib={tmp_path}/lib"]
     code = "import runpy, setuptools; sys.platform = 'win32'; runpy.run_path(sys.argv[0], run_name='__main__')"
