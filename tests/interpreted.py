@@ -3,6 +3,8 @@
 order   it takes programs in ascending order, a GPU in any: here shuffled, by another order every launch
 bounds  it reads and writes any memory: here no access may leave the tensors of its launch
 other   where a masked load has none it gives zeros, a GPU what happens to be there: here bits that are a NaN in a float
+
+And a loop's bound that a kernel loads: before Triton 3.9 numpy refuses it from 2.5 on, as an array that is no number.
 """
 
 import itertools
@@ -21,6 +23,7 @@ def as_on_a_gpu(interpreter: ModuleType) -> None:
     """Changes ``triton.runtime.interpreter`` for this process."""
     _shuffle(interpreter.interpreter_builder)
     _watch(interpreter)
+    _number(interpreter)
 
 
 @contextmanager
@@ -43,6 +46,16 @@ def _shuffle(builder: Any) -> None:
         generator.shuffle(order)
 
     builder.set_grid_dim, builder.set_grid_idx = shuffled, lambda *_: set_grid_idx(*order.pop())
+
+
+def _number(interpreter: ModuleType) -> None:
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def _watch(interpreter: ModuleType) -> None:
