@@ -2,7 +2,7 @@
 
 order   it takes programs in ascending order, a GPU in any: here shuffled, by another order every launch
 bounds  it reads and writes any memory: here no access may leave the tensors of its launch
-other   where a masked load has none it gives zeros, a GPU what happens to be there: here bits that are a NaN in a float
+other   where a masked load has none it gives zeros, a GPU what happens to be there: here NaN, inf and -inf, or -1
 
 And a loop's bound that a kernel loads: before Triton 3.9 numpy refuses it from 2.5 on, as an array that is no number.
 """
@@ -82,9 +82,7 @@ def _watch(interpreter: ModuleType) -> None:
         if other is None:
             kind = pointers.get_element_ty()
             dtype = np.dtype(interpreter._get_np_dtype(kind))
-            bits = dtype.type(True) if dtype.kind == "b" else np.frombuffer(b"\xff" * dtype.itemsize, dtype)[0]
-            nothing = np.full(pointers.data.shape, bits, dtype)
-            other = interpreter.TensorHandle(nothing, kind)
+            other = interpreter.TensorHandle(np.resize(_nothing(kind, dtype), pointers.data.shape), kind)
         return load(pointers, mask, other, *rest, **options)
 
     def checked_store(pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
@@ -98,6 +96,16 @@ def _watch(interpreter: ModuleType) -> None:
     executor._init_args_hst = beginning
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     builder.create_atomic_rmw = checked_update
+
+
+def _nothing(kind: Any, dtype: Any) -> Any:
+    """A maximum may drop a NaN, and a minimum infinity. NumPy has bf16 as its bits."""
+    if dtype.kind == "b":
+        return np.array(True)
+    ones = (1 << 8 * dtype.itemsize) - 1
+    infinity = ones >> 1 & -1 << kind.fp_mantissa_width if kind.is_floating() else ones
+    bits = [ones, infinity, ones ^ ones >> 1 | infinity]
+    return np.array(bits, f"u{dtype.itemsize}").view(dtype)
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -50,6 +50,21 @@ def test_blocks_of_any_number_of_dimensions():
 
 
 @triton.jit
+def grid_kernel(partials, programs, out):
+    tl.store(out, shared.grid_sum(partials, 1, programs))
+    tl.store(out + 1, shared.grid_max(partials, 1, programs))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 5])
+def test_partials_of_one_sum_and_no_other(programs, monkeypatch):
+    monkeypatch.setattr(shared, "_CHUNK", tl.constexpr(4))
+    partials, out = torch.full((3, programs), 99.0, dtype=torch.float64), torch.empty(2, dtype=torch.float64)
+    partials[1] = torch.arange(programs) % 3 / 8
+    grid_kernel[(1,)](partials, programs, out)
+    assert out.tolist() == [partials[1].sum(), partials[1].max()]
+
+
+@triton.jit
 def functions_kernel(x, out, clamped, N: tl.constexpr):
     at = tl.arange(0, N)
     given = tl.load(x + at)
