@@ -2,6 +2,8 @@
 loaded by TMA, interpreted.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from linear_logprob.head_problems import make
@@ -122,7 +124,30 @@ def test_tiles_of_a_device(plan, columns, monkeypatch):
     monkeypatch.setattr(
         triton_tiles.TensorDescriptor, "from_tensor", lambda *a: (descriptors.append(1), operand(*a))[1]
     )
-    monkeypatch.setattr(triton_tiles, "INTERPRETED", triton_tiles.Tile(16, columns, 16, 4, 1, tma=True))
+    monkeypatch.setattr(triton_tiles, "INTERPRETED", triton_tiles.Tile(32, columns, 16, 4, 1, tma=True))
     monkeypatch.setattr(triton_tiles, "INTERPRETED_GROUP", 256)
     check(make(n=20, d=24, v=304 if columns == 128 else 302, mask=torch.arange(20) % 3 > 0, bias=True), plan)
     assert len(descriptors) > 4
+
+
+def test_both_operands_choose_tile_and_arithmetic(monkeypatch):
+    """An fp32 head under bf16 rows takes 4-byte tiles and three products; dZ times those rows takes neither."""
+    from srppo_kernels.linear_logprob import triton_dz, triton_products, triton_scan
+
+    asked = []
+    for module, name in (
+        (triton_scan, "scan_tile"), (triton_dz, "scan_tile"), (triton_products, "tile_of"),
+        *((module, "arithmetic") for module in (triton_scan, triton_dz, triton_products)),
+    ):  # fmt: skip
+        original = getattr(module, name)
+
+        def noted(*a, of=original, at=(module, name)):
+            asked.append((*at, *(a[1:] if at[1] == "arithmetic" else a[2])))
+            return of(*a)
+
+        monkeypatch.setattr(module, name, noted)
+    p = make(n=20, d=24, v=70)
+    check(replace(p, hidden=p.hidden.detach().to(BF16).requires_grad_()), "recompute")
+    products = [(triton_products, name) for name in ("tile_of", "arithmetic")]
+    scans = [(module, name) for module in (triton_scan, triton_dz) for name in ("scan_tile", "arithmetic")]
+    assert set(asked) == {(*at, BF16, FP32) for at in (*scans, *products)} | {(*at, BF16, BF16) for at in products}
