@@ -115,19 +115,20 @@ def test_exponentials_leave_in_pairs_where_each_starts_at_a_multiple_of_its_size
 
 
 @pytest.mark.parametrize("plan", ["cache", "recompute"])
-@pytest.mark.parametrize("columns", [128, 256])
-def test_tiles_of_a_device(plan, columns, monkeypatch):
-    """Accumulators taken in 4 and in 8 parts, and operands that TMA reads, or cannot: rows of 300 exponentials."""
+@pytest.mark.parametrize(("columns", "tma"), [(128, True), (256, True), (64, False)])
+def test_tiles_of_a_device(plan, columns, tma, monkeypatch):
+    """Accumulators taken in 4 and in 8 parts, and operands that TMA reads, or cannot: rows of 300 exponentials; and
+    blocks of other sides than the interpreter's, as an sm_80's, through pointers alone."""
     from srppo_kernels.linear_logprob import triton_tiles
 
     descriptors, operand = [], triton_tiles.TensorDescriptor.from_tensor
     monkeypatch.setattr(
         triton_tiles.TensorDescriptor, "from_tensor", lambda *a: (descriptors.append(1), operand(*a))[1]
     )
-    monkeypatch.setattr(triton_tiles, "INTERPRETED", triton_tiles.Tile(32, columns, 16, 4, 1, tma=True))
+    monkeypatch.setattr(triton_tiles, "INTERPRETED", triton_tiles.Tile(32, columns, 16, 4, 1, tma=tma))
     monkeypatch.setattr(triton_tiles, "INTERPRETED_GROUP", 256)
     check(make(n=20, d=24, v=304 if columns == 128 else 302, mask=torch.arange(20) % 3 > 0, bias=True), plan)
-    assert len(descriptors) > 4
+    assert len(descriptors) > 4 if tma else not descriptors
 
 
 def test_both_operands_choose_tile_and_arithmetic(monkeypatch):
