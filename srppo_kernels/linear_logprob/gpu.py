@@ -36,11 +36,11 @@ ROW_BYTES = 320  # of a backward's vectors, for a row: outputs, scalars, lists; 
 
 
 @_extension.constant_when_traced  # a compiler that traces the public functions need not look for triton
-def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], *, explicit: bool) -> str:
-    """Why the kernels cannot run; empty if they can. ``explicit``: the backend was asked for by name."""
+def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    """Why the kernels cannot run; empty if they can. "auto" asks for CUDA devices alone, so never interprets them."""
     if torch.float64 in dtypes:
         return "the Triton kernels accumulate in float32 and the inputs are float64"
-    return _triton.obstacle(device, explicit)
+    return _triton.obstacle(device)
 
 
 def whole_columns(entries: int) -> int:

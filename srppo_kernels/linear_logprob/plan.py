@@ -136,7 +136,7 @@ def choose_backend(problem: Problem, backend: str) -> tuple[str, str]:
     if taken and not sm90.call_obstacle(problem.device, dtypes, problem.width):
         return "sm90", "the CUDA C++ scan for sm_90a is there, beside the Triton kernels"
     if backend == "triton" or (backend == "auto" and problem.device.type == "cuda"):
-        obstacle = gpu.obstacle(problem.device, dtypes, explicit=backend == "triton")
+        obstacle = gpu.obstacle(problem.device, dtypes)
         if not obstacle:
             return "triton", "backend='triton' was asked for" if backend == "triton" else "the Triton kernels are there"
         if backend == "triton":
