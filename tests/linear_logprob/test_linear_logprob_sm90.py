@@ -376,6 +376,9 @@ def test_a_dz_of_its_own_is_within_its_bytes(groups):
     one = rows * 2 * gpu.GROUP
     for size in (groups * one, (groups + 1) * one - 1):
         assert gpu.chunk_entries(rows, vocab, 2, size) == min(groups * gpu.GROUP, vocab)
+    size = groups * one
+    assert gpu.chunk_entries(rows, vocab, 4, 2 * size) == gpu.chunk_entries(rows, vocab, 2, size, gpu.GROUP // 2)
+    assert gpu.chunk_entries(rows, vocab, 4, 2 * size) == min(groups * gpu.GROUP, vocab)
     assert gpu.chunk_entries(rows, vocab, 2, 1) == gpu.GROUP
     assert gpu.chunk_entries(rows, vocab, 2, 0) == 8 * gpu.GROUP and gpu.chunk_entries(rows, 100, 2, 0) == 100
 
@@ -401,6 +404,30 @@ def test_what_explain_counts(monkeypatch):
     assert not plan.problem_of("linear_loss", x, x, None, entropy=True, **nothing).masked
     wide = said(posed(op="linear_loss", entropy=True, wide_weight=True))
     assert wide - said(loss) == 151936 * 4096 * 4 / MIB
+
+
+def test_what_explain_counts_of_other_shapes_and_dtypes(monkeypatch):
+    """And of no rows: a workspace that is too small then has nothing to divide by."""
+    monkeypatch.setattr(sm90, "call_obstacle", lambda *_: "")
+    monkeypatch.setattr(gpu, "obstacle", lambda *_: "")
+
+    def more(which, backend, changes, others):
+        """MiB of one problem beyond those of another."""
+        return said(posed(**changes), which, backend) - said(posed(**others), which, backend)
+
+    fp32, fp16 = ({"hidden_dtype": t, "weight_dtype": t} for t in (torch.float32, torch.float16))
+    row, of_rows = 8192 / MIB, 8192 * 4096 / MIB
+    assert more("score", "triton", fp32, {}) == 2 * of_rows  # gathered
+    assert more("score", "triton", {"vocab": 4097}, {"vocab": 4096}) == 12 * row  # a group's three numbers
+    assert gpu.scan_bytes(8192, 64, 8192, 2, tiles=7) - gpu.scan_bytes(8192, 64, 8192, 2) == 7 * 4 * 8192
+    small = {"vocab": 8192, "masked": False}
+    assert more("recompute", "triton", {**small, **fp16}, small) == 4 * of_rows  # sums in fp32, by position and by row
+    assert more("recompute", "triton", {**small, "wide_weight": True}, small) == of_rows * 4 - of_rows * 2
+    mixed = {"hidden_dtype": torch.float32}
+    assert more("recompute", "triton", mixed, {}) == 0  # dz is in bf16; fp32 rows go before an fp32 result comes
+    nothing = posed(rows=0, masked=False, wide_weight=True)
+    made = plan.choose(nothing, plan="recompute", workspace_bytes=1 << 20, backend="triton")
+    assert made.workspace_bytes > 0
 
 
 def test_rows_of_exponentials_that_are_padded(monkeypatch):
