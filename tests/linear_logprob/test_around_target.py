@@ -14,7 +14,7 @@ from launches import launched
 from linear_logprob.head_problems import make, relative, value_bound
 from linear_logprob.test_linear_logprob_sm90 import Call
 
-from srppo_kernels import _extension, linear_logprob, linear_loss, linear_ppo_loss
+from srppo_kernels import _extension, explain, linear_logprob, linear_loss, linear_ppo_loss
 from srppo_kernels.linear_logprob import gpu, sm90, triton_dz, triton_gradients
 from srppo_kernels.linear_logprob.backward import Destination
 from srppo_kernels.linear_logprob.chunked import Residual, RowOutputs
@@ -91,6 +91,19 @@ def test_rows_that_nobody_wrote_are_not_read(masked):
     twin = p.double()
     exact = torch.autograd.grad(twin.oracle()[0].sum(), twin.inputs())
     for got, right in zip(torch.autograd.grad(loss, p.inputs()), exact, strict=True):
+        assert relative(got, right) < 2e-5
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunks_of_rows(masked):
+    """Each chunk's exponentials are of its own rows: 128, and 22."""
+    p = make(n=150, d=16, v=64, **({"mask": torch.arange(150) % 3 > 0} if masked else {}))
+    args = (p.hidden, p.weight, p.targets, lambda lp, h, w: ((lp * w).sum(), {}), torch.linspace(-1, 1, 150))
+    options = {"backend": "sm90", "workspace_bytes": 128 * 64 * 4, **p.options}
+    assert explain(*args, op="linear_loss", **options).rows_per_chunk == 128
+    twin = p.double()
+    exact = torch.autograd.grad((twin.oracle()[0] * args[-1]).sum(), twin.inputs())
+    for got, right in zip(torch.autograd.grad(linear_loss(*args, **options)[0], p.inputs()), exact, strict=True):
         assert relative(got, right) < 2e-5
 
 
