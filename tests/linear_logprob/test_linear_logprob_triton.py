@@ -425,6 +425,13 @@ def test_strides_and_integer_targets():
     assert torch.equal(got.logprob.flatten(), expected)
 
 
+@pytest.mark.parametrize("plan", ["cache", "recompute"])
+def test_gradients_of_a_transposed_head_and_of_strided_rows(plan):
+    p = small()
+    wide, head = torch.zeros(N, 2 * D)[:, ::2].copy_(p.hidden.detach()), p.weight.detach().T.contiguous().T
+    check(replace(p, hidden=wide.requires_grad_(), weight=head.requires_grad_()), plan)
+
+
 @pytest.mark.parametrize("pair", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)])
 def test_mixed_dtypes(pair):
     p = small()
