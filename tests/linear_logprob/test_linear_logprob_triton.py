@@ -542,6 +542,20 @@ def test_offsets_of_exponentials_take_64_bits(checked):
     assert relative(residual.kept, dz) < 3e-6
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (20, 70)])
+def test_products_into_memory_of_any_strides(shape, checked):
+    """In 64 bits: a dweight has more than 2^31 elements from a vocabulary of 262144 and a width of 8192 on."""
+    from srppo_kernels.linear_logprob.triton_products import columns_product, rows_product
+
+    a, b = torch.randn(shape[0], 18), torch.randn(18, shape[1])
+    out, (rows, depth) = torch.empty(shape[::-1]).T, torch.tensor([[shape[0]], [18]], dtype=torch.int32)
+    out = far(out) if 1 in shape else out
+    rows_product(a, b, out, rows, accumulate=False)
+    assert relative(out, a.double() @ b.double()) < 1e-6
+    columns_product(a.T.contiguous(), b, out, depth, accumulate=True)
+    assert relative(out, 2 * (a.double() @ b.double())) < 1e-6
+
+
 def test_a_model_against_itself():
     p = small(dtype=torch.bfloat16)
     ratio = linear_log_ratio(
