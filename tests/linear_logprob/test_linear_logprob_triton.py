@@ -556,6 +556,22 @@ def test_products_into_memory_of_any_strides(shape, checked):
     assert relative(out, 2 * (a.double() @ b.double())) < 1e-6
 
 
+def test_a_product_back_to_where_its_rows_were():
+    """Zeros where a row has no factor, or lies beyond the count, be it NaN."""
+    from srppo_kernels.linear_logprob.triton_products import rows_product_back
+    from srppo_kernels.linear_logprob.triton_tiles import RowList
+
+    n, count = 40, 21
+    e, w, index, factor = torch.randn(n, 18), torch.randn(18, 70), torch.randperm(n), torch.randn(n)
+    factor[index[count:]] = factor[index[3:9]] = 0
+    e[factor[index] == 0] = torch.nan
+    out = torch.empty(n, 70)
+    rows_product_back(e, w, out, RowList(index, torch.tensor([count], dtype=torch.int32)), factor)
+    want = torch.zeros(n, 70, dtype=torch.float64)
+    want[index] = factor[index, None] * (e.nan_to_num().double() @ w.double())
+    assert relative(out, want) < 1e-6 and (out[factor == 0] == 0).all()
+
+
 def test_a_model_against_itself():
     p = small(dtype=torch.bfloat16)
     ratio = linear_log_ratio(
