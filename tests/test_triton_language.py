@@ -8,6 +8,7 @@ from srppo_kernels.gae import whiten
 
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
 shared = pytest.importorskip("srppo_kernels._triton_language")
+tiles = pytest.importorskip("srppo_kernels.linear_logprob.triton_tiles")
 pytestmark = needs_triton
 
 
@@ -77,6 +78,7 @@ def functions_kernel(x, out, clamped, N: tl.constexpr):
     tl.store(out + 2 * N + at, e)
     tl.store(out + 3 * N + at, less_one)
     tl.store(out + 4 * N + at, shared.log1p(given))
+    tl.store(out + 5 * N + at, tiles.tanh(given))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and infinity
@@ -86,17 +88,17 @@ def test_functions_keep_their_digits():
     near = torch.cat([torch.logspace(-9, 1.9, 1000), torch.linspace(0.3, 0.4, 500)])
     x = torch.cat([ends, near, -near, torch.linspace(-1, 20, 1083)])
     assert len(x) == 4096
-    out, clamped = torch.empty(5, len(x)), torch.empty_like(x)
+    out, clamped = torch.empty(6, len(x)), torch.empty_like(x)
     functions_kernel[(1,)](x, out, clamped, N=len(x))
     assert torch.equal(clamped.nan_to_num(-1), x.clamp(-20, 20).nan_to_num(-1))
     b, x = clamped.double(), x.double()
     tail = torch.where(b.abs() < 1e-2, b * b / 2 * (1 + b / 3 * (1 + b / 4 * (1 + b / 5))), b.expm1() - b)
     e = torch.where(x < -87, 0, torch.where(x > 88, torch.inf, x.exp()))
     less_one = torch.where(x.abs() < 1, x.expm1(), e - 1)
-    exact = {"e": b.exp(), "e - 1 - x": tail, "any e": e, "any e - 1": less_one, "log1p": x.log1p()}
+    exact = {"e": b.exp(), "e - 1 - x": tail, "any e": e, "any e - 1": less_one, "log1p": x.log1p(), "tanh": x.tanh()}
     for got, (name, want) in zip(out, exact.items(), strict=True):
         off = ((got - want) / want).abs().nan_to_num()  # where all is 0
-        bound = torch.full_like(x, 1e-7 if name.endswith("e") else 3e-7)
+        bound = torch.full_like(x, 1e-7 if name.endswith("e") else 5e-7 if name == "tanh" else 3e-7)
         if name == "e - 1 - x":
             bound[b.abs() > 0.34] = 2e-6  # where it is a difference
         assert (off <= bound)[want.isfinite()].all(), name
