@@ -373,13 +373,13 @@ def test_rows_with_a_gradient_fill_the_places_of_others(n, share, monkeypatch):
     from srppo_kernels.linear_logprob import triton_passes
     from srppo_kernels.linear_logprob.triton_passes import place
 
-    monkeypatch.setattr(triton_passes, "MOVED", (2, 2))
+    monkeypatch.setattr(triton_passes, "MOVED", (2, 32))  # of 48 columns
     monkeypatch.setattr(triton_passes, "PLACED", 512)
     live, log_sum, temperature = torch.rand(n) < 0.8, torch.rand(n) * 20, torch.rand(n) + 0.5
     log_sum[~live] = torch.nan
     order, g = live.nonzero()[:, 0], torch.randn(n).masked_fill(torch.rand(n) >= share, 0)
-    kept = torch.zeros(n + 1, gpu.whole_columns(3))[:, :3]
-    kept[: len(order)] = torch.stack([order + 1, order + 2, order + 3], 1).float()
+    kept = torch.zeros(n + 1, gpu.whole_columns(35))[:, :35]
+    kept[: len(order)] = order[:, None] + torch.arange(1.0, 36.0)
     live, g, log_sum = (torch.stack([t, t], 1)[:, 0] for t in (live, g, log_sum))  # views, as an upstream may be
     for moves in (False, True):
         listed = live & (g != 0) if moves else live
@@ -388,7 +388,7 @@ def test_rows_with_a_gradient_fill_the_places_of_others(n, share, monkeypatch):
         assert count.tolist() == [total]
         rows, others = index.split([total, n - total])
         assert torch.equal(rows.sort()[0], listed.nonzero()[:, 0]) and torch.equal(others, (~listed).nonzero()[:, 0])
-        assert torch.equal(kept[:total, 0], rows + 1.0) and torch.equal(kept[:total, 2], rows + 3.0)
+        assert torch.equal(kept[:total], rows[:, None] + torch.arange(1.0, 36.0))
         stay = listed[order[:total]]  # those that need not move do not
         assert torch.equal(rows[stay], order[:total][stay])
         exact = torch.where(live & (g != 0), -0.7 * g.double() * (-log_sum.double()).exp() / temperature, 0)
