@@ -32,7 +32,8 @@ def small_steps(monkeypatch):
 
     monkeypatch.setattr(triton_scan, "MERGED", (32, 2))
     monkeypatch.setattr(triton_passes, "GATHERED", (8, 16))
-    monkeypatch.setattr(triton_passes, "SCALE_PROGRAMS", 1)
+    monkeypatch.setattr(triton_passes, "SCALED", 1024)
+    monkeypatch.setattr(triton_passes, "SCALE_PROGRAMS", 2)
     monkeypatch.setattr(triton_dz, "DZ_STILL_MAXIMA", 4)
     monkeypatch.setattr(gpu, "CHUNK_GROUPS", 1)  # a dz of its own is one of 128 entries
     with fresh_memory_is_nan():
