@@ -1,7 +1,8 @@
 """Where metrics go besides ``metrics.jsonl``: TensorBoard, wandb, trackio.
 
 wandb and trackio share an interface (``init``, ``log``, ``finish``), and are used by it where they are installed. A run
-is known to them by its output folder, so that a resumed run goes on in the same chart.
+is known to them by its output folder, so that a resumed run goes on in the same chart. Run with wandb 0.31 offline and
+trackio 0.43 on its own database; the tests have a module in their place.
 """
 
 from __future__ import annotations
