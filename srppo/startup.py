@@ -133,7 +133,8 @@ def sampler_apart(metrics: Mapping[str, float], top_p: float) -> str | None:
     return (
         f"the sampler's log-probs are {mean:.2f} nats a token from the policy's, so PPO would learn from another "
         "model's samples: is there a setting of the checkpoint's configuration (sliding_window, rope_scaling) that its "
-        "key-value cache or server takes and its forward does not? importance_cap weighs the difference in"
+        "key-value cache or server takes and its forward does not, or does a server serve another model than the one "
+        "that the adapter stands on? importance_cap weighs the difference in"
     )
 
 

@@ -1,16 +1,20 @@
-"""A server that speaks the part of vLLM's HTTP API that the trainer uses, over a tiny model with real LoRA adapters."""
+"""A server that speaks the part of vLLM's HTTP API that the trainer uses, over a tiny model with real LoRA adapters.
+
+Its answers, refusals among them, are those that vLLM 0.32.0 on a CPU gave to the same requests.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 
 class FakeVLLM:
@@ -20,12 +24,15 @@ class FakeVLLM:
         alter: changes the answer to ``/v1/completions`` before it is sent.
 
     ``generation_config`` is the checkpoint's: what vLLM takes a request's ``top_k`` from where it names none, and
-    further tokens to stop at.
+    further tokens to stop at. The other attributes are how the server was started: ``--max-lora-rank``, None without
+    ``--enable-lora``; ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``; ``--logprobs-mode``; ``--max-model-len``.
     """
 
     def __init__(self, base: str, alter: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> None:
         self.base, self.alter = base, alter
         self.generation_config: dict[str, Any] = {}
+        self.max_lora_rank: int | None = 16
+        self.runtime_updating, self.processed_logprobs, self.max_model_len = True, True, 128
         self.models: dict[str, Any] = {}
         self.requests: list[tuple[str, Any]] = []
         self.lock = Lock()
@@ -42,7 +49,7 @@ class FakeVLLM:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {"data": [{"id": name} for name in (fake.base, *fake.models)]})
+                self.answer(200, {"object": "list", "data": [{"id": name} for name in (fake.base, *fake.models)]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -62,35 +69,62 @@ class FakeVLLM:
         return Handler
 
     def act(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path.endswith("lora_adapter") and not self.runtime_updating:
+            return 404, {"detail": "Not Found"}
         if path == "/v1/load_lora_adapter":
-            if body["lora_name"] in self.models:
-                return 400, {"error": {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}}
-            with torch.random.fork_rng(devices=[]):  # a server of its own would not draw from the trainer's generator
-                base = AutoModelForCausalLM.from_pretrained(self.base)
-                self.models[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"]).eval()
-            return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
+            return self.load(body["lora_name"], body["lora_path"])
         if path == "/v1/unload_lora_adapter":
-            del self.models[body["lora_name"]]
+            if self.models.pop(body["lora_name"], None) is None:
+                return refused(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
             return 200, f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
-        if body["model"] not in self.models:
-            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        if body["model"] not in (self.base, *self.models):
+            return refused(404, f"The model `{body['model']}` does not exist. Valid aliases: {self.base}.")
+        if len(body["prompt"]) >= self.max_model_len or body["max_tokens"] > self.max_model_len:
+            return refused(400, f"... cannot be greater than max_model_len={self.max_model_len} ...")
         return 200, self.alter(self.complete(body))
+
+    def load(self, name: str, path: str) -> tuple[int, Any]:
+        failed = "Call to add_lora method failed: Worker failed with error '{}', please check the stack trace above"
+        if name in self.models:
+            return refused(400, f"The lora adapter '{name}' has already been loaded. If you want to ...")
+        if self.max_lora_rank is None:
+            return refused(500, failed.format("LoRA is not enabled. Use --enable-lora to enable LoRA."))
+        if not (config := Path(path, "adapter_config.json")).exists():
+            return refused(404, f"Loading lora {name} failed: No adapter found for {path}")
+        if (rank := json.loads(config.read_bytes())["r"]) > self.max_lora_rank:
+            return refused(500, failed.format(f"LoRA rank {rank} is greater than max_lora_rank {self.max_lora_rank}."))
+        with torch.random.fork_rng(devices=[]):
+            self.models[name] = PeftModel.from_pretrained(self.base_model(), path).eval()
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def base_model(self) -> Any:
+        with torch.random.fork_rng(devices=[]):  # a server of its own would not draw from the trainer's generator
+            return AutoModelForCausalLM.from_pretrained(self.base).eval()
 
     @torch.no_grad()
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        model, generator = self.models[body["model"]], torch.Generator().manual_seed(body["seed"])
+        """One completion, cut where the context is full, and with what was asked for beside its text."""
+        model = self.models.get(body["model"]) or self.base_model()
+        generator = torch.Generator().manual_seed(body["seed"])
         ids, logprobs, reason = list(body["prompt"]), [], "length"
         top_k = {"top_k": 0, **self.generation_config, **body}["top_k"]
         own_stops = [] if body.get("ignore_eos") else self.generation_config.get("eos_token_id", [])
-        while len(ids) < len(body["prompt"]) + body["max_tokens"]:
-            logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float() / body["temperature"]
+        while len(ids) < min(len(body["prompt"]) + body["max_tokens"], self.max_model_len):
+            raw = model(input_ids=torch.tensor([ids])).logits[0, -1:].float()
+            logits = raw / body["temperature"]
             if top_k > 0:
-                logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+                logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+            logits = TopPLogitsWarper(float(body["top_p"]))(torch.tensor([ids]), logits)
             token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-            logprobs.append(logits.log_softmax(-1)[token].item())
+            logprobs.append((logits if self.processed_logprobs else raw).log_softmax(-1)[0, token].item())
             ids.append(token)
-            if token in (*body["stop_token_ids"], *own_stops):
+            if token in (*body.get("stop_token_ids", ()), *own_stops):
                 reason = "stop"
                 break
-        choice = {"token_ids": ids[len(body["prompt"]) :], "finish_reason": reason, "text": ""}
-        return {"choices": [choice | {"logprobs": {"token_logprobs": logprobs}}]}
+        tokens = ids[len(body["prompt"]) :] if body.get("return_token_ids") else None
+        asked = {"token_logprobs": logprobs} if "logprobs" in body else None
+        return {"choices": [{"index": 0, "text": "", "finish_reason": reason, "token_ids": tokens, "logprobs": asked}]}
+
+
+def refused(status: int, message: str) -> tuple[int, Any]:
+    return status, {"error": {"message": message, "param": None, "code": status}}

@@ -79,7 +79,8 @@ def test_a_run_samples_from_a_server_that_is_given_every_new_policy(tiny_models,
     moved = max(abs(run.history[2][name] - run.history[0][name]) for name in ("objective/kl", "objective/logp_sft"))
     assert moved > 1e-3, "otherwise a server that was never brought up to date would have passed"
     kinds = [path for path, _ in server.requests]
-    assert kinds.count("/v1/load_lora_adapter") == 3 and kinds.count("/v1/completions") == 12
+    assert kinds.count("/v1/load_lora_adapter") == 1 + 3, "the first is of none, which tells whether one could be"
+    assert kinds.count("/v1/completions") == 12
     assert list(server.models) == [f"{run.engine.prefix}2"], "older adapters are unloaded"
     assert [path.name for path in (tmp_path / "adapters").iterdir()] == list(server.models)
     asked = [body for path, body in server.requests if path == "/v1/completions"]
@@ -162,6 +163,7 @@ def change(**changes):
         (change(token_ids=[1], logprobs={"token_logprobs": [0.5]}, finish_reason="length"), "log-probs that are none"),
         (change(token_ids=[1], logprobs={"token_logprobs": [-1.0]}, finish_reason="stop"), "does not fit the stop"),
         (change(token_ids=[0, 1], logprobs={"token_logprobs": [-1.0, -1.0]}, finish_reason="length"), "does not fit"),
+        (change(token_ids=[1], logprobs={"token_logprobs": [-1.0]}, finish_reason="length"), "cut a completion at 1 t"),
         (change(token_ids=[1], logprobs={"token_logprobs": [-1.0]}, finish_reason="abort"), None),
     ],
 )
@@ -189,9 +191,67 @@ def test_what_is_wrong_with_the_server_is_said_before_training(tiny_models, tmp_
     with pytest.raises(UserError, match="needs use_peft=true"):
         full.train()
     run = run_with(tiny_models, tmp_path / "c", server.url)
-    server.act = lambda path, body: (400, "LoRA is not enabled")
-    with pytest.raises(UserError, match=r"refused /v1/load_lora_adapter \(400\): LoRA is not enabled"):
+    server.act = lambda path, body: (400, "No")
+    with pytest.raises(UserError, match=r"refused /v1/load_lora_adapter \(400\): No; to load adapters it needs"):
         run.train()
+
+
+def test_a_server_that_was_started_without_what_adapters_need_is_refused_before_training(tiny_models, tmp_path, server):
+    run, needs = run_with(tiny_models, tmp_path, server.url), "; to load adapters it needs VLLM_ALLOW_RUNTIME_LORA_UPD"
+    for started, said in (({"runtime_updating": False}, r'\(404\): {"detail": "Not Found"}'),
+                          ({"max_lora_rank": None}, r"\(500\): .*LoRA is not enabled.*")):  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in started.items():
+                patch.setattr(server, name, value)
+            with pytest.raises(UserError, match=said + needs):
+                run.engine.models(adapters=True)  # what is asked before SFT
+    assert run.engine.models(adapters=True)[0]["id"] == tiny_models.base
+    server.max_lora_rank = 3
+    with pytest.raises(UserError, match=r"LoRA rank 4 is greater than max_lora_rank 3.*a --max-lora-rank of lora_r or"):
+        run.train()
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "harmless"), [(1.0, 1.0, True), (0.7, 1.0, False), (1.0, 0.9, False)])
+def test_log_probs_from_before_temperature_and_top_p_are_refused_before_training(
+    tiny_models, tmp_path, server, temperature, top_p, harmless
+):
+    run = run_with(tiny_models, tmp_path, server.url)
+    run.engine.sampling = dataclasses.replace(SAMPLING, temperature=temperature, top_p=top_p)
+    run.engine.models(adapters=True)
+    server.processed_logprobs = False
+    if harmless:
+        run.engine.models(adapters=True)
+    else:
+        with pytest.raises(UserError, match="start it with --logprobs-mode processed_logprobs"):
+            run.engine.models(adapters=True)
+
+
+def test_a_stop_token_in_the_last_place_ends_a_completion_whatever_the_server_says_of_it(tiny_models, tmp_path, server):
+    """vLLM 0.32.0 says stop; 0.10.2 looks at the length first, and says length."""
+    run = run_with(tiny_models, tmp_path, server.url)
+    for reason in ("stop", "length"):
+        server.alter = change(token_ids=[1, 1, 1, 1, 0], logprobs={"token_logprobs": [-1.0] * 5}, finish_reason=reason)
+        assert not run.engine.sample(run.roles.policy, PROMPTS, step=0).truncated.any()
+
+
+def test_a_completion_that_the_servers_context_cuts_is_refused(tiny_models, tmp_path, server):
+    """vLLM cuts it without a word, and PPO would learn that completions of long prompts are short."""
+    run = run_with(tiny_models, tmp_path, server.url)
+    run.engine.sampling = dataclasses.replace(SAMPLING, stop_token_ids=())
+    server.max_model_len = 7
+    with pytest.raises(UserError, match=r"cut a completion at 4 tokens, of 5: raise its --max-model-len, .* 3 count"):
+        run.engine.sample(run.roles.policy, PROMPTS, step=0)
+
+
+def test_a_server_that_was_started_again_is_given_the_next_adapter(tiny_models, tmp_path, server):
+    run = run_with(tiny_models, tmp_path, server.url)
+    run.engine.sample(run.roles.policy, PROMPTS, step=0)
+    server.models.clear()
+    run.engine.sample(run.roles.policy, PROMPTS, step=1)
+    assert list(server.models) == [folder.name for folder in run.engine.folder.iterdir()] == [f"{run.engine.prefix}1"]
+    server.runtime_updating = False
+    with pytest.raises(UserError, match="refused /v1/unload_lora_adapter"):
+        run.engine.unload(["it"])
 
 
 class Silent(HFEngine):
