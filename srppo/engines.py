@@ -91,10 +91,11 @@ class VLLMEngine:
     """A vLLM server that samples from the policy's LoRA adapter over HTTP.
 
     For vLLM 0.10.2 and later (``return_token_ids``). Run with 0.32.0 on a CPU, with two-layer Llama and Qwen2 models of
-    width 256; not yet on a GPU, nor with another version. In float32 its log-probs were within 3e-5 nats of the
-    trainer's, 1e-6 on average, for every adapter of runs that moved the policy by nats, at temperatures 0.7, 1 and 1.3;
-    with top-p, of transformers' processors on the trainer's logits; in bfloat16 0.004 to 0.012 on average. Two runs of
-    a seed, and one that was killed and resumed, had the same bits. The tests' fake server answers as that one did.
+    width 256; not yet on a GPU. In float32 the server's log-probs were within 3e-5 nats of the trainer's, at most 3e-6
+    on average, for every adapter of runs that moved the policy by nats, at temperatures 0.7, 1 and 1.3; with top-p,
+    within 1e-5 of transformers' processors on the trainer's logits; in bfloat16 0.004 to 0.012 apart on average. Two
+    runs of a seed, and runs that went on after the trainer or the server was killed, had the same bits. With 0.16.0 the
+    Llama at temperature 1.3 agreed as closely. The tests' fake server answers as 0.32.0 did.
 
     The server is started beside the trainer, with the model that the adapter stands on (the base; for a full SFT model,
     that one), on a machine that sees the same file system::
@@ -105,8 +106,8 @@ class VLLMEngine:
     and serves one run at a time, which takes off what others left there. The newest adapter stays on it when the run
     ends. ``processed_logprobs`` are those after temperature and top-p, which are what was sampled from. What the
     checkpoint's generation_config would add to a request is off in each of them, but for its ``max_new_tokens``, which
-    bounds every request of a server without that last option (not of 0.32.0, but up to 0.16.0 at least). Each sequence
-    has a seed of its own, drawn from torch's generator, so that a resumed run asks for the same samples.
+    bounds every request of a 0.16.0 server without that last option (of 0.32.0 it does not), and is refused. Each
+    sequence has a seed of its own, drawn from torch's generator, so that a resumed run asks for the same samples.
 
     Args:
         url: of the server.
