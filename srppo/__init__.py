@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from srppo.sft import run_sft
     from srppo.trainer import SRPPOTrainer
 
-_SUBMODULES = ("data", "distributed", "evaluation", "losses", "metrics", "modules", "ppo")
+_SUBMODULES = ("data", "distributed", "engines", "evaluation", "losses", "metrics", "modules", "ppo")
 _LAZY = {
     "PipelineConfig": "srppo.config",
     "SRPPOConfig": "srppo.config",
