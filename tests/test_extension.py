@@ -187,18 +187,22 @@ print(extension.why())
     assert f"but in {site / 'srppo_kernels'}: run Python from another folder, or install with" in done.stdout
 
 
+def built_for_cuda(folder: Path, **environment: str) -> list[str]:
+    """What setup.py says that is lost where torch is one for CUDA and a folder has all compilers; it ends well."""
+    options = ["setup.py", "build_ext", f"--build-temp={folder}/t", f"--build-lib={folder}/lib"]
+    code = "import runpy, sys, torch; torch.version.cuda = '13.0'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", f"import sys; sys.argv = {options}; {code}"]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(folder), **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [line for line in done.stderr.splitlines() if line.startswith("srppo: ")]
+
+
 def test_a_failing_build_leaves_an_installation(tmp_path):
     # Compilers that refuse everything: setup.py ends well and says in a line each what is lost. clang++ alone is tried.
     for name in ("clang++", "nvcc"):
         (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": str(tmp_path)}
-    options = ["setup.py", "build_ext", f"--build-temp={tmp_path}/t", f"--build-lib={tmp_path}/lib"]
-    code = "import runpy, sys, torch; torch.version.cuda = '13.0'; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", f"import sys; sys.argv = {options}; {code}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stderr.splitlines() if line.startswith("srppo: ")]
+    lines = built_for_cuda(tmp_path)
     assert len(lines) == 2
     assert lines[0].startswith("srppo: CUDA kernels are not built: Command") and "nvcc" in lines[0]
     assert lines[1].startswith("srppo: the extension could not be built (") and "nvcc" not in lines[1]
@@ -227,13 +231,7 @@ else:
     for name in ("c++", "g++", "gcc", "nvcc"):
         (tmp_path / name).write_text(note)
         (tmp_path / name).chmod(0o755)
-    options = ["setup.py", "build_ext", f"--build-temp={tmp_path}/t", f"--build-lib={tmp_path}/lib"]
-    code = "import runpy, sys, torch; torch.version.cuda = '13.0'; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", f"import sys; sys.argv = {options}; {code}"]
-    environment = {"PATH": str(tmp_path), "USE_NINJA": "0", "MAX_JOBS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not [line for line in done.stderr.splitlines() if line.startswith("srppo: ")]
+    assert built_for_cuda(tmp_path, USE_NINJA="0", MAX_JOBS="1") == []
     (link,) = (call.split() for call in (tmp_path / "calls.txt").read_text().splitlines() if "-shared" in call.split())
     assert {"-ltorch_cpu", "-ltorch_cuda", "-lcudart_static", "-L/toolkit/lib64"} <= set(link)
     assert len([name for name in link if name.endswith(".cu.o")]) == len(list((ROOT / "csrc").rglob("*.cu")))
