@@ -16,15 +16,6 @@ bool avx512_bf16() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
 }
-
-int find_amd_family() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(0, &a, &b, &c, &d)) return 0;
-  if (b != signature_AMD_ebx || c != signature_AMD_ecx || d != signature_AMD_edx) return 0;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
-  const unsigned family = a >> 8 & 0xf;
-  return static_cast<int>(family == 0xf ? family + (a >> 20 & 0xff) : family);
-}
 #endif
 
 struct Detected {
@@ -63,12 +54,12 @@ std::atomic<int>& current() {
 
 }  // namespace
 
-int amd_family() {
+bool is_amd() {
 #if defined(__x86_64__)
-  static const int family = find_amd_family();
-  return family;
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
 #else
-  return 0;
+  return false;
 #endif
 }
 

@@ -20,7 +20,7 @@ CpuLevel cpu_level();
 // Caps the level; a level above the detected one is cut to it. Returns the level now in use.
 CpuLevel set_cpu_level(CpuLevel level);
 
-// The family of an AMD CPU (0x19: Zen 3 and 4, 0x1a: Zen 5); 0 for others. Asked once: a virtual machine traps CPUID.
-int amd_family();
+// Whether AMD made this CPU.
+bool is_amd();
 
 }  // namespace srppo

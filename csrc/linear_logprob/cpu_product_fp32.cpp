@@ -10,6 +10,7 @@
 
 #include "../common/ahead.h"
 #include "../common/cpu_level.h"
+#include "../common/cut.h"
 #include "../common/scratch.h"
 #include "../common/tensors.h"
 #include "../common/workers.h"
@@ -88,23 +89,18 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
   const auto write_edge = SRPPO_AT_LEVEL(write_edge);
   const std::int64_t panel = SRPPO_AT_LEVEL(panel_width)(), tile = tile_height(kRows);
 
-  // A task for every thread, by cutting the longer side; room for its block in a bounded workspace, by cutting rows; and
-  // then fewer threads work.
+  // Room for a thread's block in a bounded workspace, by cutting rows; and then fewer threads work.
   const std::int64_t threads = threads_there(), workspace = workspace_of(bound), least = 2 * panel;
-  std::int64_t row_blocks = blocks_of(m, kRows), column_blocks = blocks_of(n, kColumns);
-  while (row_blocks * column_blocks < threads && std::max(m / row_blocks, n / column_blocks) > least)
-    ++(m / row_blocks > n / column_blocks ? row_blocks : column_blocks);
-  const std::int64_t columns = blocks_of(blocks_of(n, column_blocks), panel) * panel;
-  const auto rows_of = [&](std::int64_t blocks) { return blocks_of(blocks_of(m, blocks), tile) * tile; };
+  const Side down{m, kRows, tile, 8}, across{n, kColumns, panel, 32};
+  auto [rows, columns] = cut_for(down, across, threads);
   const auto bytes = [&](std::int64_t rows) { return 4 * (kSteps * (rows + 2 * panel) + tile * panel); };
-  while (threads > workspace / bytes(rows_of(row_blocks)) && m / row_blocks > least) ++row_blocks;
-  const std::int64_t rows = rows_of(row_blocks), each = bytes(rows);
+  while (threads > workspace / bytes(rows) && rows > least) rows = down.size_of(down.blocks(rows - tile));
+  const std::int64_t each = bytes(rows), row_blocks = down.blocks(rows), column_blocks = across.blocks(columns);
   parallel_within(workspace, each, row_blocks * column_blocks, [&](std::int64_t begin, std::int64_t end) {
     Scratch<float> packed(rows * kSteps), panels(2 * panel * kSteps), edge(tile * panel);
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t r0 = task / column_blocks * rows, c0 = task % column_blocks * columns;
       const std::int64_t count = std::min(rows, m - r0), width = std::min(columns, n - c0);
-      if (count <= 0 || width <= 0) continue;
       float *now = panels.data(), *other = now + panel * kSteps;
       const auto packer = [&](std::int64_t k, std::int64_t c, std::int64_t shares, float* to) {
         return PanelPacker{b,     pack_b,       k, std::min(depth, k + kSteps), c0 + c, std::min(width - c, panel),
@@ -139,7 +135,7 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
 
 // Whether this product was measured to be faster than torch's, which is MKL's: on AMD's Zen 4 and Zen 5 it was, with
 // tiles of AVX-512 as with those of AVX2. On Intel nobody measured it, and MKL is at home there.
-bool linear_logprob_product_fp32_is_faster() { return cpu_level() >= CpuLevel::avx2 && amd_family() > 0; }
+bool linear_logprob_product_fp32_is_faster() { return cpu_level() >= CpuLevel::avx2 && is_amd(); }
 
 }  // namespace
 }  // namespace srppo
