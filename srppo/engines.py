@@ -138,6 +138,12 @@ class VLLMEngine:
         models: list[dict[str, Any]] = self.call("/v1/models", None).get("data", [])
         if not models:
             raise UserError(f"the vLLM server at {self.url} serves no model")
+        room, wanted = models[0].get("max_model_len"), self.sampling.max_completion_length
+        if isinstance(room, int) and room <= wanted:
+            raise UserError(
+                f"the vLLM server at {self.url} takes {room} tokens of prompt and completion, which leaves a prompt "
+                f"none beside max_completion_length={wanted}: start it with a larger --max-model-len, or ask for less"
+            )
         self.require_adapters()
         self.require_processed_logprobs(str(models[0].get("id")))
         return models

@@ -49,7 +49,9 @@ class FakeVLLM:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {"object": "list", "data": [{"id": name} for name in (fake.base, *fake.models)]})
+                cards = [{"id": fake.base, "max_model_len": fake.max_model_len}]
+                cards += [{"id": name, "max_model_len": None} for name in fake.models]
+                self.answer(200, {"object": "list", "data": cards})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

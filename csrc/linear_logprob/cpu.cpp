@@ -281,7 +281,7 @@ void scan_on_tiles(const Scan& scan, std::int64_t workspace, Partial* partials) 
   const std::int64_t most_block = std::clamp(room, kTileFewestRows, row_block);
   for (std::int64_t first = 0; first < of.n; first += most) {
     const std::int64_t count = std::min(most, of.n - first), panels = (count + kTilePanel - 1) / kTilePanel;
-    const Side across{panels, most_block / kTilePanel, 1, 2};
+    const Side across{panels, most_block / kTilePanel, 1, 2};  // panels; the head is copied as long as two take, or less
     const std::int64_t block = cut_for(across, Side{groups, 1, 1, 0}, threads_there()).rows;  // panels
     const std::int64_t blocks = across.blocks(block);
     TileRows rows(width, count);

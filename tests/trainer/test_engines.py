@@ -241,6 +241,11 @@ def test_a_completion_that_the_servers_context_cuts_is_refused(tiny_models, tmp_
     server.max_model_len = 7
     with pytest.raises(UserError, match=r"cut a completion at 4 tokens, of 5: raise its --max-model-len, .* 3 count"):
         run.engine.sample(run.roles.policy, PROMPTS, step=0)
+    server.max_model_len = SAMPLING.max_completion_length  # no prompt fits beside it: said before anything is trained
+    with pytest.raises(UserError, match=r"takes 5 tokens .* max_completion_length=5: start it with a larger --max-"):
+        run.engine.models(adapters=True)
+    server.max_model_len += 1
+    run.engine.models(adapters=True)
 
 
 def test_a_server_that_was_started_again_is_given_the_next_adapter(tiny_models, tmp_path, server):
