@@ -29,7 +29,7 @@ def log(clock) -> tuple[Console, io.StringIO]:
 
 def test_output_goes_to_standard_error_and_quiet_says_nothing(capfd):
     """As it is given: no markup, and a long line is one line, for a terminal or a file to break."""
-    long = "[bold] " + 40 * "word "
+    long = "[bold]" + 40 * " word"
     Console().note(f"hello {long}")
     Console().warn(f"careful {long}")
     Console(quiet=True).note("never")
@@ -45,7 +45,8 @@ def test_on_a_terminal_a_warning_is_yellow_and_a_note_plain(monkeypatch, capfd):
     monkeypatch.delenv("NO_COLOR", raising=False)
     Console().note("step 3 of 'run'")
     Console().warn("at 3")
-    assert capfd.readouterr().err == "step 3 of 'run'\n\x1b[33mwarning: at 3\x1b[0m\n"
+    printed = capfd.readouterr().err.replace("\x1b[33m\n\x1b[0m", "\n")  # rich before 14.3 colours the line's end, too
+    assert printed == "step 3 of 'run'\n\x1b[33mwarning: at 3\x1b[0m\n"
 
 
 def test_progress_in_a_log_is_a_line_now_and_then_and_not_one_a_step(log, clock):
