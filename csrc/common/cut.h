@@ -28,7 +28,8 @@ struct Block {
 };
 
 // Of cuts into up to two tasks a thread, or a little more than the fewest that fit, the one that is done soonest; of
-// equal ones that of fewer blocks of rows, then of columns. A thread has as many tasks as any other, or one less.
+// equal ones that of fewer blocks of rows, then of columns. A thread takes as many tasks as parallel_for deals to it: all of
+// them by the number of threads, rounded up, and the last threads what is left.
 inline Block cut_for(const Side& rows, const Side& columns, std::int64_t threads) {
   Block best{rows.size_of(rows.fewest()), columns.size_of(columns.fewest())};
   std::int64_t least = std::numeric_limits<std::int64_t>::max();

@@ -281,7 +281,7 @@ void scan_on_tiles(const Scan& scan, std::int64_t workspace, Partial* partials) 
   const std::int64_t most_block = std::clamp(room, kTileFewestRows, row_block);
   for (std::int64_t first = 0; first < of.n; first += most) {
     const std::int64_t count = std::min(most, of.n - first), panels = (count + kTilePanel - 1) / kTilePanel;
-    const Side across{panels, most_block / kTilePanel, 1, 2};  // panels; the head is copied as long as two take, or less
+    const Side across{panels, most_block / kTilePanel, 1, 2};  // panels; copying the head as two of them [estimated]
     const std::int64_t block = cut_for(across, Side{groups, 1, 1, 0}, threads_there()).rows;  // panels
     const std::int64_t blocks = across.blocks(block);
     TileRows rows(width, count);
@@ -360,7 +360,7 @@ void scan_on_vectors(const Scan& scan, std::int64_t workspace, Partial* partials
     return 4 * ((panels * tile.panel + 2) * packer.steps + rows * (packer.steps + ldz));
   };
   const std::int64_t room = (workspace / threads_there() - each(0)) / (each(1) - each(0)) / kFewestRows * kFewestRows;
-  // Packing a panel of the head takes as long as 16 rows by it, or 5 % of the time at 336 rows.
+  // Packing a panel of the head takes as long as 16 rows by it: 5 % of the time at 336.
   const Side rows{n, std::clamp(room, kFewestRows, kRowBlock), 1, 16};
   const std::int64_t block = cut_for(rows, Side{groups, 1, 1, 0}, threads_there()).rows, row_blocks = rows.blocks(block);
   parallel_within(workspace, each(block), groups * row_blocks, [&](std::int64_t begin, std::int64_t end) {

@@ -91,7 +91,7 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
 
   // Room for a thread's block in a bounded workspace, by cutting rows; and then fewer threads work.
   const std::int64_t threads = threads_there(), workspace = workspace_of(bound), least = 2 * panel;
-  const Side down{m, kRows, tile, 8}, across{n, kColumns, panel, 32};
+  const Side down{m, kRows, tile, 8}, across{n, kColumns, panel, 32};  // packing as in cpu_product.cpp
   auto [rows, columns] = cut_for(down, across, threads);
   const auto bytes = [&](std::int64_t rows) { return 4 * (kSteps * (rows + 2 * panel) + tile * panel); };
   while (threads > workspace / bytes(rows) && rows > least) rows = down.size_of(down.blocks(rows - tile));
