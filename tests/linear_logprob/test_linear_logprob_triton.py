@@ -322,6 +322,9 @@ def test_live_rows_and_their_targets(n, masked, dtype):
         some = targets.masked_fill(~fine, ignore_index)
         live, fit = live_targets(torch.stack([some, some + 1], 1)[:, 0], mask, ignore_index, V)
         assert torch.equal(live, live_rows(some, mask, ignore_index)) and fit.tolist() == [1]
+        if mask is not None:  # what was viewed as bool may be any number but 0
+            bytes_ = (mask.to(torch.uint8) * torch.randint(2, 256, (n,)).to(torch.uint8)).view(torch.bool)
+            assert torch.equal(live_targets(some, bytes_, ignore_index, V)[0], live)
         for wrong, at in ((-5, slice(-1, None)), (V, slice(-1, None)), (V + 1, slice(1))):
             off = some.clone()
             off[at] = wrong
@@ -541,6 +544,33 @@ def test_offsets_of_exponentials_take_64_bits(checked):
     for got, want in ((dhidden, dz @ p.weight.double()), (into.weight, dz.T @ p.hidden.double()), (into.bias, dz[0])):
         assert relative(got, want) < 3e-6
     assert relative(residual.kept, dz) < 3e-6
+
+
+def test_offsets_of_rows_that_move_take_64_bits(checked):
+    """Of four rows 2^30 apart the last, at 3 x 2^30, comes to the place of the third, at 2^31."""
+    from srppo_kernels.linear_logprob.triton_passes import place
+
+    kept = torch.empty(3 * 2**30 + 64, dtype=torch.uint8).as_strided((4, 5), (2**30, 1))  # nine pages of it are touched
+    kept.copy_(torch.arange(20).view(4, 5))
+    g, live = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.ones(4, dtype=torch.bool)
+    index, count, _ = place(kept, live, g, torch.zeros(4), None, 1.0, moves=True)
+    assert count.tolist() == [3] and index.tolist() == [0, 1, 3, 2]
+    assert torch.equal(kept[:3], torch.arange(20, dtype=torch.uint8).view(4, 5)[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+def test_offsets_of_gathered_rows_take_64_bits(scatter, checked):
+    """Of a matrix whose columns, and of a result whose rows, are 2^30 apart: masked lanes would overflow 32 bits."""
+    from srppo_kernels.linear_logprob.triton_passes import GATHERED, gather_kernel
+
+    matrix, columns = torch.randn(1, 1).as_strided((1, 1), (1, 2**30)), GATHERED[1]
+    index, count, out = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int32), torch.zeros(columns)
+    how = {"ROWS": GATHERED[0], "COLUMNS": columns, "FACTOR": False, "SCATTER": scatter}
+    gather_kernel[(1, 1)](matrix, index, count, count, out, 1, 1, *matrix.stride(), **how)
+    wide = torch.randn(1, columns)
+    assert out[0] == matrix[0, 0] and not out[1:].any()
+    gather_kernel[(1, 1)](wide, index, count, count, out, 1, 2**30, columns, 1, **how)  # its first 1024 columns
+    assert torch.equal(out, wide[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1), (20, 70), (300, 70)])  # 300 rows are more than a band
