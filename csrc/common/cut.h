@@ -31,7 +31,7 @@ struct Block {
 // equal ones that of fewer blocks of rows, then of columns. A thread takes as many tasks as parallel_for deals to it: all of
 // them by the number of threads, rounded up, and the last threads what is left.
 inline Block cut_for(const Side& rows, const Side& columns, std::int64_t threads) {
-  Block best{rows.size_of(rows.fewest()), columns.size_of(columns.fewest())};
+  Block best{};
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
   const auto last = [](const Side& side, std::int64_t wanted) {
     return std::max(side.fewest(), std::min(wanted, side.blocks(side.unit)));

@@ -153,24 +153,22 @@ void product(const Tensor& left, const Tensor& right, bool transposed, bool add,
   const Side down{m, on_tiles ? kTileTaskRows : kRows, on_tiles ? kTileRows : kBf16Rows, on_tiles ? 40 : 8};
   const Side across{n, on_tiles ? kTileTaskColumns : kColumns, kBf16Panel, on_tiles ? 256 : transposed ? 64 : 32};
   const std::int64_t threads = threads_there(), workspace = workspace_of(bound);
-  auto [rows, columns] = cut_for(down, across, threads);
-  std::int64_t row_blocks = down.blocks(rows), column_blocks = across.blocks(columns);
+  const Block cut = cut_for(down, across, threads);
+  std::int64_t rows = cut.rows, columns = cut.columns;
   const bool whole_panels = b.rows <= 2 * kPairs, keeps_sums = rounds && !whole_panels;
   const bool by_columns = on_tiles ? whole_panels || rounds : keeps_sums;
   const auto each = [&] {
     return on_tiles ? TileScratch::bytes(rows, columns, whole_panels, rounds)
                     : VectorScratch::bytes(rows, columns, keeps_sums);
   };
-  while (std::min(threads, row_blocks * column_blocks) > workspace / each() &&
+  while (std::min(threads, down.blocks(rows) * across.blocks(columns)) > workspace / each() &&
          std::max(rows, by_columns ? columns : 0) > kSmallTask) {
-    if (by_columns && columns > rows) {
-      columns = across.size_of(2 * column_blocks);
-      column_blocks = across.blocks(columns);
-    } else {
-      rows = down.size_of(2 * row_blocks);
-      row_blocks = down.blocks(rows);
-    }
+    if (by_columns && columns > rows)
+      columns = across.size_of(2 * across.blocks(columns));
+    else
+      rows = down.size_of(2 * down.blocks(rows));
   }
+  const std::int64_t row_blocks = down.blocks(rows), column_blocks = across.blocks(columns);
   const auto tasks = [&](std::int64_t begin, std::int64_t end, const auto& task) {
     for (std::int64_t i = begin; i < end; ++i) {
       // On tiles the same columns one after another, for the panels' sake; else the same rows.

@@ -92,15 +92,16 @@ void linear_logprob_product_fp32(const Tensor& left, const Tensor& right, bool t
   // Room for a thread's block in a bounded workspace, by cutting rows; and then fewer threads work.
   const std::int64_t threads = threads_there(), workspace = workspace_of(bound), least = 2 * panel;
   const Side down{m, kRows, tile, 8}, across{n, kColumns, panel, 32};  // packing as in cpu_product.cpp
-  auto [rows, columns] = cut_for(down, across, threads);
+  const Block cut = cut_for(down, across, threads);
+  std::int64_t rows = cut.rows;
   const auto bytes = [&](std::int64_t rows) { return 4 * (kSteps * (rows + 2 * panel) + tile * panel); };
   while (threads > workspace / bytes(rows) && rows > least) rows = down.size_of(down.blocks(rows - tile));
-  const std::int64_t each = bytes(rows), row_blocks = down.blocks(rows), column_blocks = across.blocks(columns);
+  const std::int64_t each = bytes(rows), row_blocks = down.blocks(rows), column_blocks = across.blocks(cut.columns);
   parallel_within(workspace, each, row_blocks * column_blocks, [&](std::int64_t begin, std::int64_t end) {
     Scratch<float> packed(rows * kSteps), panels(2 * panel * kSteps), edge(tile * panel);
     for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t r0 = task / column_blocks * rows, c0 = task % column_blocks * columns;
-      const std::int64_t count = std::min(rows, m - r0), width = std::min(columns, n - c0);
+      const std::int64_t r0 = task / column_blocks * rows, c0 = task % column_blocks * cut.columns;
+      const std::int64_t count = std::min(rows, m - r0), width = std::min(cut.columns, n - c0);
       float *now = panels.data(), *other = now + panel * kSteps;
       const auto packer = [&](std::int64_t k, std::int64_t c, std::int64_t shares, float* to) {
         return PanelPacker{b,     pack_b,       k, std::min(depth, k + kSteps), c0 + c, std::min(width - c, panel),
