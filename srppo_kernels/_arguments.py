@@ -1,4 +1,4 @@
-"""Argument checks that the ops share: every error names the argument and says what to do."""
+"""Argument checks that the ops share: every error names the argument and says what to do. And arithmetic of theirs."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -131,3 +131,9 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
         return torch.float64
     return torch.float32
+
+
+def bounded(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """``x`` clamped, with gradient 1 from bound to bound, both included, and 0 beyond. At a bound autograd of torch's
+    own clamp gives 1 up to torch 2.13, and 0 from 2.14 on."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))

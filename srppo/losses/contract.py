@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import check_mask, check_number, check_same_shape, compute_dtype, sum_dtype
+from srppo_kernels._arguments import bounded, check_mask, check_number, check_same_shape, compute_dtype, sum_dtype
 from srppo_kernels.ppo_loss.op import check_normalizer
 
 __all__ = ["Aux", "LossFn", "LossResult", "level_of"]
@@ -205,5 +205,5 @@ def check_positive(op: str, **options: float) -> None:
 
 def log_one_minus_exp(x: Tensor) -> Tensor:
     """``log(1 - exp(x))`` of x < 0 without cancellation; x is kept at -1e-7 or below, where the result is -16."""
-    x = x.clamp(max=-1e-7)
+    x = bounded(x, high=-1e-7)
     return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

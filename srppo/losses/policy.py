@@ -23,7 +23,7 @@ from srppo.losses.contract import (
     tokens,
 )
 from srppo_kernels import PPOStats, ppo_loss
-from srppo_kernels._arguments import check_choice, check_mask, check_same_shape
+from srppo_kernels._arguments import bounded, check_choice, check_mask, check_same_shape
 from srppo_kernels.ppo_loss.op import check_clips, check_normalizer
 
 __all__ = ["apa", "cispo", "dppo", "entropy_bonus", "kl_penalty", "ppo", "reinforce"]
@@ -31,7 +31,7 @@ __all__ = ["apa", "cispo", "dppo", "entropy_bonus", "kl_penalty", "ppo", "reinfo
 
 def bounded_ratio(logprob: Tensor, old: Tensor) -> Tensor:
     """``exp(logprob - old)``, the difference kept in [-20, 20]."""
-    return (logprob - old).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    return bounded(logprob - old, -LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
 def clip_statistics(stats: PPOStats, unit: str) -> dict[str, Tensor]:
@@ -310,7 +310,7 @@ def kl_penalty(
     """
     require("kl_penalty", ref_logprobs=ref_logprobs)
     lp, ref, weight = tokens("kl_penalty", logprob, mask, ref_logprobs=ref_logprobs, weights=weights)
-    d = (ref.detach() - lp).clamp(max=LOG_RATIO_BOUND)
+    d = bounded(ref.detach() - lp, high=LOG_RATIO_BOUND)
     kl = torch.expm1(d) - d
     return divided("kl_penalty", coef * weight.detach() * kl, normalizer), sums(tokens=mask, kl=kl)
 

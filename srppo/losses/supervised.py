@@ -18,7 +18,7 @@ from srppo.losses.contract import (
     tokens,
     whole,
 )
-from srppo_kernels._arguments import check_choice
+from srppo_kernels._arguments import bounded, check_choice
 
 __all__ = ["dft", "idft", "implicit_reward", "poft", "sft"]
 
@@ -153,7 +153,8 @@ def implicit_reward(
         phi = x - x.square() / 4
     elif divergence == "hellinger":
         edge = HELLINGER_EDGE
-        inside, below = x.clamp(min=edge), x.clamp(max=edge) - edge  # apart, so that no gradient cancels another
+        # Apart, so that no gradient cancels another.
+        inside, below = bounded(x, low=edge), torch.where(x < edge, x - edge, 0)
         phi = 1 - 1 / (1 + inside) + below / (1 + edge) ** 2
     else:
         phi = x

@@ -22,7 +22,7 @@ penalty: it has no token to carry one. Equal sft and base log-probs give exactly
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import compute_dtype, sum_dtype
+from srppo_kernels._arguments import bounded, compute_dtype, sum_dtype
 
 __all__ = ["KL_BOUND", "KL_ESTIMATORS", "NORMALIZATIONS", "PLACEMENTS", "log_ratio_reward_reference"]
 
@@ -43,7 +43,7 @@ def kl_per_token(d: Tensor, estimator: str) -> Tensor:
         return d
     if estimator == "k2":
         return 0.5 * d * d
-    return torch.expm1((-d).clamp(-KL_BOUND, KL_BOUND)) + d
+    return torch.expm1(bounded(-d, -KL_BOUND, KL_BOUND)) + d
 
 
 def log_ratio_reward_reference(
@@ -74,7 +74,7 @@ def log_ratio_reward_reference(
         score = score / running_std
     score = score * scale
     if clip is not None:
-        score = score.clamp(-clip, clip)
+        score = bounded(score, -clip, clip)
 
     last = last_valid(mask)
     reward = torch.where(mask if placement == "token" else last, score, 0)

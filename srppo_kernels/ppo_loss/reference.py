@@ -8,7 +8,7 @@ Policy (Schulman et al. 2017, arXiv 1707.06347, eq. 7). With `d = log pi - log p
 Asymmetric clip: DAPO (arXiv 2503.14476). Dual clip: Ye et al. 2020 (arXiv 1912.09729). The branch is decided on the
 ratio: clipped high is `A > 0 and r > 1 + high`, clipped low `A < 0 and r < 1 - low`, dual-clipped `A < 0 and r > c`.
 
-Overflow: `d` is clamped to [-20, 20] and a token outside gets gradient 0, as autograd of `clamp` gives. So r is at most
+Overflow: `d` is clamped to [-20, 20] and a token outside gets gradient 0, one at a bound its own. So r is at most
 4.9e8 and no loss is infinite; such a token is off-policy beyond use, and it shows in `ratio_max` and `clipfrac`.
 
 Approximate KL of old to new, from samples of old: k1 = -d, k3 = r - 1 - d (Schulman, "Approximating KL divergence").
@@ -25,7 +25,7 @@ normalizer replaces the divisor (for sequence_mean the number of sequences). A d
 import torch
 from torch import Tensor
 
-from srppo_kernels._arguments import compute_dtype, sum_dtype
+from srppo_kernels._arguments import bounded, compute_dtype, sum_dtype
 
 __all__ = [
     "LOG_RATIO_BOUND",
@@ -120,7 +120,7 @@ def ppo_loss_reference(
         torch.where(mask, x.to(dtype), 0) for x in (logprobs, old_logprobs, advantages)
     )
     raw = logprobs - old_logprobs
-    d = raw.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    d = bounded(raw, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = d.exp()
     high = mask & (advantages > 0) & (ratio > 1 + clip_high)
     low = mask & (advantages < 0) & (ratio < 1 - clip_low)

@@ -306,3 +306,20 @@ VALID = {"logprob": torch.zeros(2, 3), "mask": torch.ones(2, 3).bool(), "t": tor
 def test_wrong_use_is_refused_in_words(call, error, text):
     with pytest.raises(error, match=text):
         call(VALID)
+
+
+def test_gradients_at_bounds_are_those_from_inside():
+    """Torch's clamp gives 1 there up to 2.13, and 0 from 2.14 on."""
+    mask, ref = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.float64)
+
+    def gradient(loss, at, **given):
+        lp = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+        value, _ = loss(lp, None, mask, normalizer=1.0, **given)
+        return torch.autograd.grad(value, lp)[0].tolist()
+
+    assert gradient(losses.kl_penalty, [-20.0, -20.5], ref_logprobs=ref, coef=1.0) == pytest.approx(
+        [1 - math.exp(20), 0]
+    )
+    # Of 1 - 1 / (1 + x) where x = log pi / pi_ref, and beyond -0.9 of its tangent.
+    at_edge = gradient(losses.implicit_reward, [-0.9, -0.95], ref_logprobs=ref, divergence="hellinger")
+    assert at_edge == pytest.approx([-100, -100])
