@@ -1,7 +1,8 @@
 // dL/dz from kept exponentials, in one pass: what GEMMs 2 and 3 of srppo_kernels/linear_logprob read.
 //
 // A task is one vocabulary group of all rows, rows in ascending order. So `out` may be the kept exponentials' own memory
-// even where rows are dropped: row i is read at kept_rows[i] >= i, after everything above it has been read.
+// even where rows are dropped: row i is read at kept_rows[i] >= i, after everything above it has been read. Of exponentials
+// in bf16 dz may be in fp32, elsewhere, for GEMMs that read that.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -44,10 +45,11 @@ void linear_logprob_dz(const Tensor& kept, const Tensor& group_max, const std::o
   check_matrix(out, vocab, "out");
   check_matrix(group_max, groups, "group_max");
   check(targets, ScalarType::Long, n, "targets");
-  const bool bf16 = kept.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK((bf16 || kept.scalar_type() == ScalarType::Float) && out.scalar_type() == kept.scalar_type() &&
+  const bool from_bf16 = kept.scalar_type() == ScalarType::BFloat16, to_bf16 = out.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK((from_bf16 || kept.scalar_type() == ScalarType::Float) &&
+                      (out.scalar_type() == ScalarType::Float || (from_bf16 && to_bf16)) &&
                       group_max.scalar_type() == ScalarType::Float && out.size(0) == n,
-                  "srppo_native: kept and out must both be bfloat16 or float32, group_max float32, out of n rows");
+                  "srppo_native: kept must be bfloat16 or float32, out of n rows of its dtype or float32, group_max float32");
   const std::int64_t* row_of = nullptr;
   if (kept_rows) {
     check(*kept_rows, ScalarType::Long, n, "kept_rows");
@@ -60,7 +62,8 @@ void linear_logprob_dz(const Tensor& kept, const Tensor& group_max, const std::o
   const auto* group_maxima = static_cast<const float*>(group_max.const_data_ptr());
   const char* source = static_cast<const char*>(kept.const_data_ptr());
   char* destination = static_cast<char*>(out.mutable_data_ptr());
-  const std::int64_t item = bf16 ? 2 : 4, from_stride = kept.stride(0) * item, to_stride = out.stride(0) * item;
+  const std::int64_t from_item = from_bf16 ? 2 : 4, to_item = to_bf16 ? 2 : 4;
+  const std::int64_t from_stride = kept.stride(0) * from_item, to_stride = out.stride(0) * to_item;
   const std::int64_t max_stride = group_max.stride(0);
   const auto block = SRPPO_AT_LEVEL(dz_block);
 
@@ -78,18 +81,19 @@ void linear_logprob_dz(const Tensor& kept, const Tensor& group_max, const std::o
         row.lse = logs[i] + maxima[i];
         row.temperature = temperatures ? temperatures[i] : static_cast<float>(temperature);
         row.softcap = static_cast<float>(softcap);
-        const char* from = source + at * from_stride + v0 * item;
-        char* to = destination + i * to_stride + v0 * item;
+        const char* from = source + at * from_stride + v0 * from_item;
+        char* to = destination + i * to_stride + v0 * to_item;
         // The next row's group is a few KB elsewhere, too short for the hardware to run ahead: twice as fast.
-        const char* next = i + 1 < n ? source + (row_of ? row_of[i + 1] : i + 1) * from_stride + v0 * item : from;
+        const char* next = i + 1 < n ? source + (row_of ? row_of[i + 1] : i + 1) * from_stride + v0 * from_item : from;
         for (std::int64_t j = 0; j < size; j += kDzBlock) {
           const std::int64_t here = std::min(kDzBlock, size - j);
-          for (std::int64_t byte = 0; byte < here * item; byte += 64) __builtin_prefetch(next + j * item + byte, 1, 2);
-          block(row, from + j * item, here, to + j * item, bf16);
+          for (std::int64_t byte = 0; byte < here * from_item; byte += 64)
+            __builtin_prefetch(next + j * from_item + byte, 1, 2);
+          block(row, from + j * from_item, from_bf16, here, to + j * to_item, to_bf16);
         }
         if (column < 0 || column >= size) continue;
         const float dz_y = ys[i];
-        if (bf16) {
+        if (to_bf16) {
           std::uint32_t bits;
           std::memcpy(&bits, &dz_y, 4);
           const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;

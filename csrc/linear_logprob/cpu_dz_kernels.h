@@ -17,10 +17,11 @@ SRPPO_INLINE float log_of(float x) {
   return static_cast<float>(k) * 0.693147181f + 2.0f * s * series;
 }
 
-// Reads `n` <= kDzBlock kept exponentials and writes dz; `kept` may be `out`. The target's entry is not treated apart.
-static void dz_block(const DzRow& row, const void* kept, std::int64_t n, void* out, bool bf16) {
+// Reads `n` <= kDzBlock kept exponentials and writes dz; where both have one dtype `kept` may be `out`. The target's entry
+// is not treated apart.
+static void dz_block(const DzRow& row, const void* kept, bool from_bf16, std::int64_t n, void* out, bool to_bf16) {
   alignas(64) float p[kDzBlock], factor[kDzBlock];
-  if (bf16) {
+  if (from_bf16) {
     const std::uint16_t* source = static_cast<const std::uint16_t*>(kept);
     for (std::int64_t i = 0; i < n; ++i) {
       const std::uint32_t bits = static_cast<std::uint32_t>(source[i]) << 16;
@@ -46,7 +47,7 @@ static void dz_block(const DzRow& row, const void* kept, std::int64_t n, void* o
     // In this order: b is tiny where a loss divides by many tokens, and scale where the group is unlikely.
     for (std::int64_t i = 0; i < n; ++i) p[i] = p[i] * row.scale * row.b;
   }
-  if (bf16) {
+  if (to_bf16) {
     std::uint16_t* to = static_cast<std::uint16_t*>(out);
     for (std::int64_t i = 0; i < n; i += W) store_bf16(to + i, load(p + i, lanes_left(n - i)), lanes_left(n - i));
   } else {

@@ -7,6 +7,9 @@ once, to the dtype that the gradient has anyway. Where several chunks add up, or
 native GEMM adds unrounded (csrc/linear_logprob/cpu_product.cpp). In fp32 a native GEMM (cpu_product_fp32.cpp) takes
 both where MKL's is slower.
 Without kept exponentials the forward's scan makes a chunk's anew.
+
+Inputs of other dtypes (fp16, bf16 without the instructions for it, one of each) are widened a block at a time, which is
+exact: dz is in fp32, a vocabulary group wide, and the GEMMs are those of fp32.
 """
 
 from dataclasses import replace
@@ -25,9 +28,14 @@ LEAST_CHUNK_BYTES = 1 << 18  # 32 rows of a vocabulary group in fp32: below, GEM
 
 def serves(device: torch.device, hidden: torch.dtype, weight: torch.dtype) -> bool:
     """Whether these inputs' gradients come from here."""
-    if hidden != weight or hidden not in (torch.float32, torch.bfloat16) or native.obstacle(device, (hidden, weight)):
+    if any(dtype not in (torch.float32, torch.bfloat16, torch.float16) for dtype in (hidden, weight)):
         return False
-    return _serves_bf16() if hidden == torch.bfloat16 else not native.not_faster()
+    return not native.obstacle(device, (hidden, weight)) and not native.not_faster()
+
+
+def dz_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    """Of dz, and of what GEMMs 2 and 3 read."""
+    return torch.bfloat16 if hidden == weight == torch.bfloat16 and _serves_bf16() else torch.float32
 
 
 # What a compiler that traces the public functions need not look into.
@@ -62,29 +70,34 @@ def beaten_by_native_products(dtype: torch.dtype) -> str:
     return "oneDNN" if bf16_product_is_native() else ""
 
 
-def chunk_shape(rows: int, vocab: int, item: int, dz_bytes: int = 0) -> tuple[int, int]:
-    """Rows and vocabulary entries of a dz that is not formed in place, of ``dz_bytes`` (0: CHUNK_BYTES)."""
+def chunk_shape(rows: int, vocab: int, item: int, wide: bool, dz_bytes: int = 0) -> tuple[int, int]:
+    """Rows and vocabulary entries of a dz that is not formed in place, of ``dz_bytes`` (0: CHUNK_BYTES).
+
+    ``wide``, here and below: operands are widened, of the head no more than a vocabulary group.
+    """
     dz_bytes = dz_bytes or CHUNK_BYTES
     step = min(rows, max(1, dz_bytes // (GROUP * item)))
+    if wide:
+        return step, min(vocab, GROUP)
     return step, min(vocab, max(1, dz_bytes // (max(1, step) * item) // GROUP) * GROUP)
 
 
-def workspace_bytes(rows: int, width: int, vocab: int, item: int, *, in_place: bool, weight: bool) -> int:
+def workspace_bytes(rows: int, width: int, vocab: int, item: int, wide: bool, *, in_place: bool, weight: bool) -> int:
     """Beyond exponentials that are kept: what is held, and packed operands."""
-    if in_place:
+    if in_place and not wide:
         held = 2 * rows * width * item + 32 * rows
     else:
-        held = row_bytes(rows, width) + dz_held_bytes(rows, width, vocab, item, weight, 0)
+        held = row_bytes(rows, width) + dz_held_bytes(rows, width, vocab, item, wide, weight, 0)
     return native.product_bytes(width, item == 2, held, None)
 
 
 def recompute_bytes(
-    rows: int, width: int, vocab: int, item: int, *, weight: bool, dz_bytes: int, bound: int | None
+    rows: int, width: int, vocab: int, item: int, wide: bool, *, weight: bool, dz_bytes: int, bound: int | None
 ) -> int:
     """Of plan recompute, whose backward scans a chunk and multiplies by it beside what is held."""
-    held = row_bytes(rows, width) + dz_held_bytes(rows, width, vocab, item, weight, dz_bytes)
+    held = row_bytes(rows, width) + dz_held_bytes(rows, width, vocab, item, wide, weight, dz_bytes)
     bound = native.default_bound(held) if bound is None else bound
-    step, entries = chunk_shape(rows, vocab, item, dz_bytes)
+    step, entries = chunk_shape(rows, vocab, item, wide, dz_bytes)
     scan = native.workspace_bytes(step, width, entries, GROUP, item == 2, bound - held)
     return max(held + scan, native.product_bytes(width, item == 2, held, bound))
 
@@ -94,18 +107,19 @@ def row_bytes(rows: int, width: int) -> int:
     return rows * width * 4 + 32 * rows
 
 
-def dz_held_bytes(rows: int, width: int, vocab: int, item: int, weight: bool, dz_bytes: int) -> int:
-    """dz, a chunk's rows, and a chunk's dweight where it is of several blocks of rows."""
-    step, entries = chunk_shape(rows, vocab, item, dz_bytes)
-    return step * (entries + width) * item + (entries * width * 4 if weight and step < rows else 0)
+def dz_held_bytes(rows: int, width: int, vocab: int, item: int, wide: bool, weight: bool, dz_bytes: int) -> int:
+    """dz, a chunk's rows, its dweight where blocks of rows add up or it is to be rounded, and its head, widened."""
+    step, entries = chunk_shape(rows, vocab, item, wide, dz_bytes)
+    of_head = int(weight and (wide or step < rows)) + int(wide)
+    return step * (entries + width) * item + of_head * entries * width * 4
 
 
-def bounded_dz_bytes(rows: int, width: int, vocab: int, item: int, weight: bool, bound: int) -> int:
+def bounded_dz_bytes(rows: int, width: int, vocab: int, item: int, wide: bool, weight: bool, bound: int) -> int:
     """Of dz in a workspace of ``bound``, 0 for the default: what comes with it takes half of what the rows leave, and
     the scan and the products share the rest. Not a matter of the number of threads: bits depend on it."""
 
     def held(dz_bytes: int) -> int:
-        return dz_held_bytes(rows, width, vocab, item, weight, dz_bytes)
+        return dz_held_bytes(rows, width, vocab, item, wide, weight, dz_bytes)
 
     best, size, room = 0, 0, (bound - row_bytes(rows, width)) // 2
     while size != LEAST_CHUNK_BYTES and held(size) > room:
@@ -130,34 +144,36 @@ def over_vocabulary(
     dz_bytes: int,
     bound: int | None,
 ) -> Tensor | None:
-    """Writes dweight and dbias and returns dhidden, in float32 or in the hidden states' dtype.
+    """Writes dweight and dbias and returns dhidden, in float32 or in the operands' dtype.
 
     ``consume``: the residual may be overwritten. ``bound``: on the workspace without a residual, None: the default.
     """
-    n, vocab, item = rows.count, head.weight.shape[0], hidden.element_size()
+    n, vocab, dtype = rows.count, head.weight.shape[0], dz_dtype(hidden.dtype, head.weight.dtype)
+    wide = not dtype == hidden.dtype == head.weight.dtype
     want_hidden, weight_out, bias_out = destinations
-    in_place = residual is not None and consume
-    step, entries = (n, vocab) if in_place else chunk_shape(n, vocab, item, dz_bytes)
+    in_place = residual is not None and consume and not wide
+    step, entries = (n, vocab) if in_place else chunk_shape(n, vocab, dtype.itemsize, wide, dz_bytes)
     blocks = [slice(a, min(a + step, n)) for a in range(0, n, step)]
-    if residual is not None and consume:
+    if residual is not None and in_place:
         buffer = residual.kept
     else:
-        buffer = spare.empty(hidden, (step * entries,))
+        buffer = spare.empty(hidden, (step * entries,), dtype)
     share = None  # of the bound, for the scan and the products
     if residual is None:
         width = hidden.shape[1]
-        held = row_bytes(n, width) + dz_held_bytes(n, width, vocab, item, weight_out is not None, dz_bytes)
+        held = row_bytes(n, width)
+        held += dz_held_bytes(n, width, vocab, dtype.itemsize, wide, weight_out is not None, dz_bytes)
         share = max(0, (native.default_bound(held) if bound is None else bound) - held)
     dhidden = None
     if want_hidden and entries < vocab:
         dhidden = hidden.new_zeros(n, hidden.shape[1], dtype=torch.float32)
     elif want_hidden:
-        dhidden = hidden.new_empty(n, hidden.shape[1])
+        dhidden = hidden.new_empty(n, hidden.shape[1], dtype=dtype)
     for v0 in range(0, vocab, entries):
         v = slice(v0, min(v0 + entries, vocab))
-        weight = head.weight[v]
-        several = weight_out is not None and len(blocks) > 1
-        sums = spare.empty(hidden, weight.shape, torch.float32) if several else None
+        weight = head.weight[v].to(dtype) if want_hidden else head.weight[v]
+        apart = weight_out is not None and (len(blocks) > 1 or (wide and weight_out.dtype != dtype))
+        sums = spare.empty(hidden, weight.shape, torch.float32) if apart else None
         bias_sums: Tensor | None = None  # of blocks, in fp32: a 16-bit sum stops growing
         for r in blocks:
             shape = r.stop - r.start, v.stop - v.start
@@ -170,7 +186,7 @@ def over_vocabulary(
                 _product(dhidden[r], dz, weight, transposed=False, add=entries < vocab, bound=share)
             if weight_out is None:
                 continue
-            x = rows.block(hidden, r.start, r.stop, hidden.dtype)
+            x = rows.block(hidden, r.start, r.stop, dtype)
             if sums is not None:
                 _product(sums, dz, x, transposed=True, add=r.start > 0, bound=share)
             else:
@@ -180,7 +196,7 @@ def over_vocabulary(
             write(bias_out[v], bias_sums, accumulate[1])
         if weight_out is not None and sums is not None:
             write(weight_out[v], sums, accumulate[0])
-            sums = None  # before the next chunk's
+        del weight, sums  # before the next chunk's
     return dhidden
 
 

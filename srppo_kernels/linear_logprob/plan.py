@@ -77,6 +77,16 @@ class Problem:
         return native_gradients.serves(self.device, self.hidden_dtype, self.weight_dtype)
 
     @property
+    def dz_dtype(self) -> torch.dtype:
+        """Of the native gradients' dz and GEMMs."""
+        return native_gradients.dz_dtype(self.hidden_dtype, self.weight_dtype)
+
+    @property
+    def wide(self) -> bool:
+        """Whether they widen the inputs."""
+        return not self.dz_dtype == self.hidden_dtype == self.weight_dtype
+
+    @property
     def needs_any(self) -> bool:
         """Whether any gradient is wanted."""
         return self.needs_hidden or self.needs_weight or self.needs_bias
@@ -282,8 +292,8 @@ def _recompute_bytes(problem: Problem, backend: str, dz_bytes: int, bound: int |
     if backend in gpu.FAMILY or not problem.native_gradients:
         return max(_backward_bytes(problem, backend, dz_bytes=dz_bytes), scan)
     again = native_gradients.recompute_bytes(
-        problem.rows, problem.width, problem.vocab, problem.kept_bytes, weight=problem.needs_weight, dz_bytes=dz_bytes,
-        bound=bound,
+        problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.wide,
+        weight=problem.needs_weight, dz_bytes=dz_bytes, bound=bound,
     )  # fmt: skip
     return max(scan, again)
 
@@ -292,7 +302,8 @@ def _bounded_dz_bytes(problem: Problem, backend: str, bound: int) -> int:
     """Of dz in a workspace of ``bound``; 0 for the default."""
     if backend not in gpu.FAMILY and problem.native_gradients:
         return native_gradients.bounded_dz_bytes(
-            problem.rows, problem.width, problem.vocab, problem.kept_bytes, problem.needs_weight, bound
+            problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.wide,
+            problem.needs_weight, bound,
         )  # fmt: skip
     dz_bytes, least = 0, native_gradients.LEAST_CHUNK_BYTES
     if backend not in gpu.FAMILY:
@@ -312,9 +323,9 @@ def _how(problem: Problem, backend: str) -> str:
     if problem.device.type != "cpu" or backend in gpu.FAMILY or not problem.needs_any:
         return ""
     if problem.native_gradients:
-        beaten = native_gradients.beaten_by_native_products(problem.hidden_dtype)
+        beaten = native_gradients.beaten_by_native_products(problem.dz_dtype)
         why = f", native ones, which beat {beaten} on this CPU" if beaten else ""
-        return f"; gradients by a native pass and GEMMs in {str(problem.hidden_dtype).removeprefix('torch.')}{why}"
+        return f"; gradients by a native pass and GEMMs in {str(problem.dz_dtype).removeprefix('torch.')}{why}"
     return f"; gradients by torch in {'float64' if problem.accumulator_bytes == 8 else 'float32'}, block by block"
 
 
@@ -380,7 +391,7 @@ def _backward_bytes(
         )  # fmt: skip
     if problem.native_gradients:
         return native_gradients.workspace_bytes(
-            in_place_rows or problem.rows, problem.width, problem.vocab, problem.kept_bytes,
+            in_place_rows or problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.wide,
             in_place=in_place_rows > 0, weight=problem.needs_weight,
         )  # fmt: skip
     group = min(GROUP, problem.vocab)
