@@ -32,7 +32,7 @@ def here() -> list[str]:
     cases = [f"{level}-bfloat16-score" for level in levels if level in ("avx512_bf16", "amx")]
     cases += [f"{levels[-1]}-bfloat16-recompute"] if native_gradients.bf16_product_is_native() else []
     plan = "recompute" if native_gradients.fp32_product_is_native() else "score"
-    return cases + [f"{level}-float32-{plan}" for level in LEVELS[-1:]]
+    return cases + [f"{level}-{dtype}-{plan}" for level in LEVELS[-1:] for dtype in ("float32", "float16")]
 
 
 pytestmark = [
