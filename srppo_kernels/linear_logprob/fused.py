@@ -150,8 +150,9 @@ def scale(formed: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     itself.
     """
     given_away = _given_away()
-    if formed.dtype == dtype and given_away and _are_there(formed, upstream):
-        return formed if upstream.item() == 1 else formed.mul_(upstream)
+    if given_away and _are_there(formed, upstream):
+        scaled = formed if upstream.item() == 1 else formed.mul_(upstream)
+        return scaled if scaled.dtype == dtype else spare.empty(scaled, scaled.shape, dtype).copy_(scaled)
     if _on_device(formed, upstream):
         from srppo_kernels.linear_logprob import triton_passes
 

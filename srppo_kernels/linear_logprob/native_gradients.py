@@ -38,6 +38,11 @@ def dz_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if hidden == weight == torch.bfloat16 and _serves_bf16() else torch.float32
 
 
+def widens(hidden: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether that is wider than one of the inputs."""
+    return not dz_dtype(hidden, weight) == hidden == weight
+
+
 # What a compiler that traces the public functions need not look into.
 @_extension.constant_when_traced
 def _serves_bf16() -> bool:
@@ -148,8 +153,8 @@ def over_vocabulary(
 
     ``consume``: the residual may be overwritten. ``bound``: on the workspace without a residual, None: the default.
     """
-    n, vocab, dtype = rows.count, head.weight.shape[0], dz_dtype(hidden.dtype, head.weight.dtype)
-    wide = not dtype == hidden.dtype == head.weight.dtype
+    n, vocab, dtypes = rows.count, head.weight.shape[0], (hidden.dtype, head.weight.dtype)
+    dtype, wide = dz_dtype(*dtypes), widens(*dtypes)
     want_hidden, weight_out, bias_out = destinations
     in_place = residual is not None and consume and not wide
     step, entries = (n, vocab) if in_place else chunk_shape(n, vocab, dtype.itemsize, wide, dz_bytes)

@@ -82,9 +82,9 @@ class Problem:
         return native_gradients.dz_dtype(self.hidden_dtype, self.weight_dtype)
 
     @property
-    def wide(self) -> bool:
+    def widens(self) -> bool:
         """Whether they widen the inputs."""
-        return not self.dz_dtype == self.hidden_dtype == self.weight_dtype
+        return native_gradients.widens(self.hidden_dtype, self.weight_dtype)
 
     @property
     def needs_any(self) -> bool:
@@ -292,7 +292,7 @@ def _recompute_bytes(problem: Problem, backend: str, dz_bytes: int, bound: int |
     if backend in gpu.FAMILY or not problem.native_gradients:
         return max(_backward_bytes(problem, backend, dz_bytes=dz_bytes), scan)
     again = native_gradients.recompute_bytes(
-        problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.wide,
+        problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.widens,
         weight=problem.needs_weight, dz_bytes=dz_bytes, bound=bound,
     )  # fmt: skip
     return max(scan, again)
@@ -302,7 +302,7 @@ def _bounded_dz_bytes(problem: Problem, backend: str, bound: int) -> int:
     """Of dz in a workspace of ``bound``; 0 for the default."""
     if backend not in gpu.FAMILY and problem.native_gradients:
         return native_gradients.bounded_dz_bytes(
-            problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.wide,
+            problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.widens,
             problem.needs_weight, bound,
         )  # fmt: skip
     dz_bytes, least = 0, native_gradients.LEAST_CHUNK_BYTES
@@ -391,7 +391,7 @@ def _backward_bytes(
         )  # fmt: skip
     if problem.native_gradients:
         return native_gradients.workspace_bytes(
-            in_place_rows or problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.wide,
+            in_place_rows or problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.widens,
             in_place=in_place_rows > 0, weight=problem.needs_weight,
         )  # fmt: skip
     group = min(GROUP, problem.vocab)
