@@ -36,7 +36,7 @@ void check_matrix(const Tensor& tensor, std::int64_t columns, const char* name) 
                   "srppo_native: ", name, " must be a CPU matrix of ", columns, " contiguous columns");
 }
 
-void linear_logprob_dz(const Tensor& kept, const Tensor& group_max, const std::optional<Tensor>& kept_rows,
+void linear_logprob_form_dz(const Tensor& kept, const Tensor& group_max, const std::optional<Tensor>& kept_rows,
                        const Tensor& targets, const Tensor& b, const std::optional<Tensor>& h, const Tensor& at_target,
                        const Tensor& row_max, const Tensor& log_sum, const std::optional<Tensor>& row_temperature,
                        double temperature, double softcap, std::int64_t group, Tensor out) {
@@ -112,9 +112,9 @@ void linear_logprob_dz(const Tensor& kept, const Tensor& group_max, const std::o
 
 STABLE_TORCH_LIBRARY_FRAGMENT(srppo_native, m) {
   m.def(
-      "linear_logprob_dz(Tensor kept, Tensor group_max, Tensor? kept_rows, Tensor targets, Tensor b, Tensor? h, "
+      "linear_logprob_form_dz(Tensor kept, Tensor group_max, Tensor? kept_rows, Tensor targets, Tensor b, Tensor? h, "
       "Tensor at_target, Tensor row_max, Tensor log_sum, Tensor? row_temperature, float temperature, float softcap, "
       "int group, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(srppo_native, CPU, m) { m.impl("linear_logprob_dz", TORCH_BOX(&srppo::linear_logprob_dz)); }
+STABLE_TORCH_LIBRARY_IMPL(srppo_native, CPU, m) { m.impl("linear_logprob_form_dz", TORCH_BOX(&srppo::linear_logprob_form_dz)); }

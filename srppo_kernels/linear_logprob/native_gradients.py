@@ -30,7 +30,7 @@ def serves(device: torch.device, hidden: torch.dtype, weight: torch.dtype) -> bo
     """Whether these inputs' gradients come from here."""
     if any(dtype not in (torch.float32, torch.bfloat16, torch.float16) for dtype in (hidden, weight)):
         return False
-    return not native.obstacle(device, (hidden, weight)) and not native.not_faster()
+    return not native.obstacle(device, (hidden, weight)) and not native.not_faster() and _is_there()
 
 
 def dz_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
@@ -45,11 +45,15 @@ def widens(hidden: torch.dtype, weight: torch.dtype) -> bool:
 
 # What a compiler that traces the public functions need not look into.
 @_extension.constant_when_traced
+def _is_there() -> bool:
+    return hasattr(torch.ops.srppo_native, "linear_logprob_form_dz")  # not in an extension of older sources
+
+
+@_extension.constant_when_traced
 def _serves_bf16() -> bool:
     """oneDNN's bf16 GEMM needs the instructions to be worth it; without them fp32 GEMMs are as fast, and exact."""
     fast = _extension.build_info()["cpu_level"] in ("avx512_bf16", "amx")
-    has_product = hasattr(torch.ops.srppo_native, "linear_logprob_product")  # not in an extension of older sources
-    return fast and has_product and torch.backends.mkldnn.is_available()
+    return fast and torch.backends.mkldnn.is_available()
 
 
 @_extension.constant_when_traced
@@ -236,7 +240,7 @@ def _form_dz(
         elif r.start > 0:
             kept, group_max = kept[r], group_max[r]
     b, h, at_target, row_max, log_sum = (None if t is None else t[r].contiguous() for t in row_scalars)
-    torch.ops.srppo_native.linear_logprob_dz(
+    torch.ops.srppo_native.linear_logprob_form_dz(
         kept, group_max, where, local, b, h, at_target, row_max, log_sum, row_temperature,
         head.temperature, 0.0 if head.softcap is None else head.softcap, GROUP, out,
     )  # fmt: skip

@@ -137,7 +137,7 @@ def test_dz_in_place_drops_rows():
     b, h, at, m, s = (torch.randn(count) for _ in range(5))
     arguments = (maxima, position, y, b, h, at, m, s, None, 1.0, 0.0, 2048)
     apart = torch.empty(count, vocab, dtype=torch.bfloat16)
-    torch.ops.srppo_native.linear_logprob_dz(kept, *arguments, apart)
+    torch.ops.srppo_native.linear_logprob_form_dz(kept, *arguments, apart)
     e = kept[position].double()
     shift = (maxima[position].double() - m[:, None].double() - s[:, None].double()).repeat_interleave(2048, 1)[
         :, :vocab
@@ -148,7 +148,7 @@ def test_dz_in_place_drops_rows():
     for number in (1, 2):
         over = kept.clone()
         with threads(number):
-            torch.ops.srppo_native.linear_logprob_dz(over, *arguments, over[:count])
+            torch.ops.srppo_native.linear_logprob_form_dz(over, *arguments, over[:count])
         assert torch.equal(over[:count], apart)
 
 
