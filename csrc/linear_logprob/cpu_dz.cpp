@@ -37,9 +37,9 @@ void check_matrix(const Tensor& tensor, std::int64_t columns, const char* name) 
 }
 
 void linear_logprob_form_dz(const Tensor& kept, const Tensor& group_max, const std::optional<Tensor>& kept_rows,
-                       const Tensor& targets, const Tensor& b, const std::optional<Tensor>& h, const Tensor& at_target,
-                       const Tensor& row_max, const Tensor& log_sum, const std::optional<Tensor>& row_temperature,
-                       double temperature, double softcap, std::int64_t group, Tensor out) {
+                            const Tensor& targets, const Tensor& b, const std::optional<Tensor>& h, const Tensor& at_target,
+                            const Tensor& row_max, const Tensor& log_sum, const std::optional<Tensor>& row_temperature,
+                            double temperature, double softcap, std::int64_t group, Tensor out) {
   const std::int64_t n = targets.numel(), vocab = kept.size(1), groups = (vocab + group - 1) / group;
   check_matrix(kept, vocab, "kept");
   check_matrix(out, vocab, "out");

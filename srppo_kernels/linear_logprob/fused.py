@@ -144,7 +144,7 @@ def _at(values: Tensor, start: int, total: int) -> Tensor:
 def scale(formed: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """An upstream scalar times a gradient that was formed for 1.
 
-    Where nobody needs ``formed`` again the result is in its memory, and with a factor of 1, as ``loss.backward()`` has
+    Where nobody needs ``formed`` again the product is in its memory, and with a factor of 1, as ``loss.backward()`` has
     it, ``formed`` itself: on a CPU a second dweight cost a sixth to a quarter of a training step at 128 to 256 rows, on
     an H100 the multiplication of one of 1.2 GB a twentieth at 8192. There the factor is on the device, which looks by
     itself.

@@ -12,7 +12,7 @@ Inputs of other dtypes (fp16, bf16 without the instructions for it, one of each)
 exact: dz is in fp32, a vocabulary group wide, and the GEMMs are those of fp32.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,17 +59,13 @@ def _serves_bf16() -> bool:
 @_extension.constant_when_traced
 def fp32_product_is_native() -> bool:
     """Whether fp32 GEMMs 2 and 3 are the native product: where it was measured to be faster than MKL's."""
-    return hasattr(torch.ops.srppo_native, "linear_logprob_product_fp32") and bool(
-        torch.ops.srppo_native.linear_logprob_product_fp32_is_faster()
-    )
+    return bool(torch.ops.srppo_native.linear_logprob_product_fp32_is_faster())
 
 
 @_extension.constant_when_traced
 def bf16_product_is_native() -> bool:
     """Whether bf16 GEMMs 2 and 3 with bf16 results are the native product: where it was measured to be faster."""
-    return hasattr(torch.ops.srppo_native, "linear_logprob_product_is_faster") and bool(
-        torch.ops.srppo_native.linear_logprob_product_is_faster()
-    )
+    return bool(torch.ops.srppo_native.linear_logprob_product_is_faster())
 
 
 def beaten_by_native_products(dtype: torch.dtype) -> str:
@@ -79,58 +75,63 @@ def beaten_by_native_products(dtype: torch.dtype) -> str:
     return "oneDNN" if bf16_product_is_native() else ""
 
 
-def chunk_shape(rows: int, vocab: int, item: int, wide: bool, dz_bytes: int = 0) -> tuple[int, int]:
-    """Rows and vocabulary entries of a dz that is not formed in place, of ``dz_bytes`` (0: CHUNK_BYTES).
+@dataclass(frozen=True)
+class Sizes:
+    """Of a call's gradients, or a chunk's: what their memory depends on."""
 
-    ``wide``, here and below: operands are widened, of the head no more than a vocabulary group.
-    """
-    dz_bytes = dz_bytes or CHUNK_BYTES
-    step = min(rows, max(1, dz_bytes // (GROUP * item)))
-    if wide:
-        return step, min(vocab, GROUP)
-    return step, min(vocab, max(1, dz_bytes // (max(1, step) * item) // GROUP) * GROUP)
+    rows: int
+    width: int
+    vocab: int
+    item: int  # bytes of a number of dz
+    wide: bool  # the operands are widened, of the head no more than a vocabulary group
+    hidden: bool  # dhidden is wanted
+    weight: bool  # dweight is wanted
+
+    def chunk(self, dz_bytes: int) -> tuple[int, int]:
+        """Rows and vocabulary entries of a dz that is not formed in place, of ``dz_bytes`` (0: CHUNK_BYTES)."""
+        dz_bytes = dz_bytes or CHUNK_BYTES
+        step = min(self.rows, max(1, dz_bytes // (GROUP * self.item)))
+        groups = 1 if self.wide else max(1, dz_bytes // (max(1, step) * self.item) // GROUP)
+        return step, min(self.vocab, groups * GROUP)
+
+    @property
+    def row_bytes(self) -> int:
+        """dhidden in fp32, and a row's numbers."""
+        return self.rows * self.width * 4 + 32 * self.rows
+
+    def dz_held_bytes(self, dz_bytes: int) -> int:
+        """dz, a chunk's rows, its dweight where blocks of rows add up or it is to be rounded, and its head, widened."""
+        step, entries = self.chunk(dz_bytes)
+        of_head = (self.weight and (self.wide or step < self.rows)) + (self.hidden and self.wide)
+        return step * (entries + self.width) * self.item + of_head * entries * self.width * 4
+
+    def held_bytes(self, dz_bytes: int) -> int:
+        """All that the scan and the products run beside."""
+        return self.row_bytes + self.dz_held_bytes(dz_bytes)
 
 
-def workspace_bytes(rows: int, width: int, vocab: int, item: int, wide: bool, *, in_place: bool, weight: bool) -> int:
+def workspace_bytes(sizes: Sizes, *, in_place: bool) -> int:
     """Beyond exponentials that are kept: what is held, and packed operands."""
-    if in_place and not wide:
-        held = 2 * rows * width * item + 32 * rows
+    if in_place and not sizes.wide:
+        held = 2 * sizes.rows * sizes.width * sizes.item + 32 * sizes.rows
     else:
-        held = row_bytes(rows, width) + dz_held_bytes(rows, width, vocab, item, wide, weight, 0)
-    return native.product_bytes(width, item == 2, held, None)
+        held = sizes.held_bytes(0)
+    return native.product_bytes(sizes.width, sizes.item == 2, held, None)
 
 
-def recompute_bytes(
-    rows: int, width: int, vocab: int, item: int, wide: bool, *, weight: bool, dz_bytes: int, bound: int | None
-) -> int:
+def recompute_bytes(sizes: Sizes, *, dz_bytes: int, bound: int | None) -> int:
     """Of plan recompute, whose backward scans a chunk and multiplies by it beside what is held."""
-    held = row_bytes(rows, width) + dz_held_bytes(rows, width, vocab, item, wide, weight, dz_bytes)
+    held, bf16 = sizes.held_bytes(dz_bytes), sizes.item == 2
     bound = native.default_bound(held) if bound is None else bound
-    step, entries = chunk_shape(rows, vocab, item, wide, dz_bytes)
-    scan = native.workspace_bytes(step, width, entries, GROUP, item == 2, bound - held)
-    return max(held + scan, native.product_bytes(width, item == 2, held, bound))
+    step, entries = sizes.chunk(dz_bytes)
+    scan = native.workspace_bytes(step, sizes.width, entries, GROUP, bf16, bound - held)
+    return max(held + scan, native.product_bytes(sizes.width, bf16, held, bound))
 
 
-def row_bytes(rows: int, width: int) -> int:
-    """dhidden in fp32, and a row's numbers."""
-    return rows * width * 4 + 32 * rows
-
-
-def dz_held_bytes(rows: int, width: int, vocab: int, item: int, wide: bool, weight: bool, dz_bytes: int) -> int:
-    """dz, a chunk's rows, its dweight where blocks of rows add up or it is to be rounded, and its head, widened."""
-    step, entries = chunk_shape(rows, vocab, item, wide, dz_bytes)
-    of_head = int(weight and (wide or step < rows)) + int(wide)
-    return step * (entries + width) * item + of_head * entries * width * 4
-
-
-def bounded_dz_bytes(rows: int, width: int, vocab: int, item: int, wide: bool, weight: bool, bound: int) -> int:
+def bounded_dz_bytes(sizes: Sizes, bound: int) -> int:
     """Of dz in a workspace of ``bound``, 0 for the default: what comes with it takes half of what the rows leave, and
     the scan and the products share the rest. Not a matter of the number of threads: bits depend on it."""
-
-    def held(dz_bytes: int) -> int:
-        return dz_held_bytes(rows, width, vocab, item, wide, weight, dz_bytes)
-
-    best, size, room = 0, 0, (bound - row_bytes(rows, width)) // 2
+    best, size, room, held = 0, 0, (bound - sizes.row_bytes) // 2, sizes.dz_held_bytes
     while size != LEAST_CHUNK_BYTES and held(size) > room:
         size = (size or CHUNK_BYTES) // 2
         if held(size) < held(best):  # fewer rows in dz may need a dweight to add up in, which is larger
@@ -160,8 +161,9 @@ def over_vocabulary(
     n, vocab, dtypes = rows.count, head.weight.shape[0], (hidden.dtype, head.weight.dtype)
     dtype, wide = dz_dtype(*dtypes), widens(*dtypes)
     want_hidden, weight_out, bias_out = destinations
+    sizes = Sizes(n, hidden.shape[1], vocab, dtype.itemsize, wide, want_hidden, weight_out is not None)
     in_place = residual is not None and consume and not wide
-    step, entries = (n, vocab) if in_place else chunk_shape(n, vocab, dtype.itemsize, wide, dz_bytes)
+    step, entries = (n, vocab) if in_place else sizes.chunk(dz_bytes)
     blocks = [slice(a, min(a + step, n)) for a in range(0, n, step)]
     if residual is not None and in_place:
         buffer = residual.kept
@@ -169,9 +171,7 @@ def over_vocabulary(
         buffer = spare.empty(hidden, (step * entries,), dtype)
     share = None  # of the bound, for the scan and the products
     if residual is None:
-        width = hidden.shape[1]
-        held = row_bytes(n, width)
-        held += dz_held_bytes(n, width, vocab, dtype.itemsize, wide, weight_out is not None, dz_bytes)
+        held = sizes.held_bytes(dz_bytes)
         share = max(0, (native.default_bound(held) if bound is None else bound) - held)
     dhidden = None
     if want_hidden and entries < vocab:

@@ -82,11 +82,6 @@ class Problem:
         return native_gradients.dz_dtype(self.hidden_dtype, self.weight_dtype)
 
     @property
-    def widens(self) -> bool:
-        """Whether they widen the inputs."""
-        return native_gradients.widens(self.hidden_dtype, self.weight_dtype)
-
-    @property
     def needs_any(self) -> bool:
         """Whether any gradient is wanted."""
         return self.needs_hidden or self.needs_weight or self.needs_bias
@@ -291,26 +286,27 @@ def _recompute_bytes(problem: Problem, backend: str, dz_bytes: int, bound: int |
     scan = _scan_bytes(problem, backend, bound)
     if backend in gpu.FAMILY or not problem.native_gradients:
         return max(_backward_bytes(problem, backend, dz_bytes=dz_bytes), scan)
-    again = native_gradients.recompute_bytes(
-        problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.widens,
-        weight=problem.needs_weight, dz_bytes=dz_bytes, bound=bound,
-    )  # fmt: skip
-    return max(scan, again)
+    return max(scan, native_gradients.recompute_bytes(_gradient_sizes(problem), dz_bytes=dz_bytes, bound=bound))
 
 
 def _bounded_dz_bytes(problem: Problem, backend: str, bound: int) -> int:
     """Of dz in a workspace of ``bound``; 0 for the default."""
     if backend not in gpu.FAMILY and problem.native_gradients:
-        return native_gradients.bounded_dz_bytes(
-            problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.widens,
-            problem.needs_weight, bound,
-        )  # fmt: skip
+        return native_gradients.bounded_dz_bytes(_gradient_sizes(problem), bound)
     dz_bytes, least = 0, native_gradients.LEAST_CHUNK_BYTES
     if backend not in gpu.FAMILY:
         least = backward_rows(problem.accumulator_bytes, 1) * GROUP * problem.accumulator_bytes
     while _recompute_bytes(problem, backend, dz_bytes, bound) > bound and (dz_bytes == 0 or dz_bytes > least):
         dz_bytes = (dz_bytes or native_gradients.CHUNK_BYTES) // 2
     return dz_bytes
+
+
+def _gradient_sizes(problem: Problem, rows: int = 0) -> native_gradients.Sizes:
+    """Of the native gradients; ``rows``: of a chunk."""
+    return native_gradients.Sizes(
+        rows or problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize,
+        native_gradients.widens(problem.hidden_dtype, problem.weight_dtype), problem.needs_hidden, problem.needs_weight,
+    )  # fmt: skip
 
 
 def _mib(size: int) -> str:
@@ -390,10 +386,7 @@ def _backward_bytes(
             for way in ([straight] if only or not straight else [True, False])
         )  # fmt: skip
     if problem.native_gradients:
-        return native_gradients.workspace_bytes(
-            in_place_rows or problem.rows, problem.width, problem.vocab, problem.dz_dtype.itemsize, problem.widens,
-            in_place=in_place_rows > 0, weight=problem.needs_weight,
-        )  # fmt: skip
+        return native_gradients.workspace_bytes(_gradient_sizes(problem, in_place_rows), in_place=in_place_rows > 0)
     group = min(GROUP, problem.vocab)
     block = min(problem.rows, backward_rows(problem.accumulator_bytes, dz_bytes))
     # log p, dz, a copy of either; with dL/dentropy or a softcap what its factor is made of.
