@@ -6,6 +6,7 @@ import sys
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from sysconfig import get_config_var
 from types import SimpleNamespace
 
 import pytest
@@ -228,7 +229,8 @@ else:
     print("13.0.0")
 """
     )
-    for name in ("c++", "g++", "gcc", "nvcc"):
+    of_python = {str(get_config_var(name)).split()[0] for name in ("CC", "CXX")}  # x86_64-linux-gnu-g++ of Debian's
+    for name in {"c++", "g++", "gcc", "nvcc", *of_python}:
         (tmp_path / name).write_text(note)
         (tmp_path / name).chmod(0o755)
     assert built_for_cuda(tmp_path, USE_NINJA="0", MAX_JOBS="1") == []

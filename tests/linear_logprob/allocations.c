@@ -32,7 +32,8 @@ void* malloc(size_t size) { return taken(__libc_malloc(size)); }
 void* calloc(size_t count, size_t size) { return taken(__libc_calloc(count, size)); }
 void* memalign(size_t line, size_t size) { return taken(__libc_memalign(line, size)); }
 
-// What C++ asks for scratch. Whoever has got a block waits a little: so all threads have theirs at once on any machine.
+// What C++ asks for scratch, by either name. Whoever has got a block waits a little: so all threads have theirs at once on
+// any machine.
 void* aligned_alloc(size_t line, size_t size) {
   void* block = taken(__libc_memalign(line, size));
   if (size > 1 << 16) usleep(2000);
@@ -40,7 +41,7 @@ void* aligned_alloc(size_t line, size_t size) {
 }
 
 int posix_memalign(void** out, size_t line, size_t size) {
-  void* block = taken(__libc_memalign(line, size));
+  void* block = aligned_alloc(line, size);
   if (block) *out = block;
   return block ? 0 : ENOMEM;
 }

@@ -54,6 +54,7 @@ def windows(monkeypatch):
 
     monkeypatch.setattr(checkpoint, "WINDOWS", True)
     monkeypatch.setattr(shutil, "_use_fd_functions", False)  # rmtree opens folders with them
+    monkeypatch.setattr(shutil, "_rmtree_impl", shutil._rmtree_unsafe, raising=False)  # chosen at import from 3.14 on
     monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", replace)
