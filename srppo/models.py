@@ -538,6 +538,15 @@ def freeze(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Activation checkpointing, which transformers renamed; an error where a model has none."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"gradient_checkpointing is not for this model, leave it out: {first_line(error)}") from None
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout to 0, so that a model may be in training mode, as gradient checkpointing wants, and exact."""
     for module in model.modules():

@@ -47,6 +47,7 @@ from srppo.models import (
     load_model,
     lora_config,
     merged,
+    recompute_activations,
     require_full_precision,
     require_no_float64,
     trunk_of,
@@ -509,5 +510,5 @@ def settle(args: SRPPOConfig, roles: Roles) -> None:
         if not role.parameters():
             raise UserError(f"the {role.name} has no trainable parameters: check lora_target_modules")
         if args.gradient_checkpointing:
-            role.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(role.causal_lm)
             role.model.train()

@@ -31,6 +31,7 @@ from srppo.models import (
     keep_unpacked,
     load_model,
     load_tokenizer,
+    recompute_activations,
     require_full_precision,
 )
 from srppo.packing import layout_of
@@ -197,7 +198,7 @@ def sft_role(args: SRPPOConfig, model: PreTrainedModel) -> Role:
     role = dataclasses.replace(role, layout=layout)
     require_full_precision("model", (parameter for _, parameter in role.parameters()))
     if args.gradient_checkpointing:
-        role.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(role.causal_lm)
     role.model.train()
     return role
 

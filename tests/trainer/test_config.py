@@ -145,7 +145,7 @@ def roles(world: World, **settings: Any) -> Any:
     return (
         is_peft(made.policy.model),
         made.critic.model is made.policy.model,
-        made.policy.causal_lm.is_gradient_checkpointing,
+        any(getattr(part, "gradient_checkpointing", False) for part in made.policy.causal_lm.modules()),
     )
 
 

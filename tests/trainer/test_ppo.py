@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -109,6 +110,16 @@ def test_gradient_checkpointing_recomputes_the_layers_of_policy_and_critic(tiny_
             hook.remove()
             forwards[asked, learner.role.name] = len(seen)
     assert forwards == {(False, "policy"): 1, (False, "critic"): 1, (True, "policy"): 2, (True, "critic"): 2}
+
+
+def test_a_model_without_gradient_checkpointing_is_refused(tiny_models, tmp_path, monkeypatch):
+    args, model = config(tmp_path, gradient_checkpointing=True), tiny_model()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*gradient_checkpointing_enable. is deprecated")
+        build_roles(args, tiny_models.base, model)
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match=r"gradient_checkpointing is not for this model.*LlamaForCausalLM"):
+        build_roles(args, tiny_models.base, model)
 
 
 # -- invariances ------------------------------------------------------------------------------------------------------
