@@ -24,9 +24,9 @@ ROOT = Path(__file__).parent.resolve()
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # No contraction: a fused multiply-add appears where the source says fma() and nowhere else, so that two paths through
 # the same maths have the same bits. -Wno-psabi: vectors are passed between inlined functions only.
-# -Wno-(maybe-)uninitialized: GCC 12 warns of its own AVX-512 intrinsics.
+# -Wno-(maybe-)uninitialized: GCC 12 warns of its own AVX-512 intrinsics. Clang does not know of maybe.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", TARGET]
+CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-warning-option", TARGET]
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 # A source that is named after an architecture has instructions of its own and is compiled for that one alone.
 OWN_ARCHITECTURE = {"sm90.cu": ("90a",)}

@@ -1,8 +1,9 @@
 // srppo_kernels._C: importing it registers the kernels (torch.ops.srppo_native.*, defined in the ops' folders); what it
 // offers by itself is what `srppo env` prints.
+#include <pybind11/pybind11.h>  // first, as Python.h says what the C library's headers declare
+
 #include <string>
 
-#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "common/cpu_level.h"
