@@ -88,14 +88,13 @@ def evaluate_policy(
     base_logp = sequence_logprobs(base, rollout, args.score_temperature, args)
     scores = sft_logp - base_logp
 
+    extrapolated = None if extrapolate is None else Extrapolated(policy, base, extrapolate)
+
     def policy_logp(given: Rollout, temperature: float) -> torch.Tensor:
-        if extrapolate is None:
+        if extrapolated is None:
             return sequence_logprobs(policy, given, temperature, args)
-        parts = torch.arange(len(given)).split(args.per_device_train_batch_size)
-        return torch.cat([
-            extrapolated_logprobs(policy, base, extrapolate, given.select(rows), temperature).sum(-1).cpu()
-            for rows in parts
-        ])  # fmt: skip
+        parts = (given.select(rows) for rows in torch.arange(len(given)).split(args.per_device_train_batch_size))
+        return torch.cat([extrapolated.logprobs(part, temperature).sum(-1).cpu() for part in parts])
 
     same = args.temperature == args.score_temperature  # then these are the ones that we have
     sft_sampling = sft_logp if same else sequence_logprobs(sft, rollout, args.temperature, args)
@@ -193,32 +192,38 @@ def sequence_logprobs(role: Role, rollout: Rollout, temperature: float, args: SR
     return sums
 
 
-@torch.no_grad()
-def extrapolated_logprobs(
-    policy: Role, base: Role, beta: float, rollout: Rollout, temperature: float = 1.0
-) -> torch.Tensor:
-    """Log-probs ``[B, T]`` under ``(1 + 1/beta) log pi - 1/beta log pi_base``, normalised, at a temperature.
+class Extrapolated:
+    """The policy ``(1 + 1/beta) log pi - 1/beta log pi_base``, normalised.
 
     The normalisers of the two cancel in the softmax, so this is one linear head over both hidden states side by side,
     and the logits are not needed; with a softcap, which is not linear, they are, a micro-batch at a time.
     """
-    sides = []
-    for role, factor in ((policy, 1 + 1 / beta), (base, -1 / beta)):
-        with role.active():
-            sides.append((role.hidden(rollout).float(), role.head, factor))
-    if any(head.softcap is not None for _, head, _ in sides):
-        logits = torch.stack([factor * capped_logits(hidden, head) for hidden, head, factor in sides]).sum(0)
+
+    @torch.no_grad()
+    def __init__(self, policy: Role, base: Role, beta: float) -> None:
+        self.sides = (policy, policy.head, 1 + 1 / beta), (base, base.head, -1 / beta)
+        self.capped = any(head.softcap is not None for _, head, _ in self.sides)
+        if not self.capped:
+            factors = [(head, head.logit_scale * factor) for _, head, factor in self.sides]
+            biases = [head.bias.float() * factor for head, factor in factors if head.bias is not None]
+            self.weight = torch.cat([head.weight.float() * factor for head, factor in factors], -1)
+            self.bias = torch.stack(biases).sum(0) if biases else None
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probs ``[B, T]`` at a temperature, 0 where masked."""
+        hiddens = []
+        for role, _, _ in self.sides:
+            with role.active():
+                hiddens.append(role.hidden(rollout).float())
+        if not self.capped:
+            hidden = torch.cat(hiddens, -1)
+            found = linear_logprob(hidden, self.weight, rollout.tokens, bias=self.bias, temperature=temperature)
+            return rollout.in_place(found.logprob)
+        sides = zip(hiddens, self.sides, strict=True)
+        logits = torch.stack([factor * capped_logits(hidden, head) for hidden, (_, head, factor) in sides]).sum(0)
         logp = (logits / temperature).log_softmax(-1).gather(-1, rollout.tokens[..., None]).squeeze(-1)
         return rollout.in_place(logp)
-    biases = [head.bias.float() * head.logit_scale * factor for _, head, factor in sides if head.bias is not None]
-    logp = linear_logprob(
-        torch.cat([hidden for hidden, _, _ in sides], -1),
-        torch.cat([head.weight.float() * head.logit_scale * factor for _, head, factor in sides], -1),
-        rollout.tokens,
-        bias=torch.stack(biases).sum(0) if biases else None,
-        temperature=temperature,
-    ).logprob
-    return rollout.in_place(logp)
 
 
 def capped_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from srppo import UserError, ppo
 from srppo.data import Example
-from srppo.evaluation import evaluate_policy, extrapolated_logprobs
+from srppo.evaluation import Extrapolated, evaluate_policy
 from srppo.roles import frozen_roles
 from srppo.rollout import ExtrapolatedLogits, Rollout, collate, generate, until_stop
 
@@ -296,7 +296,7 @@ def test_extrapolation_needs_a_positive_beta(small, beta):
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere2"])
 def test_log_probs_of_extrapolated_decoding_are_those_of_the_formula(kind):
     sft, base, beta, given = tiny_model(kind, seed=1), tiny_model(kind), 0.7, rollout()
-    got = extrapolated_logprobs(role(sft), role(base, "base"), beta, given, temperature=0.8)
+    got = Extrapolated(role(sft), role(base, "base"), beta).logprobs(given, temperature=0.8)
     for row, tokens in enumerate(completions(given)):
         prompt = given.input_ids[row, : given.prompt_length][given.attention_mask[row, : given.prompt_length].bool()]
         for t, token in enumerate(tokens):
