@@ -214,17 +214,14 @@ def over_groups(
     lift = _lift(scaled) if dtype == torch.float16 and rows.count > 0 else None
     if lift is not None:
         scaled = scaled.scaled(lift)
-    b, h, at_target, row_max, log_sum = scaled.b, scaled.h, scaled.at_target, scaled.row_max, scaled.log_sum
     y = rows.take(targets).long()
     n, width, device = rows.count, hidden.shape[1], hidden.device
     # Rows that cannot be dropped may hold anything, which GEMMs over all rows would spread.
     droppable = rows.live is None and min(n, head.weight.shape[0]) > 0
     if droppable and native_gradients.serves(device, hidden.dtype, head.weight.dtype):
-        return native_gradients.over_vocabulary(
-            hidden, head, y, rows, (b, h, at_target, row_max, log_sum), temperature,
-            (into.hidden, into.weight, into.bias), (into.accumulate_weight, into.accumulate_bias),
-            residual, kept_rows, consume, dz_bytes, bound,
-        )  # fmt: skip
+        source = native_gradients.Dz(hidden, head, y, rows, scaled, temperature, residual, kept_rows)
+        return native_gradients.over_vocabulary(source, into, consume=consume, dz_bytes=dz_bytes, bound=bound)
+    b, h, at_target, row_max, log_sum = scaled.b, scaled.h, scaled.at_target, scaled.row_max, scaled.log_sum
     dhidden = torch.zeros(n, width, dtype=acc, device=device) if into.hidden else None
     step = backward_rows(acc.itemsize, dz_bytes)
     for number, v in enumerate(groups(head.weight.shape[0])):

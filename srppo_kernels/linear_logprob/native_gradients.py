@@ -13,6 +13,7 @@ exact: dz is in fp32, a vocabulary group wide, and the GEMMs are those of fp32.
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from srppo_kernels import _extension
 from srppo_kernels.linear_logprob import native, spare
 from srppo_kernels.linear_logprob.chunked import GROUP, Head, Residual
 from srppo_kernels.linear_logprob.rows import Rows
+
+if TYPE_CHECKING:
+    from srppo_kernels.linear_logprob.backward import Destination, RowScalars
 
 CHUNK_BYTES = 32 << 20  # of dz at once, where it is not formed in place, unless the caller's workspace is smaller
 LEAST_CHUNK_BYTES = 1 << 18  # 32 rows of a vocabulary group in fp32: below, GEMMs would be mostly overhead
@@ -139,29 +143,56 @@ def bounded_dz_bytes(sizes: Sizes, bound: int) -> int:
     return best
 
 
+@dataclass(frozen=True)
+class Dz:
+    """What dz is formed of: exponentials that were kept, or without a ``residual`` a scan that makes them anew."""
+
+    hidden: Tensor  # [N, D]
+    head: Head
+    y: Tensor  # [count]
+    rows: Rows
+    scalars: "RowScalars"  # chain included
+    temperature: Tensor | None  # [count]
+    residual: Residual | None
+    kept_rows: Tensor | None  # where the residual has the rows; None: in order
+
+    def form(self, r: slice, v: slice, out: Tensor, bound: int | None) -> None:
+        """Writes dz of a block of rows and a chunk of the vocabulary; ``bound``: on the scan's workspace."""
+        head, scalars, residual = self.head, self.scalars, self.residual
+        local = (self.y[r] - v.start).contiguous()
+        temperature = None if self.temperature is None else self.temperature[r].contiguous()
+        groups = slice(v.start // GROUP, -(-v.stop // GROUP))
+        where = None
+        if residual is None:
+            kept, group_max = out, out.new_empty(out.shape[0], groups.stop - groups.start, dtype=torch.float32)
+            part = replace(head, weight=head.weight[v], bias=None if head.bias is None else head.bias[v])
+            rows, chunk = self.rows.part(r.start, r.stop), Residual(kept, group_max)
+            native.scan(self.hidden, part, local, temperature, rows, False, chunk, None, bound)
+        else:
+            kept, group_max = residual.kept[:, v], residual.group_max[:, groups]
+            if self.kept_rows is not None:
+                where = self.kept_rows[r].contiguous()
+            elif r.start > 0:
+                kept, group_max = kept[r], group_max[r]
+        of_rows = (scalars.b, scalars.h, scalars.at_target, scalars.row_max, scalars.log_sum)
+        b, h, at_target, row_max, log_sum = (None if t is None else t[r].contiguous() for t in of_rows)
+        torch.ops.srppo_native.linear_logprob_form_dz(
+            kept, group_max, where, local, b, h, at_target, row_max, log_sum, temperature,
+            head.temperature, 0.0 if head.softcap is None else head.softcap, GROUP, out,
+        )  # fmt: skip
+
+
 def over_vocabulary(
-    hidden: Tensor,
-    head: Head,
-    y: Tensor,  # [count]
-    rows: Rows,
-    row_scalars: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],  # b, h, at_target (chain included), m, log S
-    temperature: Tensor | None,  # [count]
-    destinations: tuple[bool, Tensor | None, Tensor | None],  # dhidden wanted; dweight; dbias
-    accumulate: tuple[bool, bool],
-    residual: Residual | None,
-    kept_rows: Tensor | None,
-    consume: bool,
-    dz_bytes: int,
-    bound: int | None,
+    source: Dz, into: "Destination", *, consume: bool, dz_bytes: int, bound: int | None
 ) -> Tensor | None:
     """Writes dweight and dbias and returns dhidden, in float32 or in the operands' dtype.
 
     ``consume``: the residual may be overwritten. ``bound``: on the workspace without a residual, None: the default.
     """
+    hidden, head, rows, residual = source.hidden, source.head, source.rows, source.residual
     n, vocab, dtypes = rows.count, head.weight.shape[0], (hidden.dtype, head.weight.dtype)
     dtype, wide = dz_dtype(*dtypes), widens(*dtypes)
-    want_hidden, weight_out, bias_out = destinations
-    sizes = Sizes(n, hidden.shape[1], vocab, dtype.itemsize, wide, want_hidden, weight_out is not None)
+    sizes = Sizes(n, hidden.shape[1], vocab, dtype.itemsize, wide, into.hidden, into.weight is not None)
     in_place = residual is not None and consume and not wide
     step, entries = (n, vocab) if in_place else sizes.chunk(dz_bytes)
     blocks = [slice(a, min(a + step, n)) for a in range(0, n, step)]
@@ -174,76 +205,39 @@ def over_vocabulary(
         held = sizes.held_bytes(dz_bytes)
         share = max(0, (native.default_bound(held) if bound is None else bound) - held)
     dhidden = None
-    if want_hidden and entries < vocab:
+    if into.hidden and entries < vocab:
         dhidden = hidden.new_zeros(n, hidden.shape[1], dtype=torch.float32)
-    elif want_hidden:
+    elif into.hidden:
         dhidden = hidden.new_empty(n, hidden.shape[1], dtype=dtype)
     for v0 in range(0, vocab, entries):
         v = slice(v0, min(v0 + entries, vocab))
-        weight = head.weight[v].to(dtype) if want_hidden else head.weight[v]
-        apart = weight_out is not None and (len(blocks) > 1 or (wide and weight_out.dtype != dtype))
+        weight = head.weight[v].to(dtype) if into.hidden else head.weight[v]
+        apart = into.weight is not None and (len(blocks) > 1 or (wide and into.weight.dtype != dtype))
         sums = spare.empty(hidden, weight.shape, torch.float32) if apart else None
         bias_sums: Tensor | None = None  # of blocks, in fp32: a 16-bit sum stops growing
         for r in blocks:
             shape = r.stop - r.start, v.stop - v.start
             dz = buffer[:n] if in_place else buffer[: shape[0] * shape[1]].view(shape)
-            _form_dz(hidden, head, y, rows, row_scalars, temperature, residual, kept_rows, r, v, dz, share)
-            if bias_out is not None:
+            source.form(r, v, dz, share)
+            if into.bias is not None:
                 part = _column_sums(dz, share)
                 bias_sums = part if bias_sums is None else bias_sums.add_(part)
             if dhidden is not None:
                 _product(dhidden[r], dz, weight, transposed=False, add=entries < vocab, bound=share)
-            if weight_out is None:
+            if into.weight is None:
                 continue
             x = rows.block(hidden, r.start, r.stop, dtype)
             if sums is not None:
                 _product(sums, dz, x, transposed=True, add=r.start > 0, bound=share)
             else:
-                _product(weight_out[v], dz, x, transposed=True, add=accumulate[0], bound=share)
+                _product(into.weight[v], dz, x, transposed=True, add=into.accumulate_weight, bound=share)
             del x  # before the next block's
-        if bias_out is not None and bias_sums is not None:
-            write(bias_out[v], bias_sums, accumulate[1])
-        if weight_out is not None and sums is not None:
-            write(weight_out[v], sums, accumulate[0])
+        if into.bias is not None and bias_sums is not None:
+            write(into.bias[v], bias_sums, into.accumulate_bias)
+        if into.weight is not None and sums is not None:
+            write(into.weight[v], sums, into.accumulate_weight)
         del weight, sums  # before the next chunk's
     return dhidden
-
-
-def _form_dz(
-    hidden: Tensor,
-    head: Head,
-    y: Tensor,
-    rows: Rows,
-    row_scalars: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
-    temperature: Tensor | None,
-    residual: Residual | None,
-    kept_rows: Tensor | None,
-    r: slice,
-    v: slice,
-    out: Tensor,
-    bound: int | None,
-) -> None:
-    """dz of a block of rows and a chunk of the vocabulary, written to ``out``."""
-    local = (y[r] - v.start).contiguous()
-    row_temperature = None if temperature is None else temperature[r].contiguous()
-    groups = slice(v.start // GROUP, -(-v.stop // GROUP))
-    where = None
-    if residual is None:
-        kept, group_max = out, hidden.new_empty(out.shape[0], groups.stop - groups.start, dtype=torch.float32)
-        part = replace(head, weight=head.weight[v], bias=None if head.bias is None else head.bias[v])
-        chunk = Residual(kept, group_max)
-        native.scan(hidden, part, local, row_temperature, rows.part(r.start, r.stop), False, chunk, None, bound)
-    else:
-        kept, group_max = residual.kept[:, v], residual.group_max[:, groups]
-        if kept_rows is not None:
-            where = kept_rows[r].contiguous()
-        elif r.start > 0:
-            kept, group_max = kept[r], group_max[r]
-    b, h, at_target, row_max, log_sum = (None if t is None else t[r].contiguous() for t in row_scalars)
-    torch.ops.srppo_native.linear_logprob_form_dz(
-        kept, group_max, where, local, b, h, at_target, row_max, log_sum, row_temperature,
-        head.temperature, 0.0 if head.softcap is None else head.softcap, GROUP, out,
-    )  # fmt: skip
 
 
 def write(destination: Tensor, part: Tensor, accumulate: bool) -> None:
