@@ -61,21 +61,19 @@ def test_equal_to_block_by_block(dtype, plan, more, chunks, monkeypatch):
         assert relative(a, b.double()) < (2e-6 if dtype == torch.float32 else 6e-3)
 
 
+MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.bfloat16)]
+WITHOUT_BF16 = [(dtypes, "avx2") for dtypes in [(torch.bfloat16, torch.bfloat16), *MIXED]]
+
+
 @pytest.mark.parametrize("plan", ["cache", "recompute", "precompute"])
 @pytest.mark.parametrize(
-    "dtypes",
-    [
-        (torch.bfloat16, torch.bfloat16),  # without instructions for it
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float16),
-        (torch.float16, torch.bfloat16),
-    ],
+    ("dtypes", "level"), WITHOUT_BF16 + [(dtypes, _extension.cpu_levels()[-1]) for dtypes in MIXED]
 )
-def test_inputs_that_are_widened(dtypes, plan, chunks, monkeypatch):
+def test_inputs_that_are_widened(dtypes, level, plan, chunks, monkeypatch):
     """The same dz and GEMMs as block by block, and the same bits from two threads where the GEMMs are native."""
     p = make("random", v=4500, dtype=dtypes[0], bias=True, softcap=8.0)
     p.weight = p.weight.detach().to(dtypes[1]).requires_grad_()
-    with _extension.cpu_level("avx2"):
+    with _extension.cpu_level(level):
         assert native_gradients.dz_dtype(*dtypes) == torch.float32
         got = gradients(p, plan)
         with threads(2):
