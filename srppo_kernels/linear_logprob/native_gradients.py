@@ -32,8 +32,6 @@ LEAST_CHUNK_BYTES = 1 << 18  # 32 rows of a vocabulary group in fp32: below, GEM
 
 def serves(device: torch.device, hidden: torch.dtype, weight: torch.dtype) -> bool:
     """Whether these inputs' gradients come from here."""
-    if any(dtype not in (torch.float32, torch.bfloat16, torch.float16) for dtype in (hidden, weight)):
-        return False
     return not native.obstacle(device, (hidden, weight)) and not native.not_faster() and _is_there()
 
 
