@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +75,13 @@ def torch_include_dirs():
     from torch.utils.cpp_extension import include_paths
 
     return include_paths()
+
+
+def missing_headers():
+    """Debian and Ubuntu have them apart from Python. Asked where a build has failed: a compiler may find others."""
+    folder = sysconfig.get_path("include")
+    found = Path(folder, "Python.h").is_file()
+    return "" if found else f"Python's headers are not in {folder}; Debian and Ubuntu have them in python3-dev"
 
 
 class CheckCuda(Command):
@@ -148,7 +156,7 @@ def extension_arguments():
             try:
                 super().build_extensions()
             except (Exception, SystemExit) as error:
-                self.give_up(error)
+                self.give_up(missing_headers() or error)
 
         def give_up(self, reason):
             # The first line says which command failed; the compiler's own output stands above.

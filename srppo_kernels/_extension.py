@@ -48,6 +48,19 @@ def _built_elsewhere(names: set[str]) -> Path | None:
     return None
 
 
+def _what_a_build_lacks() -> str:
+    """Of what setup.py needs, as far as it can be seen now."""
+    import shutil
+    import sysconfig
+
+    headers = sysconfig.get_path("include")
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "there is no C++ compiler on PATH (install g++ or clang++, then srppo again)"
+    if not Path(headers, "Python.h").is_file():
+        return f"Python's headers are not in {headers} (Debian and Ubuntu: install python3-dev, then srppo again)"
+    return "there was no pybind11, or the build failed (see pip install -v)"
+
+
 _module: ModuleType | None = None
 _reason: str = ""
 
@@ -57,7 +70,7 @@ try:
     _module = _loaded
 except ImportError as error:
     if "_C" in str(error) and "cannot import name" in str(error):
-        _reason = "the extension was not built: no C++ compiler, no pybind11, or a failed build (see pip install -v)"
+        _reason = f"the extension was not built: {_what_a_build_lacks()}"
         if sys.platform == "win32":
             _reason = "the extension is not built on Windows: it is for GCC and clang"
         ours = {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES}

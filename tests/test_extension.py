@@ -146,26 +146,32 @@ print(_extension.why())
     assert "extension" in done.stdout
 
 
-def test_an_extension_of_another_python_is_named(tmp_path):
+def test_why_there_is_no_extension_is_named(tmp_path):
     package = tmp_path / "srppo_kernels"
     shutil.copytree(ROOT / "srppo_kernels", package, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
     code = """
 import pathlib, sys
 sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in str(f)]  # which would find the checkout's
 sys.path[1:] = [p for p in sys.path[1:] if not list(pathlib.Path(p).glob("srppo_kernels/_C.*"))]  # likewise
-import torch
-sys.platform = sys.argv[1]
+import shutil, sysconfig, torch
+sys.platform, shutil.which = sys.argv[1], lambda name: name in sys.argv[2].split()
+sysconfig.get_path = lambda name: sys.argv[3]
 import srppo_kernels._extension as extension
 print(extension.why())
 """
-    for system, name, text in (
-        ("linux", "", "no C++ compiler"),
-        ("win32", "", "not built on Windows"),
-        ("linux", "_C.cpython-39-other.so", "only for another: _C.cpython-39-other.so"),
+    headers = tmp_path / "include"
+    headers.mkdir()
+    for system, compilers, name, text in (
+        ("linux", "g++ cc", "", f"Python's headers are not in {headers}"),
+        ("linux", "cc", "Python.h", "no C++ compiler"),
+        ("linux", "clang++", "", "the build failed"),
+        ("win32", "", "", "not built on Windows"),
+        ("linux", "c++", "_C.cpython-39-other.so", "only for another: _C.cpython-39-other.so"),
     ):
         if name:
-            (package / name).touch()
-        done = subprocess.run([sys.executable, "-c", code, system], cwd=tmp_path, capture_output=True, text=True)
+            ((headers if name == "Python.h" else package) / name).touch()
+        command = [sys.executable, "-c", code, system, compilers, str(headers)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert text in done.stdout, done.stderr
 
 
@@ -188,10 +194,11 @@ print(extension.why())
     assert f"but in {site / 'srppo_kernels'}: run Python from another folder, or install with" in done.stdout
 
 
-def built_for_cuda(folder: Path, **environment: str) -> list[str]:
+def built_for_cuda(folder: Path, before: str = "", **environment: str) -> list[str]:
     """What setup.py says that is lost where torch is one for CUDA and a folder has all compilers; it ends well."""
     options = ["setup.py", "build_ext", f"--build-temp={folder}/t", f"--build-lib={folder}/lib"]
-    code = "import runpy, sys, torch; torch.version.cuda = '13.0'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = f"import runpy, sys, torch; torch.version.cuda = '13.0'; {before}"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", f"import sys; sys.argv = {options}; {code}"]
     done = subprocess.run(command, cwd=ROOT, env={"PATH": str(folder), **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -210,6 +217,11 @@ def test_a_failing_build_leaves_an_installation(tmp_path):
     assert str(tmp_path / "clang++") in lines[1]
     assert "runs on plain torch without its native kernels" in lines[1]
     assert not list((tmp_path / "lib").rglob("_C*"))
+    # Where headers are missing, too, they come before the command that failed.
+    _, line = built_for_cuda(tmp_path, "import sysconfig; sysconfig.get_path = lambda *names, **options: '/nowhere'; ")
+    assert (
+        "could not be built (Python's headers are not in /nowhere; Debian and Ubuntu have them in python3-dev)" in line
+    )
 
 
 def test_cuda_kernels_are_linked_to_what_they_need_of_torch(tmp_path):
