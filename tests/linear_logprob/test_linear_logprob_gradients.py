@@ -246,6 +246,24 @@ def test_a_callers_buffer_and_chunks_are_as_exact_as_one(dtype):
     assert errors[0] < (3e-6 if dtype == torch.float32 else 0.5 * rounded)  # not rounded on the way
 
 
+@pytest.mark.parametrize(
+    ("rows", "vocab", "item", "wide", "dz_bytes", "want"),
+    [
+        (10, 5000, 2, False, 0, (10, 5000)),  # all of it
+        (10, 5000, 4, True, 0, (10, 2048)),  # of a widened head no more than a group
+        (10, 500, 4, True, 0, (10, 500)),
+        (10000, 5000, 4, False, 0, (4096, 2048)),  # 32 MiB
+        (10000, 5000, 2, False, 0, (8192, 2048)),
+        (1000, 50000, 4, False, 0, (1000, 4 * 2048)),
+        (1000, 50000, 4, False, 1 << 18, (32, 2048)),
+        (1000, 50000, 4, False, 1, (1, 2048)),
+        (0, 5000, 4, False, 0, (0, 5000)),
+    ],
+)
+def test_a_chunk_of_dz_is_no_larger_than_it_is_filled(rows, vocab, item, wide, dz_bytes, want):
+    assert native_gradients.Sizes(rows, 64, vocab, item, wide, True, True).chunk(dz_bytes) == want
+
+
 def test_explain_says_where_gradients_come_from():
     dtype = torch.bfloat16 if BF16_PRODUCTS else torch.float32
     p = make("random", n=16, dtype=torch.float16)
