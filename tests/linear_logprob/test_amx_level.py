@@ -78,5 +78,5 @@ def test_what_every_level_has_to_pass(library):
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 def test_a_bounded_workspace_for_any_number_of_threads(library, tmp_path):
     # 4097: rows of an odd width are copied on their way to the tiles, which is the most that a thread takes there.
-    cases = ["amx-bfloat16-score", "amx-bfloat16-recompute", "amx-bfloat16-score-4097x40"]
+    cases = [f"amx-bfloat16-{plan}" for plan in ("score", "score-4097x40", "recompute", "cache")]
     workspace.check(tmp_path, str(library), cases)
