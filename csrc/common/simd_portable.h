@@ -8,19 +8,27 @@ struct Mask {
 };
 
 SRPPO_INLINE Vf set(float x) { return Vf{x, x, x, x}; }
-SRPPO_INLINE Vf load(const float* p, int n) {
-  Vf x = {0, 0, 0, 0};
-  std::memcpy(&x, p, sizeof(float) * static_cast<unsigned>(n >= W ? W : n > 0 ? n : 0));
-  return x;
+// A copy whose size is known is an instruction, any other a call: that is for the last vector of a row.
+template <class Vector, class T>
+SRPPO_INLINE Vector load_first(const T* p, int n) {
+  if (n >= W) {
+    Vector x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  Vector part = {0, 0, 0, 0};
+  if (n > 0) std::memcpy(&part, p, sizeof(T) * static_cast<unsigned>(n));
+  return part;
 }
+SRPPO_INLINE Vf load(const float* p, int n) { return load_first<Vf>(p, n); }
 SRPPO_INLINE void store(float* p, Vf x, int n) {
-  std::memcpy(p, &x, sizeof(float) * static_cast<unsigned>(n >= W ? W : n > 0 ? n : 0));
+  if (n >= W) std::memcpy(p, &x, sizeof x);
+  else if (n > 0) std::memcpy(p, &x, sizeof(float) * static_cast<unsigned>(n));
 }
 SRPPO_INLINE Mask load_mask(const bool* p, int n) {
-  const auto* const bytes = reinterpret_cast<const unsigned char*>(p);  // a bool's is taken to be 0 or 1: see blocks.h
-  Vi lanes = {0, 0, 0, 0};
-  for (int i = 0; i < W; ++i) lanes[i] = i < n && bytes[i] != 0 ? -1 : 0;
-  return {lanes};
+  // A byte may be any number but 0: see blocks.h.
+  typedef signed char Bytes __attribute__((vector_size(4)));
+  return {__builtin_convertvector(load_first<Bytes>(p, n), Vi) != 0};
 }
 
 // Two roundings: a fused multiply-add without hardware for it is a library call.
@@ -52,26 +60,39 @@ SRPPO_INLINE float largest(Vf x) {
   return m;
 }
 
+// Four doubles in two vectors: one of 32 bytes GCC 16 fills by way of the stack where SSE2 or NEON is all there is.
+typedef double Vd __attribute__((vector_size(16)));
+struct Doubles {
+  Vd low, high;
+};
+SRPPO_INLINE Doubles widen(Vf x) {
+  typedef float Half __attribute__((vector_size(8)));
+  return {__builtin_convertvector((Half{x[0], x[1]}), Vd), __builtin_convertvector((Half{x[2], x[3]}), Vd)};
+}
+
 // Sums in float64, a fixed lane for each place.
 struct Sum {
-  double lanes[W] = {0, 0, 0, 0};
+  Doubles lanes = {{0, 0}, {0, 0}};
   __attribute__((always_inline)) void add(Vf x) {
-    for (int i = 0; i < W; ++i) lanes[i] += static_cast<double>(x[i]);
+    const Doubles d = widen(x);
+    lanes = {lanes.low + d.low, lanes.high + d.high};
   }
   __attribute__((always_inline)) void add_square(Vf x) {
-    for (int i = 0; i < W; ++i) {
-      const double d = static_cast<double>(x[i]);
-      lanes[i] += d * d;
-    }
+    const Doubles d = widen(x);
+    lanes = {lanes.low + d.low * d.low, lanes.high + d.high * d.high};
   }
-  __attribute__((always_inline)) double total() const { return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]); }
+  __attribute__((always_inline)) double total() const {
+    const Vd pairs = lanes.low + lanes.high;
+    return pairs[0] + pairs[1];
+  }
 };
 
 // (x - centre) * scale + shift in float64.
 SRPPO_INLINE Vf affine(Vf x, double centre, double scale, double shift) {
-  Vf y = {0, 0, 0, 0};
-  for (int i = 0; i < W; ++i) y[i] = static_cast<float>((static_cast<double>(x[i]) - centre) * scale + shift);
-  return y;
+  const Vd c = {centre, centre}, factor = {scale, scale}, by = {shift, shift};
+  const Doubles d = widen(x);
+  const Vd low = (d.low - c) * factor + by, high = (d.high - c) * factor + by;
+  return Vf{static_cast<float>(low[0]), static_cast<float>(low[1]), static_cast<float>(high[0]), static_cast<float>(high[1])};
 }
 
 SRPPO_INLINE void transpose(Vf (&x)[W]) {
