@@ -246,6 +246,21 @@ def test_a_callers_buffer_and_chunks_are_as_exact_as_one(dtype):
     assert errors[0] < (3e-6 if dtype == torch.float32 else 0.5 * rounded)  # not rounded on the way
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_callers_buffer_keeps_what_is_in_it(dtype, chunks):
+    """Where blocks of rows add up first, too."""
+    p = make("random", v=4500, dtype=dtype)
+
+    def dweight(start: float) -> torch.Tensor:
+        buffer = torch.full(p.weight.shape, start)
+        linear_loss(
+            p.hidden, p.weight, p.targets, lambda logprob, entropy: (logprob.sum(), {}), grad_weight_out=buffer
+        )[0].backward()
+        return buffer
+
+    torch.testing.assert_close(dweight(0.5) - 0.5, dweight(0.0), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("rows", "vocab", "item", "wide", "dz_bytes", "want"),
     [
