@@ -247,18 +247,21 @@ def test_a_callers_buffer_and_chunks_are_as_exact_as_one(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_callers_buffer_keeps_what_is_in_it(dtype, chunks):
-    """Where blocks of rows add up first, too."""
-    p = make("random", v=4500, dtype=dtype)
+def test_chunks_of_rows_add_up_where_blocks_of_them_do(dtype, chunks):
+    """And a caller's buffer keeps what is in it."""
+    p = make("random", n=600, v=4500, dtype=dtype)
 
-    def dweight(start: float) -> torch.Tensor:
+    def dweight(start: float, **options) -> torch.Tensor:
         buffer = torch.full(p.weight.shape, start)
-        linear_loss(
-            p.hidden, p.weight, p.targets, lambda logprob, entropy: (logprob.sum(), {}), grad_weight_out=buffer
-        )[0].backward()
+        loss = lambda logprob, entropy: (logprob.sum(), {})  # noqa: E731
+        linear_loss(p.hidden, p.weight, p.targets, loss, grad_weight_out=buffer, **options)[0].backward()
         return buffer
 
-    torch.testing.assert_close(dweight(0.5) - 0.5, dweight(0.0), rtol=0, atol=1e-5)
+    for room, several in ((0, True), (BIG, False)):
+        said = explain(p.hidden, p.weight, p.targets, op="linear_loss", workspace_bytes=room)
+        assert (said.rows_per_chunk < 600) is several
+    some, whole = dweight(0.5, workspace_bytes=0), dweight(0.0, workspace_bytes=BIG)
+    torch.testing.assert_close(some - 0.5, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
