@@ -70,9 +70,6 @@ try:
     _module = _loaded
 except ImportError as error:
     if "_C" in str(error) and "cannot import name" in str(error):
-        _reason = f"the extension was not built: {_what_a_build_lacks()}"
-        if sys.platform == "win32":
-            _reason = "the extension is not built on Windows: it is for GCC and clang"
         ours = {f"_C{suffix}" for suffix in EXTENSION_SUFFIXES}
         if elsewhere := _built_elsewhere(ours):
             _reason = (
@@ -81,6 +78,10 @@ except ImportError as error:
             )
         elif others := sorted({path.name for path in Path(__file__).parent.glob("_C.*")} - ours):
             _reason = f"the extension was not built for this Python, only for another: {', '.join(others)}"
+        elif sys.platform == "win32":
+            _reason = "the extension is not built on Windows: it is for GCC and clang"
+        else:
+            _reason = f"the extension was not built: {_what_a_build_lacks()}"
     else:
         _reason = f"the extension does not load: {error}"
         if "libtorch_cuda" in str(error):
