@@ -7,6 +7,7 @@ SFT and length; and exact match where the data has an ``answer``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,21 +85,20 @@ def evaluate_policy(
             extrapolate=None if extrapolate is None else (base, extrapolate),
             on_batch=on_batch,
         )
-    sft_logp = sequence_logprobs(sft, rollout, args.score_temperature, args)
-    base_logp = sequence_logprobs(base, rollout, args.score_temperature, args)
-    scores = sft_logp - base_logp
-
     extrapolated = None if extrapolate is None else Extrapolated(policy, base, extrapolate)
+
+    @functools.cache  # the policy may be the SFT model or the base, and both temperatures the same
+    def logp(role: Role, given: Rollout, temperature: float) -> torch.Tensor:
+        return sequence_logprobs(role, given, temperature, args)
 
     def policy_logp(given: Rollout, temperature: float) -> torch.Tensor:
         if extrapolated is None:
-            return sequence_logprobs(policy, given, temperature, args)
+            return logp(policy, given, temperature)
         parts = (given.select(rows) for rows in torch.arange(len(given)).split(args.per_device_train_batch_size))
         return torch.cat([extrapolated.logprobs(part, temperature).sum(-1).cpu() for part in parts])
 
-    same = args.temperature == args.score_temperature  # then these are the ones that we have
-    sft_sampling = sft_logp if same else sequence_logprobs(sft, rollout, args.temperature, args)
-    kl = policy_logp(rollout, args.temperature) - sft_sampling
+    scores = logp(sft, rollout, args.score_temperature) - logp(base, rollout, args.score_temperature)
+    kl = policy_logp(rollout, args.temperature) - logp(sft, rollout, args.temperature)
     if distributed.size() > 1:
         scores, kl = (distributed.gathered_rows(x)[: len(examples)] for x in (scores, kl))
         rollout = gather(rollout).select(range(len(examples)))
@@ -129,7 +129,7 @@ def evaluate_policy(
         of_all = lambda x: distributed.gathered_rows(x)[: len(demonstrations)].sum().item()  # noqa: E731
         tokens = of_all(demos.lengths.cpu())
         metrics["eval/demonstrations/logp"] = of_all(policy_logp(demos, 1.0)) / tokens
-        metrics["eval/demonstrations/logp_sft"] = of_all(sequence_logprobs(sft, demos, 1.0, args)) / tokens
+        metrics["eval/demonstrations/logp_sft"] = of_all(logp(sft, demos, 1.0)) / tokens
     return metrics, [{**example.key, **row} for example, row in zip(examples, rows, strict=True)]
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from srppo import UserError, ppo
 from srppo.data import Example
-from srppo.evaluation import Extrapolated, evaluate_policy
+from srppo.evaluation import Extrapolated, evaluate_policy, sequence_logprobs
 from srppo.roles import frozen_roles
 from srppo.rollout import ExtrapolatedLogits, Rollout, collate, generate, until_stop
 
@@ -336,3 +336,23 @@ def test_evaluation_leaves_the_random_state_alone_and_repeats_itself(tiny_models
     assert torch.equal(torch.get_rng_state(), state)
     assert one == two
     assert one[0]["eval/objective/kl"] == 0, "of SFT itself, at the temperature that it samples at"
+
+
+def test_evaluation_scores_nothing_twice(tiny_models, tmp_path, monkeypatch):
+    """``srppo eval`` without a model judges the SFT model, which is what it compares with as well."""
+    base, sft = frozen_roles(config(tmp_path), tiny_models.base, tiny_models.sft)
+    rows = [Example([1, 2], [3, 0], None, "row")] * 4
+    scored = []
+
+    def note(scoring, given, temperature, args):
+        scored.append((scoring.name, given.prompt_length, given.completions.tolist(), temperature))
+        return sequence_logprobs(scoring, given, temperature, args)
+
+    monkeypatch.setattr("srppo.evaluation.sequence_logprobs", note)
+    for policy in (sft, base):
+        for settings in ({}, {"score_temperature": 0.5}):
+            scored.clear()
+            args = config(tmp_path, max_completion_length=3, **settings)
+            evaluate_policy(policy, sft, base, rows, args, tiny_tokenizer(), stop_token_ids=[0])
+            assert scored
+            assert all(scored.count(one) == 1 for one in scored)
