@@ -1,6 +1,7 @@
 """The backends that a test runs an op on: the reference, and the native kernels at every instruction level here."""
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -81,13 +82,14 @@ def poison(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def compile_host(source: str, folder: Path, optimise: str = "-O1") -> ctypes.CDLL:
-    """Compile C++ that includes headers of csrc/ as plain scalar host code, and load it."""
+    """Compile C++ that includes headers of csrc/ as plain scalar host code, and load it. CXXFLAGS are obeyed."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler on this machine")
     (folder / "host.cpp").write_text(source)
     root = Path(__file__).parent.parent
     flags = ["-std=c++20", optimise, "-ffp-contract=off", "-fPIC", "-shared", f"-I{root}"]
+    flags += os.environ.get("CXXFLAGS", "").split()
     subprocess.run([compiler, *flags, str(folder / "host.cpp"), "-o", str(folder / "host.so")], check=True)
     return ctypes.CDLL(str(folder / "host.so"))
 

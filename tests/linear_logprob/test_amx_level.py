@@ -6,6 +6,7 @@ the product with an fp32 result, in one chunk, in several and into a caller's bu
 """
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -47,7 +48,7 @@ def library(tmp_path_factory) -> Path:
     flags = [
         "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w", f"-I{ROOT}",
         "-DTORCH_TARGET_VERSION=0x020b000000000000", '-DSRPPO_TILES="tests/linear_logprob/amx_emulator.h"',
-        *(f"-I{path}" for path in include_paths()),
+        *(f"-I{path}" for path in include_paths()), *os.environ.get("CXXFLAGS", "").split(),
     ]  # fmt: skip
     sources = [folder / "probe.cpp", *(ROOT / "csrc" / source for source in SOURCES)]
     objects = [folder / f"{source.stem}.o" for source in sources]
@@ -56,7 +57,7 @@ def library(tmp_path_factory) -> Path:
         for source, target in zip(sources, objects, strict=True)
     ]
     assert [process.wait() for process in running] == [0] * len(running)
-    subprocess.run(["c++", "-shared", *objects, "-o", folder / "emulated.so"], check=True)
+    subprocess.run(["c++", *flags, "-shared", *objects, "-o", folder / "emulated.so"], check=True)
     return folder / "emulated.so"
 
 
