@@ -240,6 +240,8 @@ class VLLMEngine:
                 "top_k": 0,
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
                 "seed": seed,
                 "logprobs": 0,  # of the token taken, and of no other
                 "return_token_ids": True,

@@ -23,9 +23,10 @@ class FakeVLLM:
     Args:
         alter: changes the answer to ``/v1/completions`` before it is sent.
 
-    ``generation_config`` is the checkpoint's: what vLLM takes a request's ``top_k`` from where it names none, and
-    further tokens to stop at. The other attributes are how the server was started: ``--max-lora-rank``, None without
-    ``--enable-lora``; ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``; ``--logprobs-mode``; ``--max-model-len``.
+    ``generation_config`` is the checkpoint's, with ``--override-generation-config``: what vLLM takes a request's
+    ``top_k`` and ``presence_penalty`` from where it names none, and further tokens to stop at. The other attributes are
+    how the server was started: ``--max-lora-rank``, None without ``--enable-lora``;
+    ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``; ``--logprobs-mode``; ``--max-model-len``.
     """
 
     def __init__(self, base: str, alter: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> None:
@@ -109,13 +110,15 @@ class FakeVLLM:
         model = self.models.get(body["model"]) or self.base_model()
         generator = torch.Generator().manual_seed(body["seed"])
         ids, logprobs, reason = list(body["prompt"]), [], "length"
-        top_k = {"top_k": 0, **self.generation_config, **body}["top_k"]
+        given = {"top_k": 0, "presence_penalty": 0.0, **self.generation_config, **body}
         own_stops = [] if body.get("ignore_eos") else self.generation_config.get("eos_token_id", [])
         while len(ids) < min(len(body["prompt"]) + body["max_tokens"], self.max_model_len):
             raw = model(input_ids=torch.tensor([ids])).logits[0, -1:].float()
-            logits = raw / body["temperature"]
-            if top_k > 0:
-                logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+            logits = raw.clone()
+            logits[:, ids[len(body["prompt"]) :]] -= given["presence_penalty"]
+            logits = logits / body["temperature"]
+            if given["top_k"] > 0:
+                logits = logits.masked_fill(logits < logits.topk(given["top_k"]).values[..., -1:], -torch.inf)
             logits = TopPLogitsWarper(float(body["top_p"]))(torch.tensor([ids]), logits)
             token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
             logprobs.append((logits if self.processed_logprobs else raw).log_softmax(-1)[0, token].item())

@@ -129,7 +129,9 @@ def test_the_same_seed_asks_for_the_same_samples(tiny_models, tmp_path, server):
     assert other.input_ids.shape != samples[0].input_ids.shape or not torch.equal(other.input_ids, samples[0].input_ids)
 
 
-@pytest.mark.parametrize("given", [{"top_k": 1}, {"eos_token_id": [t for t in range(260) if t not in STOPS]}])
+@pytest.mark.parametrize(
+    "given", [{"top_k": 1}, {"presence_penalty": -2.0}, {"eos_token_id": [t for t in range(260) if t not in STOPS]}]
+)
 def test_what_a_checkpoint_asks_for_in_its_generation_config_does_not_reach_the_server(
     tiny_models, tmp_path, server, given
 ):
@@ -140,6 +142,7 @@ def test_what_a_checkpoint_asks_for_in_its_generation_config_does_not_reach_the_
     assert torch.equal(samples[0].input_ids, samples[1].input_ids)
     _, asked = server.requests[-1]
     assert (asked["top_k"], asked["min_p"], asked["repetition_penalty"]) == (0, 0.0, 1.0)
+    assert asked["presence_penalty"] == asked["frequency_penalty"] == 0.0
     run.engine.sampling = dataclasses.replace(SAMPLING, temperature=0.7, top_p=0.9, max_completion_length=3)
     run.engine.sample(run.roles.policy, PROMPTS[:1], step=0)
     _, asked = server.requests[-1]
