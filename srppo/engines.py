@@ -37,6 +37,7 @@ from srppo.rollout import Rollout, collate, generate
 VLLM_URL = PipelineConfig.vllm_url
 ADAPTER = "srppo-policy-"  # what the names of adapters on a server begin with
 LOAD = "/v1/load_lora_adapter"
+NO_FOLDER = "LoRA adapter path must exist"  # vLLM's frontend in Rust says it of one that is not there, and no name
 TO_LOAD = (
     "; to load adapters it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, --enable-lora, a "
     "--max-lora-rank of lora_r or more, the model that the adapter stands on, and the trainer's output_dir to read"
@@ -107,7 +108,9 @@ class VLLMEngine:
     ends. ``processed_logprobs`` are those after temperature and top-p, which are what was sampled from. What the
     checkpoint's generation_config would add to a request is off in each of them, but for its ``max_new_tokens``, which
     bounds every request of a 0.16.0 server without that last option (of 0.32.0 it does not), and is refused. Each
-    sequence has a seed of its own, drawn from torch's generator, so that a resumed run asks for the same samples.
+    sequence has a seed of its own, drawn from torch's generator, so that a resumed run asks for the same samples. The
+    frontend in Rust of 0.33.0 (``VLLM_USE_RUST_FRONTEND=1``) also needs ``VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES``, a
+    folder that the trainer's output_dir is in, and keeps the names of adapters that it has no more.
 
     Args:
         url: of the server.
@@ -154,7 +157,7 @@ class VLLMEngine:
         try:
             self.load(nothing)
         except UserError as error:
-            if nothing not in str(error):
+            if nothing not in str(error) and NO_FOLDER not in str(error):
                 raise
 
     def require_processed_logprobs(self, model: str) -> None:

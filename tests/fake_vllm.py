@@ -26,7 +26,8 @@ class FakeVLLM:
     ``generation_config`` is the checkpoint's, with ``--override-generation-config``: what vLLM takes a request's
     ``top_k`` and ``presence_penalty`` from where it names none, and further tokens to stop at. The other attributes are
     how the server was started: ``--max-lora-rank``, None without ``--enable-lora``;
-    ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``; ``--logprobs-mode``; ``--max-model-len``.
+    ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``; ``--logprobs-mode``; ``--max-model-len``; ``VLLM_USE_RUST_FRONTEND``, whose
+    refusals are those of 0.33.0.
     """
 
     def __init__(self, base: str, alter: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> None:
@@ -34,6 +35,7 @@ class FakeVLLM:
         self.generation_config: dict[str, Any] = {}
         self.max_lora_rank: int | None = 16
         self.runtime_updating, self.processed_logprobs, self.max_model_len = True, True, 128
+        self.rust_frontend = False
         self.models: dict[str, Any] = {}
         self.requests: list[tuple[str, Any]] = []
         self.lock = Lock()
@@ -77,6 +79,8 @@ class FakeVLLM:
         if path == "/v1/load_lora_adapter":
             return self.load(body["lora_name"], body["lora_path"])
         if path == "/v1/unload_lora_adapter":
+            if self.rust_frontend and body["lora_name"] in list(self.models)[:-1]:  # which the newest drove out
+                return refused(500, f"engine rejected removal of LoRA adapter `{body['lora_name']}` with id 1")
             if self.models.pop(body["lora_name"], None) is None:
                 return refused(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
             return 200, f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
@@ -90,6 +94,10 @@ class FakeVLLM:
         failed = "Call to add_lora method failed: Worker failed with error '{}', please check the stack trace above"
         if name in self.models:
             return refused(400, f"The lora adapter '{name}' has already been loaded. If you want to ...")
+        if self.rust_frontend and self.max_lora_rank is None:
+            return refused(400, "engine was not started with LoRA enabled")
+        if self.rust_frontend and not Path(path).exists():
+            return refused(400, "Local LoRA adapter path must exist and be accessible.")
         if self.max_lora_rank is None:
             return refused(500, failed.format("LoRA is not enabled. Use --enable-lora to enable LoRA."))
         if not (config := Path(path, "adapter_config.json")).exists():

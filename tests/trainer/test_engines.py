@@ -214,6 +214,18 @@ def test_a_server_that_was_started_without_what_adapters_need_is_refused_before_
         run.train()
 
 
+def test_a_server_whose_frontend_is_the_one_in_rust_is_used_or_refused_for_what_it_lacks(tiny_models, tmp_path, server):
+    """It names no adapter where it finds no folder, and refuses to unload one that the next has driven out."""
+    run, server.rust_frontend = run_with(tiny_models, tmp_path, server.url, max_steps=2), True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "max_lora_rank", None)
+        with pytest.raises(UserError, match=r"\(400\): .*engine was not started with LoRA enabled"):
+            run.engine.models(adapters=True)
+    run.train()
+    assert list(server.models) == [f"{run.engine.prefix}{step}" for step in range(2)]
+    assert max(entry["sampling/logp_difference/max"] for entry in run.history) < 1e-4
+
+
 @pytest.mark.parametrize(("temperature", "top_p", "harmless"), [(1.0, 1.0, True), (0.7, 1.0, False), (1.0, 0.9, False)])
 def test_log_probs_from_before_temperature_and_top_p_are_refused_before_training(
     tiny_models, tmp_path, server, temperature, top_p, harmless
