@@ -91,8 +91,8 @@ class HFEngine:
 class VLLMEngine:
     """A vLLM server that samples from the policy's LoRA adapter over HTTP.
 
-    For vLLM 0.10.2 and later (``return_token_ids``). Run with 0.32.0 on a CPU, with two-layer Llama and Qwen2 models of
-    width 256; not yet on a GPU. In float32 the server's log-probs were within 3e-5 nats of the trainer's, at most 3e-6
+    For vLLM 0.10.2 and later (``return_token_ids``). Run with 0.32.0, and 0.33.0's Python code on kernels compiled from
+    its sources, on a CPU, with two-layer Llama and Qwen2 models of width 256; not yet on a GPU. In float32 the server's log-probs were within 3e-5 nats of the trainer's, at most 3e-6
     on average, for every adapter of runs that moved the policy by nats, at temperatures 0.7, 1 and 1.3; with top-p,
     within 1e-5 of transformers' processors on the trainer's logits; in bfloat16 0.004 to 0.012 apart on average. Two
     runs of a seed, and runs that went on after the trainer or the server was killed, had the same bits. With
