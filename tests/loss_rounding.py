@@ -13,11 +13,12 @@ def absolute_errors(d: Tensor) -> dict[str, float]:
 
         approx_kl_k1 = -mean(d)    is off by mean(U |d|)
         ratio_var = var(r)         by 2 sd(r) rms(e) + rms(e)^2, where r is off by e <= U (|d| r + 4 r + max(r, 1)): the
-                                   error of d, that of exp (2.5e-7, see test_terms) and the rounding of r - 1
+                                   error of d, that of exp (2.5e-7, see test_terms) and the rounding of r - 1;
+                                   and by 1e-13 of mean((r - 1)^2), below which it counts as 0 (csrc/ppo_loss/moments.h)
     """
     if d.numel() == 0:
         return {"approx_kl_k1": 0.0, "ratio_var": 0.0}
     r = d.exp()
     e = (U * (d.abs() * r + 4 * r + r.clamp(min=1))).square().mean().sqrt()
-    spread = r.var(correction=0).sqrt()
-    return {"approx_kl_k1": float(U * d.abs().mean()), "ratio_var": float(2 * spread * e + e**2)}
+    spread, nothing = r.var(correction=0).sqrt(), 1e-13 * (r - 1).square().mean()
+    return {"approx_kl_k1": float(U * d.abs().mean()), "ratio_var": float(2 * spread * e + e**2 + nothing)}
