@@ -19,8 +19,8 @@ from srppo.errors import UserError
 ROWS = [
     "base",
     "SFT",
-    "SFT, 4x as long",
     "SFT, 8x as long",
+    "SFT, 32x as long",
     "extrapolated β=1",
     "extrapolated β=0.33",
     "SRPPO",
@@ -116,7 +116,7 @@ def test_each_stage_learns_from_its_own_data_and_models_with_the_seed_that_was_g
 def test_what_is_judged_is_what_was_written_and_each_figure_stands_at_its_place(demo):
     folder, results, _ = demo
     samples, table = TABLES[-2:]
-    folders = ("base", "sft", "sft-longer-4x", "sft-longer-8x", "sft", "sft", "srppo")
+    folders = ("base", "sft", "sft-longer-8x", "sft-longer-32x", "sft", "sft", "srppo")
     betas = (None, None, None, None, *QUICK.extrapolation_betas, None)
     calls, found = CALLS["judge"][2:], JUDGED[2:]
     for name, of, beta, row, shown, (arguments, options), each in zip(
@@ -208,7 +208,7 @@ def test_every_file_is_written(demo):
 def test_every_model_loads_with_plain_transformers(demo):
     folder, _, _ = demo
     weights = {}
-    for name in ("base", "sft", "sft-longer-4x", "sft-longer-8x", "srppo"):
+    for name in ("base", "sft", "sft-longer-8x", "sft-longer-32x", "srppo"):
         model = AutoModelForCausalLM.from_pretrained(folder / name)
         tokenizer = AutoTokenizer.from_pretrained(folder / name)
         assert tokenizer.eos_token_id == model.config.eos_token_id != tokenizer.pad_token_id
