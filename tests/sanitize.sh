@@ -31,8 +31,7 @@ case $mode in
         export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:log_path=$folder/report
         export UBSAN_OPTIONS=print_stacktrace=1:log_path=$folder/report
         preloaded="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
-        left_out+=" and not triton and not interpreted and not sm90"
-        files+=(tests/linear_logprob/test_sm90_host.py)
+        left_out+=" and not triton and not interpreted"
         broken='import ctypes; block = ctypes.CDLL(None); block.malloc.restype = ctypes.c_void_p
 ctypes.memmove(ctypes.c_void_p(block.malloc(8)), b"nine bytes", 9)'
         ;;
