@@ -92,13 +92,13 @@ class VLLMEngine:
     """A vLLM server that samples from the policy's LoRA adapter over HTTP.
 
     For vLLM 0.10.2 and later (``return_token_ids``). Run with 0.32.0, and 0.33.0's Python code on kernels compiled from
-    its sources, on a CPU, with two-layer Llama and Qwen2 models of width 256; not yet on a GPU. In float32 the server's log-probs were within 3e-5 nats of the trainer's, at most 3e-6
-    on average, for every adapter of runs that moved the policy by nats, at temperatures 0.7, 1 and 1.3; with top-p,
-    within 1e-5 of transformers' processors on the trainer's logits; in bfloat16 0.004 to 0.012 apart on average. Two
-    runs of a seed, and runs that went on after the trainer or the server was killed, had the same bits. With
-    ``importance_cap`` they need not: the server's log-probs, which it reads, differ in rounding with what else was in a
-    batch (6e-6 nats with 0.33.0). With 0.16.0 the Llama at temperature 1.3 agreed as closely. The tests' fake server
-    answers as 0.32.0 did.
+    its sources, on a CPU, with two-layer Llama and Qwen2 models of width 256; not yet on a GPU. In float32 the server's
+    log-probs were within 3e-5 nats of the trainer's, at most 3e-6 on average, for every adapter of runs that moved the
+    policy by nats, at temperatures 0.7, 1 and 1.3; with top-p, within 1e-5 of transformers' processors on the trainer's
+    logits; in bfloat16 0.004 to 0.012 apart on average. Two runs of a seed, and runs that went on after the trainer or
+    the server was killed, had the same bits. With ``importance_cap`` they need not: the server's log-probs, which it
+    reads, differ in rounding with what else was in a batch (6e-6 nats with 0.33.0). With 0.16.0 the Llama at
+    temperature 1.3 agreed as closely. The tests' fake server answers as 0.32.0 did.
 
     The server is started beside the trainer, with the model that the adapter stands on (the base; for a full SFT model,
     that one), on a machine that sees the same file system::
