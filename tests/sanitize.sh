@@ -4,7 +4,7 @@
 #     tests/sanitize.sh address|thread|pages [pytest's arguments]
 #
 # address   the extension, the CUDA kernels that run on the host and the emulated AMX tiles under AddressSanitizer and
-#           UndefinedBehaviorSanitizer; 40 minutes on two cores
+#           UndefinedBehaviorSanitizer; with -n 2 some nine minutes on two cores
 # thread    the extension under ThreadSanitizer, its parallel loops on four threads that it knows of (threads_seen.cpp); as long
 # pages     the extension as it is, and Triton's kernels in the interpreter, on tensors that end where memory ends, are filled
 #           with NaN and leave nothing behind when they are freed (page_ends.c); 15 minutes
