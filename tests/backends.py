@@ -22,6 +22,7 @@ NATIVE = BACKENDS[1:] or [pytest.param("native", marks=pytest.mark.skip(reason=_
 _why_no_triton = _triton.obstacle(torch.device("cpu"))
 needs_triton = pytest.mark.skipif(bool(_why_no_triton), reason=_why_no_triton)
 TRITON = [pytest.param("triton", marks=needs_triton)]
+CXXFLAGS = os.environ.get("CXXFLAGS", "").split()  # of what tests compile, beside their own: tests/sanitize.sh's
 
 
 @contextmanager
@@ -82,14 +83,13 @@ def poison(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def compile_host(source: str, folder: Path, optimise: str = "-O1") -> ctypes.CDLL:
-    """Compile C++ that includes headers of csrc/ as plain scalar host code, and load it. CXXFLAGS are obeyed."""
+    """Compile C++ that includes headers of csrc/ as plain scalar host code, and load it."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler on this machine")
     (folder / "host.cpp").write_text(source)
     root = Path(__file__).parent.parent
-    flags = ["-std=c++20", optimise, "-ffp-contract=off", "-fPIC", "-shared", f"-I{root}"]
-    flags += os.environ.get("CXXFLAGS", "").split()
+    flags = ["-std=c++20", optimise, "-ffp-contract=off", "-fPIC", "-shared", f"-I{root}", *CXXFLAGS]
     subprocess.run([compiler, *flags, str(folder / "host.cpp"), "-o", str(folder / "host.so")], check=True)
     return ctypes.CDLL(str(folder / "host.so"))
 

@@ -6,7 +6,6 @@ the product with an fp32 result, in one chunk, in several and into a caller's bu
 """
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from apart import run_apart
+from backends import CXXFLAGS
 from linear_logprob import test_linear_logprob_workspace as workspace
 from torch.utils.cpp_extension import include_paths
 
@@ -48,7 +48,7 @@ def library(tmp_path_factory) -> Path:
     flags = [
         "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w", f"-I{ROOT}",
         "-DTORCH_TARGET_VERSION=0x020b000000000000", '-DSRPPO_TILES="tests/linear_logprob/amx_emulator.h"',
-        *(f"-I{path}" for path in include_paths()), *os.environ.get("CXXFLAGS", "").split(),
+        *(f"-I{path}" for path in include_paths()), *CXXFLAGS,
     ]  # fmt: skip
     sources = [folder / "probe.cpp", *(ROOT / "csrc" / source for source in SOURCES)]
     objects = [folder / f"{source.stem}.o" for source in sources]
