@@ -5,9 +5,11 @@
 32 health questions are answered in the base model's own words, cut behind the first sentence: the manner to learn is to
 say one sentence and stop, and nothing else is in the demonstrations that the base would not say. PPO has further
 questions of that kind and of three others (trivia, word problems, questions that mislead), none of them answered. Base,
-SFT, longer SFT, SFT with extrapolated logits and SRPPO are then asked questions of all four kinds, and the share of
-answers of one sentence is the score. Settings are those of transfer.yaml or another ``--config``; what is given here
-beside goes to ``srppo sft`` and ``srppo train`` and wins over them: ``--dtype bfloat16``.
+SFT, longer SFT, SFT with extrapolated logits and SRPPO are then asked questions of all four kinds; what was trained, at a
+lower temperature, too. The score is the share of answers of one sentence.
+
+Settings are those of transfer.yaml or another ``--config``; what is given here beside, as ``--dtype bfloat16``, goes to
+``srppo sft`` and ``srppo train`` and wins over them.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ SHOWN = "health"
 DEMONSTRATIONS, PROMPTS, JUDGED = 32, 200, 64  # the last two of each kind
 LONGER = (32, 64)  # epochs; the latter take nearly as long as SRPPO
 EXTRAPOLATED = "SFT, logits extrapolated"
+LOW_TEMPERATURE = 0.7
 WORDS = range(4, 31)
 TOKENS = 47  # of the base's answers: max_completion_length counts the stop token
 END = re.compile(r"[.!?](?=\s|$)")
@@ -140,13 +143,14 @@ def run(work_dir: Path, output: Path, config: Path, seed: int, options: Sequence
     command("train", *common, "--sft_model_name_or_path", str(sft), "--output_dir", str(policy))
     saved = policy / "srppo_config.yaml"
     beta = float(read_yaml(saved)["kl_coef"])
-    models = {
-        "base": ["--model_name_or_path", base],
-        "SFT": [],
-        **{name: ["--model_name_or_path", str(folder)] for name, folder in longer.items()},
-        **({EXTRAPOLATED: ["--extrapolate", str(beta)]} if beta > 0 else {}),
-        "SRPPO": ["--model_name_or_path", str(policy)],
-    }
+    models: dict[str, list[str]] = {"base": ["--model_name_or_path", base], "SFT": []}
+    for name, folder in {**longer, "SRPPO": policy}.items():
+        models[name] = ["--model_name_or_path", str(folder)]
+    trained = list(models)[1:]
+    if beta > 0:
+        models[EXTRAPOLATED] = ["--extrapolate", str(beta)]
+    for name in trained:
+        models[f"{name}, T={LOW_TEMPERATURE}"] = [*models[name], "--temperature", str(LOW_TEMPERATURE)]
     judged = {}
     for name, which in models.items():
         place = output / "eval" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.jsonl"

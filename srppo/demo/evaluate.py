@@ -2,9 +2,10 @@
 
 - *score*: how often the first way (the right answer, then stop) is sampled, in domain and out of domain;
 - *reward*: ``log pi_sft - log pi_base`` of a sampled completion, summed over its tokens, mean over completions;
-- *KL to SFT*: ``sum_t KL(pi(.|y_<t) || pi_sft(.|y_<t))`` along a sampled completion, mean over completions. Each term
-  is the exact KL of two next-token distributions, which the tiny vocabulary allows: an estimate of the same
-  sequence-level KL as ``log pi - log pi_sft`` of the samples, but never negative and with less noise;
+- *KL to SFT*: ``sum_t KL(pi(.|y_<t) || pi_sft(.|y_<t))`` along a sampled completion, mean over completions, with pi at
+  the temperature that was sampled at. Each term is the exact KL of two next-token distributions, which the tiny
+  vocabulary allows: an estimate of the same sequence-level KL as ``log pi - log pi_sft`` of the samples, but never
+  negative and with less noise;
 - *length*: tokens of a completion, its stop token included.
 """
 
@@ -56,11 +57,13 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to judge: a role, or with ``beta`` the policy that extrapolates from base past that role."""
+    """A model to judge: a role, or with ``beta`` the policy that extrapolates from base past that role; at a
+    temperature."""
 
     name: str
     role: Role
     beta: float | None = None
+    temperature: float = 1.0
 
 
 def judge(
@@ -74,7 +77,7 @@ def judge(
     seed: int,
     batch_size: int = 256,
 ) -> Judgement:
-    """Sample a completion per held-out prompt, at temperature 1, and measure it.
+    """Sample a completion per held-out prompt, at the candidate's temperature, and measure it.
 
     Every candidate is sampled with the same seed, which makes differences between candidates a little less noisy.
     """
@@ -85,6 +88,7 @@ def judge(
             max_completion_length=max_completion_length,
             pad_token_id=tokenizer.pad_token_id,
             stop_token_ids=[tokenizer.eos_token_id],
+            temperature=candidate.temperature,
             batch_size=batch_size,
             extrapolate=None if candidate.beta is None else (base, candidate.beta),
         )
@@ -130,6 +134,8 @@ def reward_and_kl(candidate: Candidate, sft: Role, base: Role, rollout: Rollout)
     log_policy = log_sft if candidate.role is sft else distributions(candidate.role, rollout)
     if candidate.beta is not None:
         log_policy = (log_policy + (log_policy - log_base) / candidate.beta).log_softmax(-1)
+    if candidate.temperature != 1:
+        log_policy = (log_policy / candidate.temperature).log_softmax(-1)
     mask = rollout.completion_mask
     taken = rollout.completions[..., None]
     ratio = (log_sft - log_base).gather(-1, taken).squeeze(-1)

@@ -3,9 +3,9 @@
 write data  ->  pretrain the base  ->  SFT (and the same, longer)  ->  SRPPO  ->  judge all of them on held-out prompts
 
 What it lets one see: SFT on a few demonstrations of one task; SRPPO from that SFT model on prompts of every task, none
-with a demonstration; and two things that cost less than SRPPO and must be beaten by it to be worth it: the same SFT
-trained longer, and logits extrapolated past SFT at decoding. All numbers are measured in the run, none is selected
-afterwards.
+with a demonstration; and three things that cost less than SRPPO: the same SFT trained longer, logits extrapolated past
+SFT at decoding, and SFT sampled from at a lower temperature, at which SRPPO is shown, too. All numbers are measured in
+the run, none is selected afterwards.
 
 What to look for where SRPPO comes out worse: the largest log-ratios belong to answers that were all but impossible for
 the base and that SFT made a little less so. On some seeds the policy finds such answers to one of the tasks (see
@@ -62,6 +62,7 @@ class DemoSettings:
     sft_batch_size: int = 4
     sft_learning_rate: float = 1e-4
     extrapolation_betas: tuple[float, ...] = (1.0, 1 / 3)
+    low_temperature: float = 0.5  # at which SFT and SRPPO are sampled from as well
     iterations: int = 60
     prompts_per_iteration: int = 128
     mini_batches: int = 4
@@ -196,6 +197,8 @@ def run_stages(folder: Path, settings: DemoSettings, seed: int, console: Console
         candidates.append(Candidate(f"extrapolated β={beta:.2g}", sft, beta))
     # Loaded from its folder, as a user would: what is judged is what was written.
     candidates.append(Candidate("SRPPO", Role("policy", load_model(folder / "srppo", args))))
+    for row, role in (("SFT", sft), ("SRPPO", candidates[-1].role)):
+        candidates.append(Candidate(f"{row}, T={settings.low_temperature:.2g}", role, None, settings.low_temperature))
     with stopwatch.time("evaluation"):
         judgements = judge_all(candidates, sft, base, held_out_prompts, tokenizer, seed, console)
 
@@ -398,7 +401,8 @@ def report(
         f"score: share of {settings.held_out_per_task} held-out prompts per task answered right, then stopped. In "
         f"domain is '{world.DEMONSTRATED_TASK}', the task of the {settings.demonstrations} demonstrations; out of "
         "domain are the five others. Reward (log pi_sft - log pi_base) and KL to SFT are in nats per completion, "
-        "length in tokens. Extrapolated: the SFT model, decoded from (1 + 1/β) log pi_sft - 1/β log pi_base."
+        "length in tokens. Extrapolated: the SFT model, decoded from (1 + 1/β) log pi_sft - 1/β log pi_base. T: the "
+        "temperature of sampling, 1 where none is said."
     )
     console.note(f"Models, plots (scores.png, iterations.png) and every number (results.json) are in {folder}")
     total = sum(results["seconds"].values())

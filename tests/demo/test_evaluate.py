@@ -61,15 +61,17 @@ def test_reward_is_the_librarys_log_ratio(roles, rollout):
     torch.testing.assert_close(reward, sft - base, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("beta", [None, 1.0, 1 / 3])
-def test_kl_to_sft_against_the_sum_over_the_vocabulary(roles, rollout, beta):
-    candidate = Candidate("policy", roles["policy"], beta)
+@pytest.mark.parametrize(("beta", "temperature"), [(None, 1.0), (1.0, 1.0), (1 / 3, 1.0), (None, 0.5), (1.0, 0.5)])
+def test_kl_to_sft_against_the_sum_over_the_vocabulary(roles, rollout, beta, temperature):
+    candidate = Candidate("policy", roles["policy"], beta, temperature)
     _, kl = reward_and_kl(candidate, roles["sft"], roles["base"], rollout)
     for row in range(len(rollout)):
         policy, sft, base = (row_log_probs(roles[name], rollout, row)[0] for name in ("policy", "sft", "base"))
         if beta is not None:
             weights = (policy.exp() ** (1 + 1 / beta)) / (base.exp() ** (1 / beta))
             policy = (weights / weights.sum(-1, keepdim=True)).log()
+        weights = policy.exp() ** (1 / temperature)
+        policy = (weights / weights.sum(-1, keepdim=True)).log()
         expected = (policy.exp() * (policy - sft)).sum()
         assert kl[row].item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
         assert kl[row] > 0
@@ -149,10 +151,10 @@ def test_judge_counts_ways_in_and_out_of_domain(roles, tokenizer, monkeypatch):
     answering = Answering(tokenizer, completions)
     monkeypatch.setattr("srppo.demo.evaluate.generate", answering)
     held_out = [Example(tokenizer(prompt)["input_ids"], None, None, "test") for prompt in completions]
-    candidate = Candidate("extrapolated", roles["policy"], 0.5)
+    candidate = Candidate("extrapolated", roles["policy"], 0.5, 0.7)
     found = judge(candidate, roles["sft"], roles["base"], held_out, tokenizer, max_completion_length=20, seed=0,
                   batch_size=3)  # fmt: skip
-    assert answering.asked["extrapolate"] == (roles["base"], 0.5)
+    assert (answering.asked["extrapolate"], answering.asked["temperature"]) == ((roles["base"], 0.5), 0.7)
     both = reward_and_kl(candidate, roles["sft"], roles["base"], answering("policy", [e.prompt_ids for e in held_out],
                                                                            **answering.asked))  # fmt: skip
     for domain, rows in ((found.in_domain, slice(0, 2)), (found.out_of_domain, slice(2, 8))):

@@ -24,6 +24,8 @@ ROWS = [
     "extrapolated β=1",
     "extrapolated β=0.33",
     "SRPPO",
+    "SFT, T=0.5",
+    "SRPPO, T=0.5",
 ]
 
 
@@ -116,14 +118,16 @@ def test_each_stage_learns_from_its_own_data_and_models_with_the_seed_that_was_g
 def test_what_is_judged_is_what_was_written_and_each_figure_stands_at_its_place(demo):
     folder, results, _ = demo
     samples, table = TABLES[-2:]
-    folders = ("base", "sft", "sft-longer-8x", "sft-longer-32x", "sft", "sft", "srppo")
-    betas = (None, None, None, None, *QUICK.extrapolation_betas, None)
+    folders = ("base", "sft", "sft-longer-8x", "sft-longer-32x", "sft", "sft", "srppo", "sft", "srppo")
+    betas = (None, None, None, None, *QUICK.extrapolation_betas, None, None, None)
+    temperatures = (1.0,) * 7 + (QUICK.low_temperature,) * 2
     calls, found = CALLS["judge"][2:], JUDGED[2:]
-    for name, of, beta, row, shown, (arguments, options), each in zip(
-        ROWS, folders, betas, results["table"], table, calls, found, strict=True
+    for name, of, beta, temperature, row, shown, (arguments, options), each in zip(
+        ROWS, folders, betas, temperatures, results["table"], table, calls, found, strict=True
     ):
         candidate, sft, base, *_ = arguments
         assert (candidate.name, candidate.beta, options["seed"]) == (name, beta, 3)
+        assert candidate.temperature == temperature
         for role, place in ((candidate.role, of), (sft, "sft"), (base, "base")):
             weights = load_file(folder / place / "model.safetensors")
             assert all(torch.equal(role.model.state_dict()[key], value) for key, value in weights.items())
@@ -139,7 +143,7 @@ def test_what_is_judged_is_what_was_written_and_each_figure_stands_at_its_place(
         }  # fmt: skip
     for i, sample in enumerate(samples):
         prompt, base = found[0].samples[i]
-        answers = {"base": base, "SFT": found[1].samples[i][1], "SRPPO": found[-1].samples[i][1]}
+        answers = {"base": base, "SFT": found[1].samples[i][1], "SRPPO": found[6].samples[i][1]}
         assert sample == {"prompt": prompt, **answers}
     (_, scores), _ = CALLS["plot_scores"][0]
     assert scores == {name: (j.in_domain.score, j.out_of_domain.score) for name, j in zip(ROWS, found, strict=True)}

@@ -462,14 +462,19 @@ def test_transfer_trains_and_judges_all_models(
     assert {row["completion"] for row in shown} == {"It is a long one."}
     assert not any("completion" in row for row in data["train"][8:] + data["judged"][4:])
 
-    names = ["base", "SFT", "SFT, 2 epochs", "SFT, logits extrapolated", "SRPPO"]
+    trained = ["SFT", "SFT, 2 epochs", "SRPPO"]
+    names = ["base", *trained, "SFT, logits extrapolated", *(f"{name}, T=0.7" for name in trained)]
     judged = json.loads((tmp_path / "transfer-3" / "transfer.json").read_text())
     assert list(judged) == names
     lines = printed.out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[-len(names) :]] == names
     assert judged["SFT"]["kinds"]["health"]["kl"] == pytest.approx(0, abs=1e-5)
     assert judged["SFT"]["held-out log-likelihood"] > judged["base"]["held-out log-likelihood"]
-    assert len({found["held-out log-likelihood"] for found in judged.values()}) == len(names)
+    assert len({found["held-out log-likelihood"] for found in judged.values()}) == len(names) - len(trained)
+    for name in trained:
+        one, low = judged[name], judged[f"{name}, T=0.7"]
+        assert one["held-out log-likelihood"] == low["held-out log-likelihood"]
+        assert one["kinds"] != low["kinds"]
     assert read_yaml(tmp_path / "transfer-3" / "srppo" / "srppo_config.yaml")["seed"] == 3
 
 
