@@ -5,8 +5,8 @@
 32 health questions are answered in the base model's own words, cut behind the first sentence: the manner to learn is to
 say one sentence and stop, and nothing else is in the demonstrations that the base would not say. PPO has further
 questions of that kind and of three others (trivia, word problems, questions that mislead), none of them answered. Base,
-SFT, longer SFT, SFT with extrapolated logits and SRPPO are then asked questions of all four kinds; what was trained, at a
-lower temperature, too. The score is the share of answers of one sentence.
+SFT, longer SFT, SFT with extrapolated logits and SRPPO are then asked questions of all four kinds; what was trained, at
+a lower temperature, too. The score is the share of answers of one sentence.
 
 Settings are those of transfer.yaml or another ``--config``; what is given here beside, as ``--dtype bfloat16``, goes to
 ``srppo sft`` and ``srppo train`` and wins over them.
