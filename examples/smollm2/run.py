@@ -15,7 +15,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,27 @@ def run(work_dir: Path, options: Sequence[str], results: Path | None) -> None:
     print(table)
 
 
+@contextmanager
+def errors_told(script: str) -> Iterator[None]:
+    """Ends the script with a line for what a user can mend, and for Ctrl-C."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; what was downloaded and converted is kept for the next run", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def given(name: str, options: Sequence[str]) -> bool:
     return any(option.split("=", 1)[0] == name for option in options)
+
+
+def require_own_paths(options: Sequence[str]) -> None:
+    for option in ("--base_model_name_or_path", "--dataset_name", "--output_dir"):
+        if given(option, options):
+            raise UserError(f"{option} is set by this script, to a folder in --work_dir")
 
 
 def command(*arguments: str) -> None:
@@ -168,17 +188,9 @@ def main() -> int:
     known, options = parser.parse_known_args()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model may say what a terminal's encoding lacks
-    try:
-        for option in ("--base_model_name_or_path", "--dataset_name", "--output_dir"):
-            if given(option, options):
-                raise UserError(f"{option} is set by this script, to a folder in --work_dir")
+    with errors_told("run"):
+        require_own_paths(options)
         run(known.work_dir, options, known.results)
-    except UserError as error:
-        print(f"run: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("run: interrupted; what was downloaded and converted is kept for the next run", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -6,7 +6,7 @@
 say one sentence and stop, and nothing else is in the demonstrations that the base would not say. PPO has further
 questions of that kind and of three others (trivia, word problems, questions that mislead), none of them answered. Base,
 SFT, longer SFT, SFT with extrapolated logits and SRPPO are then asked questions of all four kinds; what was trained, at
-a lower temperature, too. The score is the share of answers of one sentence.
+lower temperatures, too. The score is the share of answers of one sentence.
 
 Settings are those of transfer.yaml or another ``--config``; what is given here beside, as ``--dtype bfloat16``, goes to
 ``srppo sft`` and ``srppo train`` and wins over them.
@@ -15,6 +15,7 @@ Settings are those of transfer.yaml or another ``--config``; what is given here 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import prepare
-from run import command, row, rule
+from run import command, errors_told, require_own_paths, row, rule
 
 from srppo.checkpoint import require_new_folder, write_text
 from srppo.config import read_yaml
@@ -41,7 +42,7 @@ SHOWN = "health"
 DEMONSTRATIONS, PROMPTS, JUDGED = 32, 200, 64  # the last two of each kind
 LONGER = (32, 64)  # epochs; the latter take nearly as long as SRPPO
 EXTRAPOLATED = "SFT, logits extrapolated"
-LOW_TEMPERATURE = 0.7
+LOW_TEMPERATURES = (0.7, 0.2)
 WORDS = range(4, 31)
 TOKENS = 47  # of the base's answers: max_completion_length counts the stop token
 END = re.compile(r"[.!?](?=\s|$)")
@@ -149,8 +150,8 @@ def run(work_dir: Path, output: Path, config: Path, seed: int, options: Sequence
     trained = list(models)[1:]
     if beta > 0:
         models[EXTRAPOLATED] = ["--extrapolate", str(beta)]
-    for name in trained:
-        models[f"{name}, T={LOW_TEMPERATURE}"] = [*models[name], "--temperature", str(LOW_TEMPERATURE)]
+    for name, temperature in itertools.product(trained, LOW_TEMPERATURES):
+        models[f"{name}, T={temperature}"] = [*models[name], "--temperature", str(temperature)]
     judged = {}
     for name, which in models.items():
         place = output / "eval" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.jsonl"
@@ -195,15 +196,10 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="default: transfer.yaml")
     parser.add_argument("--seed", type=int, default=0, help="of the data's order, SFT and SRPPO; default: %(default)s")
     known, options = parser.parse_known_args()
-    try:
+    with errors_told("transfer"):
+        require_own_paths(options)
         output = known.output or known.work_dir / f"transfer-{known.seed}"
         run(known.work_dir, output, known.config, known.seed, options)
-    except UserError as error:
-        print(f"transfer: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("transfer: interrupted; what was downloaded and converted is kept for the next run", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -463,19 +463,40 @@ def test_transfer_trains_and_judges_all_models(
     assert not any("completion" in row for row in data["train"][8:] + data["judged"][4:])
 
     trained = ["SFT", "SFT, 2 epochs", "SRPPO"]
-    names = ["base", *trained, "SFT, logits extrapolated", *(f"{name}, T=0.7" for name in trained)]
+    names = ["base", *trained, "SFT, logits extrapolated", *(f"{name}, T={t}" for name in trained for t in (0.7, 0.2))]
     judged = json.loads((tmp_path / "transfer-3" / "transfer.json").read_text())
     assert list(judged) == names
     lines = printed.out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[-len(names) :]] == names
     assert judged["SFT"]["kinds"]["health"]["kl"] == pytest.approx(0, abs=1e-5)
     assert judged["SFT"]["held-out log-likelihood"] > judged["base"]["held-out log-likelihood"]
-    assert len({found["held-out log-likelihood"] for found in judged.values()}) == len(names) - len(trained)
+    assert len({found["held-out log-likelihood"] for found in judged.values()}) == len(names) - 2 * len(trained)
     for name in trained:
-        one, low = judged[name], judged[f"{name}, T=0.7"]
-        assert one["held-out log-likelihood"] == low["held-out log-likelihood"]
-        assert one["kinds"] != low["kinds"]
+        one, low, lower = (judged[f"{name}{at}"] for at in ("", ", T=0.7", ", T=0.2"))
+        assert one["held-out log-likelihood"] == low["held-out log-likelihood"] == lower["held-out log-likelihood"]
+        assert one["kinds"] != low["kinds"] != lower["kinds"]
     assert read_yaml(tmp_path / "transfer-3" / "srppo" / "srppo_config.yaml")["seed"] == 3
+
+
+def test_transfer_tells_in_a_line_what_a_user_can_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transfer
+
+    def main(*options: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["transfer.py", "--work_dir", str(tmp_path), *options])
+        with pytest.raises(SystemExit) as ended:
+            transfer.main()
+        return ended.value.code, capsys.readouterr().err
+
+    own = (2, "transfer: --output_dir is set by this script, to a folder in --work_dir\n")
+    assert main("--output_dir=here") == main("--output_dir", "here") == own
+    (tmp_path / "transfer-0").mkdir()
+    (tmp_path / "transfer-0" / "table").touch()
+    code, told = main()
+    assert code == 2 and told.startswith("transfer: the run's folder") and "exists and is not empty" in told
+    monkeypatch.setattr(transfer, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main() == (130, "transfer: interrupted; what was downloaded and converted is kept for the next run\n")
 
 
 def test_shares_are_those_of_each_kind() -> None:
