@@ -23,7 +23,7 @@ turned and whose g is not below 0 by more than its standard error or 1 %: no wor
 can tell. SFT is the first of them. It is an insurance against collapse, and no verdict on the last policy: on the
 demo's seed 0, that is 1.4 % below SFT in likelihood, and solves 0.89 of the tasks without demonstrations, SFT 0.77.
 Nor are the signs where demonstrations are one of many ways to say a thing: the optimum is sharper than SFT, so others
-lose. In examples/smollm2's transfer they lost 12 to 14 % by the end of runs that had gained on prompts of all kinds.
+lose. In examples/smollm2's transfer they lost 10 to 15 % by the end of runs that had gained on prompts of all kinds.
 
 Everything is measured on the policy that an iteration sampled from, before its update.
 """
