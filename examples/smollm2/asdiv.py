@@ -22,6 +22,10 @@ MAX_WORDS = 30  # of passage and question: the prompt is nearly all that a CPU c
 ANSWER = re.compile(r"(\d[\d,]*(?:\.\d+)?) [^\d\s][^\d]*")  # "9 apples", "1.2 liters of fruit punch"
 
 
+def chat(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
 @dataclass(frozen=True)
 class Problem:
     passage: str
@@ -32,7 +36,7 @@ class Problem:
     @property
     def prompt(self) -> list[dict[str, str]]:
         """A chat, as this is an instruct model: the template adds the system turn that it was trained with."""
-        return [{"role": "user", "content": f"{self.passage} {self.question}"}]
+        return chat(f"{self.passage} {self.question}")
 
     def as_demonstration(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "completion": self.answer, "answer": self.number}
@@ -87,8 +91,13 @@ def split(problems: Iterable[Problem], *, demonstrations: int, prompts: int, hel
 
 
 def write(parts: Split, folder: Path) -> None:
-    """``train.jsonl``, demonstrations first, and ``test.jsonl``; each file appears whole or not at all."""
+    """``train.jsonl``, demonstrations first, and ``test.jsonl``."""
     train = [p.as_demonstration() for p in parts.demonstrations] + [p.as_prompt() for p in parts.prompts]
     test = [p.as_demonstration() for p in parts.held_out]
-    for name, rows in {"train.jsonl": train, "test.jsonl": test}.items():
-        write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(folder, {"train": train, "test": test})
+
+
+def write_rows(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
+    """A ``.jsonl`` file of each split, in their order; each file appears whole or not at all."""
+    for name, rows in splits.items():
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -111,11 +112,21 @@ def judge(work_dir: Path, output: Path) -> dict[str, dict[str, Any]]:
     for name, options in models.items():
         judged[name] = {"samples": []}
         for key, data in {"metrics": work_dir / "data", "samples": QUESTIONS}.items():
-            place = output / "eval" / f"{name.lower().replace(', ', '-').replace(' ', '-')}-{key}.jsonl"
-            command("eval", *common, *options, "--dataset_name", str(data), "--output_file", str(place))
-            first, *rows = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
-            judged[name][key] = first["metrics"] if key == "metrics" else [row["completion"] for row in rows]
+            place = output / "eval" / f"{slug(name)}-{key}.jsonl"
+            metrics, rows = evaluated(place, *common, *options, "--dataset_name", str(data))
+            judged[name][key] = metrics if key == "metrics" else [row["completion"] for row in rows]
     return judged
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def evaluated(place: Path, *options: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Metrics of an ``srppo eval``, and its row for each prompt, which are kept in ``place``."""
+    command("eval", *options, "--output_file", str(place))
+    first, *rows = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
+    return first["metrics"], rows
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

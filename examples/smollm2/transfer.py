@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import prepare
-from run import command, errors_told, require_own_paths, row, rule
+from asdiv import chat, write_rows
+from run import command, errors_told, evaluated, require_own_paths, row, rule, slug
 
 from srppo.checkpoint import require_new_folder, write_text
 from srppo.config import read_yaml
@@ -75,10 +76,6 @@ def questions(wheel: Path, seed: int) -> dict[str, list[str]]:
     return asked
 
 
-def chat(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}]
-
-
 def answers(model_folder: Path, asked: Iterable[str], seed: int, *, batch: int = 16) -> Iterator[tuple[str, str]]:
     """Questions, each with what the base says to it at temperature 0.7."""
     import torch
@@ -123,8 +120,7 @@ def write_data(work_dir: Path, data: Path, seed: int) -> None:
     prompts = [{"prompt": chat(q)} for texts in asked.values() for q in texts[:PROMPTS]]
     others = [{"prompt": chat(q)} for k, texts in asked.items() if k != SHOWN for q in texts[PROMPTS:][:JUDGED]]
     shown, held_out = shown[:DEMONSTRATIONS], shown[DEMONSTRATIONS:]
-    for name, rows in {"train": shown + prompts, "test": held_out, "judged": held_out + others}.items():
-        write_text(data / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    write_rows(data, {"train": shown + prompts, "test": held_out, "judged": held_out + others})
 
 
 def run(work_dir: Path, output: Path, config: Path, seed: int, options: Sequence[str]) -> None:
@@ -154,11 +150,10 @@ def run(work_dir: Path, output: Path, config: Path, seed: int, options: Sequence
         models[f"{name}, T={temperature}"] = [*models[name], "--temperature", str(temperature)]
     judged = {}
     for name, which in models.items():
-        place = output / "eval" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.jsonl"
         settings = ["--config", str(saved), "--sft_model_name_or_path", str(sft)]
-        command("eval", *settings, *which, "--dataset_name", str(data / "judged.jsonl"), "--output_file", str(place))
-        first, *rows = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
-        judged[name] = measures(rows, first["metrics"])
+        place = output / "eval" / f"{slug(name)}.jsonl"
+        metrics, rows = evaluated(place, *settings, *which, "--dataset_name", str(data / "judged.jsonl"))
+        judged[name] = measures(rows, metrics)
     write_text(output / "transfer.json", json.dumps(judged, indent=1) + "\n")
     print(table(judged))
 

@@ -196,8 +196,9 @@ def run_stages(folder: Path, settings: DemoSettings, seed: int, console: Console
     for beta in settings.extrapolation_betas:
         candidates.append(Candidate(f"extrapolated β={beta:.2g}", sft, beta))
     # Loaded from its folder, as a user would: what is judged is what was written.
-    candidates.append(Candidate("SRPPO", Role("policy", load_model(folder / "srppo", args))))
-    for row, role in (("SFT", sft), ("SRPPO", candidates[-1].role)):
+    policy = Role("policy", load_model(folder / "srppo", args))
+    candidates.append(Candidate("SRPPO", policy))
+    for row, role in (("SFT", sft), ("SRPPO", policy)):
         candidates.append(Candidate(f"{row}, T={settings.low_temperature:.2g}", role, None, settings.low_temperature))
     with stopwatch.time("evaluation"):
         judgements = judge_all(candidates, sft, base, held_out_prompts, tokenizer, seed, console)
